@@ -1,0 +1,37 @@
+# The commands of this repository. The first use of any makes its own environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-slow lint bench constraints clean
+
+demo: $(INSTALLED)  ## a finished study on the embedded digits, its table, and its page report.html
+	$(BIN)/study launch quick
+	$(BIN)/study report quick --html report.html > /dev/null
+
+test: $(INSTALLED)  ## the tests; with STUDY_TEST_IMAGES=FOLDER also on real images
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(INSTALLED)  ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow --timeout=1800
+
+lint: $(INSTALLED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test,dev]'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# uv, because a resolver that downloads in parallel makes torch's gigabytes a matter of seconds.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]'
+	touch $@
+
+constraints: $(INSTALLED)  ## pin everything anew
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
+		--no-annotate --no-header --no-emit-index-url --quiet --output-file constraints.txt
+	$(BIN)/uv --version | awk '{print "uv==" $$2}' >> constraints.txt
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
