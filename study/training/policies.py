@@ -1,0 +1,192 @@
+"""Which images the next epoch trains on: `full`, `static`, `fresh` and the paper's `dynamic` (section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from study.training.seeds import generator
+
+# Accuracies are multiples of 1/V for V validation images: differences closer than this are rounding, not images.
+ROUNDING = 1e-9
+
+Kind = Literal["type1", "type2", "fresh", "keep"]
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """What was done to the active set after an epoch: k images exchanged, with the beta that gave k."""
+
+    kind: Kind
+    k: int = 0
+    beta: float = 0.0
+
+
+KEEP = Resampling("keep")
+
+
+class Policy(Protocol):
+    """A data policy. State has an owner: everything that later draws depend on is in `state_dict`."""
+
+    @property
+    def active(self) -> Tensor:
+        """The images of the next epoch: int64 indices, shape [alpha], none twice."""
+
+    def update(self, epoch: int, accuracy: float) -> Resampling:
+        """Choose the next active set after `epoch` (from 1) ended with validation `accuracy` in [0, 1]."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def first_subset(total: int, alpha: int, draws: torch.Generator) -> Tensor:
+    """alpha of `total` indices, uniform; for one generator state a smaller alpha gives a prefix of a larger one."""
+    return torch.randperm(total, generator=draws)[:alpha]
+
+
+def exchange(base: Tensor, total: int, k: int, draws: torch.Generator) -> Tensor:
+    """Equation 1: keep |base| - k indices of `base`, add k of its complement in range(total), all uniform.
+
+    Raises:
+        ValueError: the complement has fewer than k indices, or base fewer than k.
+    """
+    if not 0 <= k <= min(len(base), total - len(base)):
+        raise ValueError(f"cannot exchange {k} of {len(base)} indices with {total - len(base)} others")
+    outside = torch.ones(total, dtype=torch.bool)
+    outside[base] = False
+    complement = outside.nonzero().squeeze(1)
+    kept = base[torch.randperm(len(base), generator=draws)[: len(base) - k]]
+    added = complement[torch.randperm(len(complement), generator=draws)[:k]]
+    return torch.cat([kept, added])
+
+
+def decide(accuracy: float, previous: float, delta: float) -> Literal["type1", "type2", "keep"]:
+    """The branch of section 3: no gain is type I, a gain of at most delta type II, more keeps the active set."""
+    gain = accuracy - previous
+    if gain <= ROUNDING:
+        return "type1"
+    return "type2" if gain <= delta + ROUNDING else "keep"
+
+
+class Full:
+    """All images, every epoch."""
+
+    def __init__(self, total: int) -> None:
+        self.active = torch.arange(total)
+
+    def update(self, epoch: int, accuracy: float) -> Resampling:
+        return KEEP
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Static:
+    """A random alpha of the images, the same in every epoch: the control for `less data`."""
+
+    def __init__(self, total: int, alpha: int, seed: int) -> None:
+        self.total, self.draws = total, generator(seed, "policy")
+        self.active = first_subset(total, alpha, self.draws)
+
+    def update(self, epoch: int, accuracy: float) -> Resampling:
+        return KEEP
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"active": self.active, "draws": self.draws.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.active = state["active"]
+        self.draws.set_state(state["draws"])
+
+
+class Fresh(Static):
+    """A new random alpha every epoch (RS2): the control for `is it the rule, or just fresh data?`."""
+
+    def update(self, epoch: int, accuracy: float) -> Resampling:
+        before = self.active
+        self.active = first_subset(self.total, len(before), self.draws)
+        k = len(before) - int(torch.isin(self.active, before).sum())
+        return Resampling("fresh", k, 1.0)
+
+
+class Dynamic(Static):
+    """Dynamic training: exchange a fraction of the active set when validation accuracy stalls (equations 1 to 3).
+
+    Type I (no gain) exchanges round(beta * alpha) images of the active set. Type II (a gain of at most delta) exchanges
+    round(beta_n * alpha), beta_n = beta * gamma**n after epoch n, of the best set so far. With decay = "both", type I
+    uses beta_n too. Never more than there are images outside.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        alpha: int,
+        seed: int,
+        *,
+        beta: float,
+        delta: float,
+        gamma: float,
+        decay: Literal["type2", "both"],
+    ) -> None:
+        super().__init__(total, alpha, seed)
+        self.beta, self.delta, self.gamma, self.decay = beta, delta, gamma, decay
+        self.previous = self.best = float("-inf")
+        self.best_active = self.active
+
+    def update(self, epoch: int, accuracy: float) -> Resampling:
+        kind = decide(accuracy, self.previous, self.delta)
+        if accuracy > self.best + ROUNDING:  # ties keep the earlier set
+            self.best, self.best_active = accuracy, self.active
+        self.previous = accuracy
+        if kind == "keep":
+            return KEEP
+        decayed = kind == "type2" or self.decay == "both"
+        beta = self.beta * self.gamma**epoch if decayed else self.beta
+        base = self.active if kind == "type1" else self.best_active
+        k = min(round(beta * len(base)), self.total - len(base))
+        self.active = exchange(base, self.total, k, self.draws)
+        return Resampling(kind, k, beta)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"previous": self.previous, "best": self.best, "best_active": self.best_active}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.previous, self.best, self.best_active = state["previous"], state["best"], state["best_active"]
+
+
+def make_policy(
+    name: str,
+    total: int,
+    seed: int,
+    *,
+    alpha: int | None = None,
+    beta: float = 0.5,
+    delta: float = 0.01,
+    gamma: float = 0.97,
+    decay: Literal["type2", "both"] = "type2",
+) -> Policy:
+    """The policy `name` over `total` training images.
+
+    Raises:
+        ValueError: an unknown name, or an alpha outside 1..total where the policy needs one.
+    """
+    if name == "full":
+        return Full(total)
+    if alpha is None or not 1 <= alpha <= total:
+        raise ValueError(f"alpha must be from 1 to the {total} training images, got {alpha}")
+    if name == "static":
+        return Static(total, alpha, seed)
+    if name == "fresh":
+        return Fresh(total, alpha, seed)
+    if name == "dynamic":
+        return Dynamic(total, alpha, seed, beta=beta, delta=delta, gamma=gamma, decay=decay)
+    raise ValueError(f"no policy {name!r}; policies: full, static, fresh, dynamic")
