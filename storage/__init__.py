@@ -1,0 +1,1 @@
+"""One database: Optuna's tables and three of our own. Never imports study or torch."""

@@ -1,0 +1,5 @@
+"""The one exception for a fault of the user's: a sentence with the rule, the value and the fix."""
+
+
+class UserError(Exception):
+    """Something the user can put right. The command prints it as one line and exits with code 2."""

@@ -1,0 +1,491 @@
+"""Tickets and leases: which work a study has, and who may do it.
+
+A ticket is a WAITING trial of Optuna's; a lease says which worker has it and until when. Every write that a worker
+makes about its trial goes through here, in one transaction with the check of its token: who has lost the lease writes
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import distribution_to_json
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+from storage.tables import (
+    CHECKPOINTS,
+    EPOCHS,
+    LEASES,
+    REPORT_TYPE,
+    REPORTS,
+    STUDIES,
+    STUDY_ATTRS,
+    TRIAL_ATTRS,
+    TRIAL_PARAMS,
+    TRIAL_VALUES,
+    TRIALS,
+    VALUE_TYPE,
+)
+
+UNFINISHED = (TrialState.WAITING, TrialState.RUNNING)
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+PATIENCE_SECONDS = 300.0
+"""How long a database may be away before its absence is an error."""
+
+T = TypeVar("T")
+
+
+class LeaseLost(Exception):
+    """Another worker has this trial now, or it is finished or deleted: nothing was written, drop it."""
+
+
+@dataclass
+class Lease:
+    """The right to work on one trial, as long as its token is the latest."""
+
+    trial_id: int
+    number: int
+    token: int
+    lost: threading.Event = field(default_factory=threading.Event, repr=False)
+    """Set by the renewing thread once the token is outdated."""
+
+
+def upsert(engine: sa.Engine, table: sa.Table) -> Any:
+    """INSERT for this database, with `on_conflict_do_*`."""
+    return (postgresql if engine.dialect.name == "postgresql" else sqlite).insert(table)
+
+
+def now(engine: sa.Engine) -> sa.ColumnElement[float]:
+    """The database's clock, seconds since 1970: the only clock that leases go by."""
+    if engine.dialect.name == "sqlite":
+        return (sa.func.julianday("now") - 2440587.5) * 86400.0
+    return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+
+
+def retrying(action: Callable[[], T], patience: float = PATIENCE_SECONDS) -> T:
+    """`action`, again and again while the database is away; it must be harmless to do twice."""
+    deadline, pause = time.monotonic() + patience, 0.1
+    while True:
+        try:
+            return action()
+        except (
+            OperationalError,
+            InterfaceError,
+            optuna.exceptions.StorageInternalError,
+            DBAPIError,
+        ) as error:
+            passing = isinstance(error, OperationalError | InterfaceError | optuna.exceptions.StorageInternalError)
+            passing = passing or getattr(error, "connection_invalidated", False)
+            if not passing or time.monotonic() + pause > deadline:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+
+def lay(
+    engine: sa.Engine, study_id: int, attributes: Mapping[str, Any], tickets: Sequence[FrozenTrial]
+) -> dict[str, Any]:
+    """Give a study its attributes and its tickets, all or nothing, once.
+
+    Attributes that the study has already stay as they are. The tickets that it has already (user attribute `ticket`
+    below their count) are not laid again, so a longer sequence adds work and a repeated call adds none.
+
+    Returns:
+        The study's user attributes.
+    """
+
+    def once() -> dict[str, Any]:
+        with engine.begin() as connection:
+            connection.execute(
+                sa.select(STUDIES.c.study_id).where(STUDIES.c.study_id == study_id).with_for_update()
+            ).one()
+            query = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(STUDY_ATTRS.c.study_id == study_id)
+            found = {key: json.loads(text) for key, text in connection.execute(query)}
+            missing = {key: value for key, value in attributes.items() if key not in found}
+            if missing:
+                rows = [{"study_id": study_id, "key": k, "value_json": json.dumps(v)} for k, v in missing.items()]
+                connection.execute(sa.insert(STUDY_ATTRS), rows)
+            of_study = TRIALS.c.study_id == study_id
+            trials = connection.execute(sa.select(sa.func.count()).select_from(TRIALS).where(of_study)).scalar_one()
+            laid = connection.execute(
+                sa.select(sa.func.count())
+                .select_from(TRIALS.join(TRIAL_ATTRS, TRIALS.c.trial_id == TRIAL_ATTRS.c.trial_id))
+                .where(of_study, TRIAL_ATTRS.c.key == "ticket")
+            ).scalar_one()
+            _insert_tickets(connection, study_id, trials, tickets[laid:])
+            return found | missing
+
+    return retrying(once)
+
+
+def _insert_tickets(connection: sa.Connection, study_id: int, first: int, tickets: Sequence[FrozenTrial]) -> None:
+    if not tickets:
+        return
+    rows = [{"study_id": study_id, "number": first + i, "state": TrialState.WAITING} for i in range(len(tickets))]
+    insert = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
+    ids = list(connection.execute(insert, rows).scalars())
+    params = [
+        {
+            "trial_id": trial_id,
+            "param_name": name,
+            "param_value": ticket.distributions[name].to_internal_repr(value),
+            "distribution_json": distribution_to_json(ticket.distributions[name]),
+        }
+        for trial_id, ticket in zip(ids, tickets, strict=True)
+        for name, value in ticket.params.items()
+    ]
+    if params:
+        connection.execute(sa.insert(TRIAL_PARAMS), params)
+    attributes = [
+        {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+        for trial_id, ticket in zip(ids, tickets, strict=True)
+        for key, value in ticket.user_attrs.items()
+    ]
+    if attributes:
+        connection.execute(sa.insert(TRIAL_ATTRS), attributes)
+    # SQLite may give a deleted study's trial ids again.
+    for table in (LEASES, CHECKPOINTS, EPOCHS):
+        connection.execute(sa.delete(table).where(table.c.trial_id >= min(ids)))
+
+
+class Queue:
+    """One worker's view of a study's tickets. A worker holds one lease at a time."""
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        study_id: int,
+        *,
+        seconds: float = 60.0,
+        max_attempts: int = 5,
+        owner: str | None = None,
+    ) -> None:
+        self.engine, self.study_id = engine, study_id
+        self.seconds, self.max_attempts = seconds, max_attempts
+        self.owner = owner or f"{socket.gethostname()}:{os.getpid()}"
+
+    def claim(self) -> Lease | None:
+        """A lease on the first unfinished trial that nobody holds; None if there is none.
+
+        A trial whose last `max_attempts` holders all vanished without getting an epoch further is failed on the way.
+        """
+        while True:
+            outcome = retrying(self._claim_one)
+            if not isinstance(outcome, bool):
+                return outcome
+            if not outcome:
+                return None
+
+    def _claim_one(self) -> Lease | bool:
+        """A lease; False if there is nothing to claim; True if the candidate went to another or had to be failed."""
+        clock = now(self.engine)
+        # Our own live lease can only be one whose claim was committed in a connection that then broke.
+        free = sa.or_(LEASES.c.trial_id.is_(None), LEASES.c.expires_at <= clock, LEASES.c.owner == self.owner)
+        candidate = (
+            sa.select(TRIALS.c.trial_id, TRIALS.c.number, LEASES.c.attempts, LEASES.c.last_error)
+            .select_from(TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
+            .where(TRIALS.c.study_id == self.study_id, TRIALS.c.state.in_(UNFINISHED), free)
+            .order_by(TRIALS.c.number)
+            .limit(1)
+            .with_for_update(of=TRIALS, skip_locked=True)
+        )
+        with self.engine.begin() as connection:
+            row = connection.execute(candidate).one_or_none()
+            if row is None:
+                return False
+            if (row.attempts or 0) >= self.max_attempts:
+                error = row.last_error or "its workers vanished (killed, out of memory, or cut off)"
+                self._fail(connection, row.trial_id, f"{row.attempts} attempts got no further: {error}")
+                return True
+            insert = upsert(self.engine, LEASES).values(
+                trial_id=row.trial_id, token=1, owner=self.owner, expires_at=clock + self.seconds, attempts=1
+            )
+            update = {
+                "token": LEASES.c.token + 1,
+                "owner": insert.excluded.owner,
+                "expires_at": insert.excluded.expires_at,
+                "attempts": LEASES.c.attempts + 1,
+            }
+            still_free = sa.or_(LEASES.c.expires_at <= clock, LEASES.c.owner == self.owner)
+            claimed = insert.on_conflict_do_update(index_elements=["trial_id"], set_=update, where=still_free)
+            token = connection.execute(claimed.returning(LEASES.c.token)).scalar_one_or_none()
+            if token is None:
+                return True
+            connection.execute(
+                sa.update(TRIALS)
+                .where(TRIALS.c.trial_id == row.trial_id, TRIALS.c.state == TrialState.WAITING)
+                .values(state=TrialState.RUNNING, datetime_start=_utc())
+            )
+            return Lease(row.trial_id, row.number, token)
+
+    @contextmanager
+    def renewing(self, lease: Lease) -> Iterator[None]:
+        """Renews the lease from a thread of its own, whatever the training thread and the database are doing."""
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(self.seconds / 4):
+                with suppress(OperationalError, InterfaceError, DBAPIError):  # the next beat tries again
+                    try:
+                        with self.engine.begin() as connection:
+                            self.fence(connection, lease)
+                    except LeaseLost:
+                        lease.lost.set()
+                        return
+
+        thread = threading.Thread(target=renew, name=f"lease-{lease.number}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(timeout=5)
+
+    def fence(self, connection: sa.Connection, lease: Lease, **also: Any) -> None:
+        """Renew the lease in this transaction, or raise: what follows in the transaction is then ours to write.
+
+        Raises:
+            LeaseLost: the token is outdated.
+        """
+        values: dict[str, Any] = {"expires_at": now(self.engine) + self.seconds} | also
+        held = sa.and_(LEASES.c.trial_id == lease.trial_id, LEASES.c.token == lease.token)
+        if connection.execute(sa.update(LEASES).where(held).values(values)).rowcount != 1:
+            raise LeaseLost(f"trial {lease.number} has been taken over")
+
+    def record(self, lease: Lease, row: Mapping[str, Any], report: float) -> None:
+        """Store an epoch (a row of `trial_epochs` without its trial_id) and report `report` to Optuna as its step.
+
+        An epoch that is stored already stays as it is, so a resumed trial may repeat what it did since its checkpoint.
+
+        Raises:
+            LeaseLost: nothing was stored.
+        """
+
+        def once() -> None:
+            with self.engine.begin() as connection:
+                self.fence(connection, lease)
+                epoch = upsert(self.engine, EPOCHS).values(trial_id=lease.trial_id, **row).on_conflict_do_nothing()
+                stored, kind = (report, REPORT_TYPE.FINITE)
+                reported = upsert(self.engine, REPORTS).values(
+                    trial_id=lease.trial_id,
+                    step=row["epoch"],
+                    intermediate_value=stored,
+                    intermediate_value_type=kind,
+                )
+                if connection.execute(epoch).rowcount == 1:  # further than any attempt before
+                    connection.execute(sa.update(LEASES).where(LEASES.c.trial_id == lease.trial_id).values(attempts=0))
+                connection.execute(reported.on_conflict_do_nothing())
+
+        retrying(once)
+
+    def finish(
+        self,
+        lease: Lease,
+        state: TrialState,
+        value: float | None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Settle the trial: its value, attributes and state; its checkpoint goes.
+
+        Raises:
+            LeaseLost: nothing was stored.
+        """
+
+        def once() -> None:
+            with self.engine.begin() as connection:
+                self.fence(connection, lease, expires_at=0.0, attempts=0)
+                if not self._settle(connection, lease.trial_id, state):
+                    mine = connection.execute(
+                        sa.select(TRIALS.c.state).where(TRIALS.c.trial_id == lease.trial_id)
+                    ).scalar_one_or_none()
+                    if mine == state:  # an earlier try was committed before its connection broke
+                        return
+                    raise LeaseLost(f"trial {lease.number} was settled or deleted by somebody else")
+                if value is not None:
+                    row = {"objective": 0, "value": value, "value_type": VALUE_TYPE.FINITE}
+                    connection.execute(sa.insert(TRIAL_VALUES).values(trial_id=lease.trial_id, **row))
+                self._set_attributes(connection, lease.trial_id, attributes or {})
+
+        retrying(once)
+
+    def release(self, lease: Lease, error: str | None = None) -> None:
+        """Give the trial back, claimable at once. With an `error` the attempt counts as failed, and the last of
+        `max_attempts` such attempts in a row fails the trial. Does nothing if the lease is lost already.
+        """
+
+        def once() -> None:
+            with self.engine.begin() as connection, suppress(LeaseLost):
+                # Asked to stop: not the trial's fault.
+                spared = sa.case((LEASES.c.attempts > 0, LEASES.c.attempts - 1), else_=0)
+                attempts = spared if error is None else LEASES.c.attempts
+                self.fence(connection, lease, expires_at=0.0, attempts=attempts, last_error=error)
+                if error is None:
+                    return
+                tried = sa.select(LEASES.c.attempts).where(LEASES.c.trial_id == lease.trial_id)
+                if connection.execute(tried).scalar_one() >= self.max_attempts:
+                    self._fail(connection, lease.trial_id, error)
+
+        retrying(once)
+
+    def fail(self, lease: Lease, error: str) -> None:
+        """Fail the trial for good: an error that another attempt would only repeat."""
+
+        def once() -> None:
+            with self.engine.begin() as connection, suppress(LeaseLost):
+                self.fence(connection, lease, expires_at=0.0, last_error=error)
+                self._fail(connection, lease.trial_id, error)
+
+        retrying(once)
+
+    def unfinished(self) -> int:
+        query = sa.select(sa.func.count()).select_from(TRIALS)
+        query = query.where(TRIALS.c.study_id == self.study_id, TRIALS.c.state.in_(UNFINISHED))
+
+        return self._count(query)
+
+    def epochs_done(self, trial_id: int) -> int:
+        """The furthest epoch that any attempt at the trial has stored."""
+        query = sa.select(sa.func.coalesce(sa.func.max(EPOCHS.c.epoch), 0)).where(EPOCHS.c.trial_id == trial_id)
+
+        return self._count(query)
+
+    def _count(self, query: sa.Select[Any]) -> int:
+        def once() -> int:
+            with self.engine.connect() as connection:
+                return int(connection.scalar(query) or 0)
+
+        return retrying(once)
+
+    def _settle(self, connection: sa.Connection, trial_id: int, state: TrialState) -> bool:
+        running = sa.and_(TRIALS.c.trial_id == trial_id, TRIALS.c.state.in_(UNFINISHED))
+        done = connection.execute(sa.update(TRIALS).where(running).values(state=state, datetime_complete=_utc()))
+        connection.execute(sa.delete(CHECKPOINTS).where(CHECKPOINTS.c.trial_id == trial_id))
+        return done.rowcount == 1
+
+    def _fail(self, connection: sa.Connection, trial_id: int, error: str) -> None:
+        if self._settle(connection, trial_id, TrialState.FAIL):
+            self._set_attributes(connection, trial_id, {"error": error})
+
+    def _set_attributes(self, connection: sa.Connection, trial_id: int, attributes: Mapping[str, Any]) -> None:
+        for key, value in attributes.items():
+            insert = upsert(self.engine, TRIAL_ATTRS).values(trial_id=trial_id, key=key, value_json=json.dumps(value))
+            again = {"value_json": insert.excluded.value_json}
+            connection.execute(insert.on_conflict_do_update(index_elements=["trial_id", "key"], set_=again))
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial in somebody's hands, for those who watch."""
+
+    number: int
+    owner: str
+    epoch: int
+    accuracy: float | None
+    """The best so far."""
+    lease_seconds_left: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    states: dict[str, int]
+    """Trials by state: waiting, running, complete, pruned, failed."""
+    running: tuple[Running, ...]
+    epochs: int
+    """Epochs stored for all trials that are not settled."""
+    best: float | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.states.values())
+
+    @property
+    def settled(self) -> int:
+        return self.states["complete"] + self.states["pruned"] + self.states["failed"]
+
+
+STATE_NAMES = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
+def progress(engine: sa.Engine, study_id: int) -> Progress:
+    """How far a study is, in three small queries."""
+    of_study = TRIALS.c.study_id == study_id
+    by_state = sa.select(TRIALS.c.state, sa.func.count()).where(of_study).group_by(TRIALS.c.state)
+    left = LEASES.c.expires_at - now(engine)
+    held = (
+        sa.select(
+            TRIALS.c.number,
+            LEASES.c.owner,
+            left.label("left"),
+            sa.func.coalesce(sa.func.max(EPOCHS.c.epoch), 0).label("epoch"),
+            sa.func.max(EPOCHS.c.accuracy).label("accuracy"),
+        )
+        .select_from(
+            TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id).outerjoin(
+                EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id
+            )
+        )
+        .where(of_study, TRIALS.c.state == TrialState.RUNNING)
+        .group_by(TRIALS.c.number, LEASES.c.owner, LEASES.c.expires_at)
+        .order_by(TRIALS.c.number)
+    )
+    complete = sa.and_(of_study, TRIALS.c.state == TrialState.COMPLETE)
+    best = sa.select(sa.func.max(TRIAL_VALUES.c.value)).select_from(TRIALS.join(TRIAL_VALUES)).where(complete)
+    with engine.connect() as connection:
+        counts = dict.fromkeys(STATE_NAMES.values(), 0)
+        counts |= {STATE_NAMES[state]: count for state, count in connection.execute(by_state)}
+        rows = connection.execute(held).all()
+        value = connection.execute(best).scalar_one()
+    live = tuple(Running(r.number, r.owner, r.epoch, r.accuracy, r.left) for r in rows if (r.left or 0) > 0)
+    return Progress(counts, live, sum(r.epoch for r in rows), value)
+
+
+def epoch_rows(engine: sa.Engine, study_id: int) -> dict[int, list[dict[str, Any]]]:
+    """The stored epochs of every trial of a study: number to rows of `trial_epochs`, in order."""
+    query = (
+        sa.select(TRIALS.c.number, *[column for column in EPOCHS.c if column.name != "trial_id"])
+        .select_from(TRIALS.join(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id))
+        .where(TRIALS.c.study_id == study_id)
+        .order_by(TRIALS.c.number, EPOCHS.c.epoch)
+    )
+    found: dict[int, list[dict[str, Any]]] = {}
+    with engine.connect() as connection:
+        for row in connection.execute(query).mappings():
+            cells = dict(row)
+            found.setdefault(cells.pop("number"), []).append(cells)
+    return found
+
+
+def last_errors(engine: sa.Engine, study_id: int) -> dict[int, str]:
+    """Trial number to the error of its last failed attempt, where there is one."""
+    query = (
+        sa.select(TRIALS.c.number, LEASES.c.last_error)
+        .select_from(TRIALS.join(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
+        .where(TRIALS.c.study_id == study_id, LEASES.c.last_error.is_not(None))
+        .order_by(TRIALS.c.number)
+    )
+    with engine.connect() as connection:
+        return dict(connection.execute(query).tuples().all())
+
+
+def _utc() -> datetime:
+    """Optuna's way of storing a time: UTC without saying so."""
+    return datetime.now(UTC).replace(tzinfo=None)

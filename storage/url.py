@@ -1,0 +1,52 @@
+"""Database URLs: parsed, corrected, and redacted before anyone sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from storage.errors import UserError
+
+DEFAULT = "sqlite:///study.db"
+
+
+def parse(text: str) -> URL:
+    """The URL meant by `text`; `postgres://` and `postgresql://` become `postgresql+psycopg://`.
+
+    Raises:
+        UserError: a path where a URL is meant, an unreadable URL, or a database that is neither SQLite nor PostgreSQL.
+    """
+    if "://" not in text:
+        raise UserError(f"a storage is a URL, got {text!r}; for a file write sqlite:///{text or 'study.db'}")
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        # Not even the text is shown: what cannot be parsed cannot be redacted.
+        raise UserError(
+            "unreadable storage URL; write sqlite:///FILE or postgresql://USER@HOST:PORT/DATABASE"
+        ) from None
+    backend, _, driver = url.drivername.partition("+")
+    if backend == "sqlite" and driver in ("", "pysqlite"):
+        if not url.database or url.database == ":memory:":
+            raise UserError(f"a study needs a file that its workers share, got {text!r}; write sqlite:///study.db")
+        if url.host:
+            raise UserError(f"a SQLite URL has three slashes, got {text!r}; write sqlite:///{url.host}/{url.database}")
+        return url.set(drivername="sqlite")
+    if backend in ("postgres", "postgresql") and driver in ("", "psycopg", "psycopg2"):
+        if not url.database:
+            raise UserError(f"the storage URL names no database: {redact(url)}; write …/DATABASE")
+        return url.set(drivername="postgresql+psycopg")
+    raise UserError(f"a storage is sqlite:///FILE or postgresql://…, got {url.drivername}://")
+
+
+def redact(url: URL) -> str:
+    """The URL as it may be shown: no password, neither before the host nor among the options."""
+    shown = url.difference_update_query([key for key in url.query if "pass" in key.lower()])
+    return shown.render_as_string(hide_password=True)
+
+
+def file_of(url: URL) -> Path | None:
+    """The file behind a SQLite URL."""
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
