@@ -1,0 +1,394 @@
+"""What a study is: frozen, validated, and the same on every machine that works on it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from storage.errors import UserError
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Range(Part):
+    """An interval that a sampler draws from: `{low = 0.001, high = 0.1, log = true}`."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+    @model_validator(mode="after")
+    def _is_an_interval(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low:g} and {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range starts above 0, got {self.low:g}")
+        if self.step is not None and (self.log or self.step <= 0):
+            raise ValueError("step must be above 0 and does not go with log")
+        return self
+
+
+def _searchable(kind: type[int] | type[float] | type[str], rule: str, holds: Callable[[Any], bool]) -> Any:
+    """A field that is one value, a list of values (each tried), or a Range (sampled); all obey `rule`."""
+
+    def one(value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, str) if kind is str else number
+        if not fits or (kind is int and value != int(value)) or not holds(value):
+            raise ValueError(f"must be {rule}, got {value!r}")
+        return kind(value)
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            parsed = tuple(one(each) for each in value)
+            if not parsed or len(set(parsed)) < len(parsed):
+                raise ValueError(f"a list needs at least one value and no value twice, got {list(parsed)}")
+            return parsed
+        if isinstance(value, Mapping | Range) and kind is not str:
+            span = value if isinstance(value, Range) else Range.model_validate(dict(value))
+            one(kind(span.low)), one(kind(span.high))
+            if kind is int and any(edge not in (None, int(edge or 0)) for edge in (span.low, span.high, span.step)):
+                raise ValueError("a range of whole numbers needs whole low, high and step")
+            return span
+        return one(value)
+
+    return BeforeValidator(parse)
+
+
+Integer = int | tuple[int, ...] | Range
+Real = float | tuple[float, ...] | Range
+POLICIES = ("dynamic", "static", "full", "fresh")
+
+_count = _searchable(int, "a whole number of at least 1", lambda v: v >= 1)
+_positive = _searchable(float, "a number above 0", lambda v: v > 0)
+_not_negative = _searchable(float, "a number of at least 0", lambda v: v >= 0)
+_fraction = _searchable(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
+_policy = _searchable(str, f"one of {', '.join(POLICIES)}", lambda v: v in POLICIES)
+
+
+class Data(Part):
+    """Which images, and which of them validate."""
+
+    name: Literal["digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "imagefolder"] = "digits"
+    protocol: Literal["holdout", "paper"] = "holdout"
+    """`holdout`: a stratified part of the training split validates and the test split stays untouched.
+    `paper`: the test split validates, as in the paper; such numbers are selected on the test split."""
+    holdout: float = Field(default=0.1, gt=0, lt=1)
+    """Fraction of the training split that validates under the `holdout` protocol."""
+    train_images: int | None = Field(default=None, ge=1)
+    """Use only this many training images (stratified), after the holdout is taken. None: all."""
+    augment: bool = False
+    """Random horizontal flip and 4-pixel shift."""
+
+
+class Network(Part):
+    """The CNN of Table 1."""
+
+    width: float = Field(default=1.0, gt=0, le=8)
+    norm: Literal["batch", "none"] = "batch"
+
+
+class Policy(Part):
+    """Which images an epoch trains on (paper, section 3)."""
+
+    name: Annotated[str | tuple[str, ...], _policy] = "dynamic"
+    alpha: Annotated[Integer | None, _count] = None
+    """Images an epoch. Needed by every policy but `full`."""
+    beta: Annotated[Real, _fraction] = 0.5
+    """Fraction of alpha that is exchanged."""
+    delta: Annotated[Real, _not_negative] = 0.01
+    """Accuracy gain, as a fraction in [0, 1], up to which an improvement counts as a stall."""
+    gamma: Annotated[Real, _fraction] = 0.97
+    """Decay of beta in the epoch number (equation 3)."""
+    decay: Literal["type2", "both"] = "type2"
+    """Which kind of resampling the decay applies to; the paper's wording says type II."""
+
+
+class Training(Part):
+    epochs: Annotated[Integer, _count] = 200
+    batch_size: Annotated[Integer, _count] = 512
+    lr: Annotated[Real, _positive] = 0.001
+    weight_decay: Annotated[Real, _not_negative] = 0.0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 autocast where the processor multiplies bf16 natively, else fp32."""
+    deterministic: bool = True
+
+
+class GridSampler(Part):
+    kind: Literal["grid"] = "grid"
+
+
+class RandomSampler(Part):
+    kind: Literal["random"]
+
+
+class TPESampler(Part):
+    kind: Literal["tpe"]
+    n_startup_trials: int = Field(default=10, ge=1)
+    n_ei_candidates: int = Field(default=24, ge=1)
+    multivariate: bool = False
+    constant_liar: bool = True
+
+
+class GPSampler(Part):
+    kind: Literal["gp"]
+    n_startup_trials: int = Field(default=10, ge=1)
+
+
+class CmaEsSampler(Part):
+    kind: Literal["cma-es"]
+    n_startup_trials: int = Field(default=1, ge=1)
+    sigma0: float | None = Field(default=None, gt=0)
+
+
+class QMCSampler(Part):
+    kind: Literal["qmc"]
+    qmc_type: Literal["sobol", "halton"] = "sobol"
+    scramble: bool = True
+
+
+Sampler = GridSampler | RandomSampler | TPESampler | GPSampler | CmaEsSampler | QMCSampler
+_a_bare_kind = BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+
+
+class Search(Part):
+    sampler: Annotated[Annotated[Sampler, Field(discriminator="kind")], _a_bare_kind] = GridSampler()
+    trials: int | None = Field(default=None, ge=1)
+    """Trials in all; for every sampler but grid, whose cells are counted from the lists."""
+    replicates: int = Field(default=1, ge=1)
+    """Grid only: every cell is run with this many seeds."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class NoPruner(Part):
+    kind: Literal["none"] = "none"
+
+
+class MedianPruner(Part):
+    kind: Literal["median"]
+    n_startup_trials: int = Field(default=5, ge=0)
+    n_warmup_steps: int = Field(default=0, ge=0)
+    interval_steps: int = Field(default=1, ge=1)
+    n_min_trials: int = Field(default=1, ge=1)
+
+
+class PercentilePruner(Part):
+    kind: Literal["percentile"]
+    percentile: float = Field(default=25.0, ge=0, le=100)
+    n_startup_trials: int = Field(default=5, ge=0)
+    n_warmup_steps: int = Field(default=0, ge=0)
+    interval_steps: int = Field(default=1, ge=1)
+    n_min_trials: int = Field(default=1, ge=1)
+
+
+class SuccessiveHalvingPruner(Part):
+    kind: Literal["successive-halving"]
+    min_resource: int | Literal["auto"] = "auto"
+    reduction_factor: int = Field(default=4, ge=2)
+    min_early_stopping_rate: int = Field(default=0, ge=0)
+    bootstrap_count: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _resource(self) -> SuccessiveHalvingPruner:
+        if isinstance(self.min_resource, int) and self.min_resource < 1:
+            raise ValueError(f"min_resource must be at least 1, got {self.min_resource}")
+        if self.bootstrap_count and self.min_resource == "auto":
+            raise ValueError("bootstrap_count needs a min_resource in epochs, not 'auto'")
+        return self
+
+
+class HyperbandPruner(Part):
+    kind: Literal["hyperband"]
+    min_resource: int = Field(default=1, ge=1)
+    reduction_factor: int = Field(default=3, ge=2)
+    bootstrap_count: int = Field(default=0, ge=0)
+
+
+class PatientPruner(Part):
+    """Prunes a trial whose best accuracy has not risen by min_delta for `patience` epochs."""
+
+    kind: Literal["patient"]
+    patience: int = Field(default=10, ge=0)
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+Pruner = NoPruner | MedianPruner | PercentilePruner | SuccessiveHalvingPruner | HyperbandPruner | PatientPruner
+
+
+class Checkpoint(Part):
+    every_seconds: float = Field(default=30.0, ge=0)
+    """Seconds between checkpoints; longer where they would cost more than 1 % of the time."""
+
+
+class Lease(Part):
+    seconds: float = Field(default=60.0, ge=1)
+    """A trial whose worker has been silent for this long may be taken over."""
+    max_attempts: int = Field(default=5, ge=1)
+    """Attempts in a row, none of which got an epoch further, after which a trial is failed."""
+
+
+class StudyConfig(Part):
+    description: str = ""
+    data: Data = Data()
+    network: Network = Network()
+    policy: Policy = Policy()
+    training: Training = Training()
+    search: Search = Search()
+    pruning: Annotated[Annotated[Pruner, Field(discriminator="kind")], _a_bare_kind] = NoPruner()
+    checkpoint: Checkpoint = Checkpoint()
+    lease: Lease = Lease()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StudyConfig:
+        faults = []
+        searched = self.searched()
+        if self.policy.alpha is None and self.policy.name != "full":
+            faults.append("policy.alpha is needed: the number of images an epoch trains on")
+        if self.search.sampler.kind == "grid":
+            ranges = [name for name, value in searched.items() if isinstance(value, Range)]
+            if ranges:
+                faults.append(f"a grid needs lists of values, not ranges: {', '.join(ranges)}")
+            if self.search.trials is not None:
+                faults.append("search.trials does not go with a grid: its cells x search.replicates are the trials")
+        else:
+            if not searched:
+                faults.append(f"nothing to search for sampler {self.search.sampler.kind!r}: give a parameter a range")
+            if self.search.trials is None:
+                faults.append(f"search.trials is needed for sampler {self.search.sampler.kind!r}")
+            if self.search.replicates != 1:
+                faults.append("search.replicates is for grids")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def searchable(self) -> dict[str, Any]:
+        """Every parameter that a trial may vary: its short name and its value, list or Range."""
+        policy, training = self.policy, self.training
+        return {
+            "policy": policy.name,
+            "alpha": policy.alpha,
+            "beta": policy.beta,
+            "delta": policy.delta,
+            "gamma": policy.gamma,
+            "epochs": training.epochs,
+            "batch_size": training.batch_size,
+            "lr": training.lr,
+            "weight_decay": training.weight_decay,
+        }
+
+    def searched(self) -> dict[str, Any]:
+        """Those of them that this study does vary."""
+        return {name: value for name, value in self.searchable().items() if isinstance(value, tuple | Range)}
+
+
+def _leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in model.items():
+        if isinstance(value, Mapping) and not {"low", "high"} <= value.keys():
+            flat |= _leaves(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differences(ours: StudyConfig, theirs: StudyConfig) -> list[str]:
+    """What differs, as `key: ours, theirs` lines."""
+    a, b = _leaves(ours.model_dump()), _leaves(theirs.model_dump())
+    return [f"{key}: {a.get(key)} != {b.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+def preset_names() -> list[str]:
+    files = resources.files("study.presets").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def preset_text(name: str) -> str:
+    if name not in preset_names():
+        raise UserError(
+            f"no preset {name!r}{_did_you_mean(name, preset_names())}; presets: {', '.join(preset_names())}"
+        )
+    return (resources.files("study.presets") / f"{name}.toml").read_text()
+
+
+def load_config(preset: str, assignments: Iterable[str] = ()) -> StudyConfig:
+    """A preset with `section.key=value` assignments laid over it.
+
+    Raises:
+        UserError: an unknown preset, key or value; all faults in one sentence.
+    """
+    tree = tomllib.loads(preset_text(preset))
+    for assignment in assignments:
+        _assign(tree, assignment)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> StudyConfig:
+    try:
+        return StudyConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(_sentence(fault) for fault in error.errors())) from None
+
+
+def _assign(tree: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set takes section.key=value, got {assignment!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word: data.name=imagefolder
+    for key in keys[:-1]:
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise UserError(f"--set {path}: {key} is a value, not a section")
+        tree = below
+    # Another kind of sampler or pruner has other parameters: those of the preset's kind go.
+    if keys[-1] == "kind" and tree.get("kind") != value:
+        tree.clear()
+    tree[keys[-1]] = value
+
+
+def _sentence(fault: Any) -> str:
+    kinds = {"grid", "random", "tpe", "gp", "cma-es", "qmc", "none", "median", "percentile"}
+    kinds |= {"successive-halving", "hyperband", "patient"}
+    location = [str(key) for key in fault["loc"] if str(key) not in kinds | {"int", "float", "str", "Range"}]
+    where = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {where}{_did_you_mean(location[-1], _known_keys(location[:-1]))}"
+    if fault["type"] == "union_tag_invalid":
+        context = fault["ctx"]
+        expected = context["expected_tags"].replace("'", "")
+        return f"{where}.kind must be one of {expected}, got {context['tag']!r}"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message.removeprefix("Input should be ").replace("'", "")
+    if message != fault["msg"] and fault["type"] != "value_error":
+        message = f"must be {message}, got {fault['input']!r}"
+    return f"{where}: {message}" if where else message
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    model: Any = StudyConfig
+    for key in path:
+        field = model.model_fields.get(key) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        model = field.annotation
+    if hasattr(model, "model_fields"):
+        return list(model.model_fields)
+    members = getattr(model, "__args__", ())
+    return sorted({name for member in members for name in getattr(member, "model_fields", ())})
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

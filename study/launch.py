@@ -1,0 +1,228 @@
+"""The workers of this machine: one process a device, watched, replaced when they die, ended together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from storage import queue
+from storage.connect import open_storage
+from storage.errors import UserError
+from study import space
+from study.plan import load_study
+
+SUPERVISED = "STUDY_SUPERVISED"
+"""In the environment of a launcher's workers: they end when it does."""
+STOPPED = 130
+"""A worker's exit code when it was asked to stop."""
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 10.0
+MOST_DEATHS_IN_A_ROW = 3
+
+
+def devices_here(wanted: str, workers: int | None) -> list[str]:
+    """One device a worker: all CUDA devices for `auto` and `cuda` (CUDA_VISIBLE_DEVICES counts), else the one there is.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    from study.training.trainer import pick_device
+
+    try:
+        device = pick_device(wanted)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if device.type == "cuda" and device.index is None:
+        import torch
+
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    else:
+        found = [str(device)]
+    return [found[i % len(found)] for i in range(workers or len(found))]
+
+
+@dataclass
+class _Worker:
+    device: str
+    process: subprocess.Popen[str]
+
+
+class Fleet:
+    """The worker processes of this machine and what they say."""
+
+    def __init__(
+        self, name: str, storage_url: str, devices: Sequence[str], data_root: str | None, console: Console
+    ) -> None:
+        self.name, self.storage_url, self.data_root, self.console = name, storage_url, data_root, console
+        self.threads = max(1, (os.cpu_count() or 1) // len(devices))
+        self.deaths = 0
+        self.last_words: list[str] = []
+        self.workers = [self._start(device) for device in devices]
+
+    def _start(self, device: str) -> _Worker:
+        # The URL, which may hold a password, goes by the environment: arguments are for all to see.
+        environment = os.environ | {"STUDY_STORAGE": self.storage_url, SUPERVISED: "1"}
+        if device == "cpu":
+            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
+        command = [sys.executable, "-m", "study", "worker", self.name, "--device", device]
+        if self.data_root is not None:
+            command += ["--data-root", self.data_root]
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
+        )
+        threading.Thread(target=self._relay, args=(process,), daemon=True).start()
+        return _Worker(device, process)
+
+    def _relay(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            self.last_words = [*self.last_words[-19:], line.rstrip()]
+            self.console.print(line.rstrip(), markup=False, highlight=False, style="dim")
+
+    def tend(self) -> bool:
+        """Replace the workers that died; whether any is left.
+
+        Raises:
+            UserError: a worker refused to work (its line says why), or workers die as fast as they start.
+        """
+        for worker in list(self.workers):
+            code = worker.process.poll()
+            if code is None:
+                continue
+            self.workers.remove(worker)
+            if code == 2:
+                time.sleep(0.2)  # let its last line arrive
+                raise UserError(next(reversed(self.last_words), "a worker refused to start").removeprefix("study: "))
+            if code in (0, STOPPED):
+                continue
+            self.deaths += 1
+            self.console.print(f"a worker on {worker.device} died (exit code {code}); starting another", style="yellow")
+            if self.deaths > MOST_DEATHS_IN_A_ROW:
+                raise UserError(
+                    f"{self.deaths} workers in a row died before they settled a trial, the last with exit code {code}: "
+                    f"{' | '.join(self.last_words[-3:])}"
+                )
+            self.workers.append(self._start(worker.device))
+        return bool(self.workers)
+
+    def stop(self) -> None:
+        """Ask all workers to give their trials back and end; kill those that have not after a while."""
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                worker.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        for worker in self.workers:
+            try:
+                worker.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+        self.workers.clear()
+
+
+def run(name: str, storage_url: str, devices: Sequence[str], data_root: str | None, console: Console) -> None:
+    """Work on a study with this machine's devices until it is settled.
+
+    Raises:
+        UserError: the study or the data are not to be had.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once the workers have given their trials back.
+    """
+    storage = open_storage(storage_url, create=False, reading=True)
+    study, config = load_study(storage, name)
+    display = Display(console, storage, study, space.most_epochs(config))
+    if display.settled:
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    fleet = Fleet(name, storage_url, devices, data_root, console)
+    try:
+        with display.bars:
+            while fleet.tend():
+                if display.update():
+                    fleet.deaths = 0
+                time.sleep(POLL_SECONDS)
+            display.update()
+    finally:
+        fleet.stop()
+
+
+class Display:
+    """How far a study is: progress bars on a terminal, and everywhere a line for each trial that is settled."""
+
+    def __init__(self, console: Console, storage: RDBStorage, study: optuna.Study, epochs: int) -> None:
+        self.storage, self.study, self.epochs = storage, study, epochs
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            # Work is uneven (pruned trials end early), so the estimate looks far back.
+            speed_estimate_period=600,
+        )
+        self.console = console
+        now = queue.progress(storage.engine, study._study_id)
+        self.told = {trial.number for trial in self._finished()}
+        self.settled = now.settled == now.total
+        done = now.settled * epochs + now.epochs
+        self.total = self.bars.add_task(study.study_name, total=now.total * epochs, completed=done, note="")
+        self.trials: dict[int, TaskID] = {}
+
+    def _finished(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=queue.FINISHED)
+
+    def update(self) -> bool:
+        """Show what is new; whether a trial was settled since the last call."""
+        now = queue.progress(self.storage.engine, self.study._study_id)
+        best = f", best {now.best:.4f}" if now.best is not None else ""
+        note = f"{now.settled}/{now.total} trials{best}"
+        self.bars.update(self.total, completed=now.settled * self.epochs + now.epochs, note=note)
+        running = {trial.number: trial for trial in now.running}
+        for number in self.trials.keys() - running.keys():
+            self.bars.remove_task(self.trials.pop(number))
+        for number, trial in running.items():
+            if number not in self.trials:
+                self.trials[number] = self.bars.add_task(f"  trial {number}", total=self.epochs, note="")
+            note = f"epoch {trial.epoch}" + (f", best {trial.accuracy:.4f}" if trial.accuracy is not None else "")
+            self.bars.update(self.trials[number], completed=trial.epoch, note=note)
+        if now.settled == len(self.told):
+            return False
+        for done in self._finished():
+            if done.number not in self.told:
+                self.told.add(done.number)
+                self.console.print(_line(done, now.total), highlight=False, markup=False)
+        return True
+
+
+def _line(trial: FrozenTrial, total: int) -> str:
+    state = queue.STATE_NAMES[trial.state]
+    chosen = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
+    )
+    start = f"trial {trial.number:>{len(str(total - 1))}} {state:<8} {chosen}"
+    if trial.value is None:
+        return f"{start}: {trial.user_attrs.get('error', 'no value')}"
+    attributes = trial.user_attrs
+    return (
+        f"{start}: accuracy {trial.value:.4f} (epoch {attributes['best_epoch']} of {attributes['epochs']}, "
+        f"{attributes['train_seconds'] + attributes['validation_seconds']:.1f} s)"
+    )

@@ -1,0 +1,84 @@
+"""Lays a study down in a database, once, and finds it again: its config, its data's fingerprint, its tickets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import optuna
+from optuna.storages import RDBStorage
+
+from storage.errors import UserError
+from storage.queue import lay
+from study import space
+from study.config import StudyConfig, differences, parse_config
+from study.training import data as datasets
+
+PROTOCOLS = {
+    "paper": "paper: the test split validates, so it chose the best epoch too",
+    "holdout": "holdout: a part of the training split validates, the test split is untouched",
+}
+
+
+def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfig]:
+    """An existing study of ours and its config.
+
+    Raises:
+        UserError: no study of that name (with the names there are), or one that this program did not lay down.
+    """
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        names = sorted(optuna.get_all_study_names(storage))
+        there = f"studies there: {', '.join(names)}" if names else "there are none yet"
+        raise UserError(f"no study {name!r} in this storage; {there}") from None
+    config = study.user_attrs.get("config")
+    if config is None:
+        raise UserError(f"the study {name!r} was not laid down by `study launch`: it has no config")
+    return study, parse_config(config)
+
+
+def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, fingerprint: str) -> bool:
+    """Create the study and its tickets, or find them; whether there was anything new.
+
+    Raises:
+        UserError: the study exists with another config or other data, and what differs.
+    """
+    existed = name in optuna.get_all_study_names(storage)
+    study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+    attributes = {
+        "config": config.model_dump(mode="json"),
+        "preset": preset,
+        "data_fingerprint": fingerprint,
+        "protocol": PROTOCOLS[config.data.protocol],
+    }
+    found = study.user_attrs
+    if not found and study.get_trials(deepcopy=False):
+        raise UserError(f"the study {name!r} was not laid down by `study launch`; choose another --name")
+    if not found:
+        found = lay(storage.engine, study._study_id, attributes, space.tickets(config))
+    theirs = parse_config(found["config"])
+    if theirs != config:
+        changed = "; ".join(differences(config, theirs))
+        raise UserError(
+            f"the study {name!r} exists with another config (asked != stored): {changed}; choose another --name"
+        )
+    if found["data_fingerprint"] != fingerprint:
+        raise UserError(
+            f"the data here (fingerprint {fingerprint[:16]}) are not those of the study {name!r} "
+            f"({found['data_fingerprint'][:16]}); use the same images or choose another --name"
+        )
+    lay(storage.engine, study._study_id, attributes, space.tickets(config))
+    return not existed
+
+
+def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -> str:
+    """The fingerprint of the study's data, once they are here and every alpha fits them.
+
+    Raises:
+        UserError, DataError: the data or an alpha cannot be used.
+    """
+    part = config.data
+    dataset = datasets.load(part.name, root, say)
+    split = datasets.split(dataset, part.protocol, holdout=part.holdout, train_images=part.train_images)
+    space.check_alpha(config, len(split.train_labels))
+    return dataset.fingerprint
