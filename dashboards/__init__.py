@@ -1,0 +1,1 @@
+"""Reads studies and shows them; never trains."""
