@@ -278,14 +278,14 @@ class Queue:
             with self.engine.begin() as connection:
                 self.fence(connection, lease)
                 epoch = upsert(self.engine, EPOCHS).values(trial_id=lease.trial_id, **row).on_conflict_do_nothing()
-                stored, kind = (report, REPORT_TYPE.FINITE)
                 reported = upsert(self.engine, REPORTS).values(
                     trial_id=lease.trial_id,
                     step=row["epoch"],
-                    intermediate_value=stored,
-                    intermediate_value_type=kind,
+                    intermediate_value=report,
+                    intermediate_value_type=REPORT_TYPE.FINITE,
                 )
-                if connection.execute(epoch).rowcount == 1:  # further than any attempt before
+                # Further than any attempt before: the attempts are counted anew.
+                if connection.scalar(epoch.returning(EPOCHS.c.epoch)) is not None:
                     connection.execute(sa.update(LEASES).where(LEASES.c.trial_id == lease.trial_id).values(attempts=0))
                 connection.execute(reported.on_conflict_do_nothing())
 
@@ -384,106 +384,6 @@ class Queue:
             insert = upsert(self.engine, TRIAL_ATTRS).values(trial_id=trial_id, key=key, value_json=json.dumps(value))
             again = {"value_json": insert.excluded.value_json}
             connection.execute(insert.on_conflict_do_update(index_elements=["trial_id", "key"], set_=again))
-
-
-@dataclass(frozen=True)
-class Running:
-    """A trial in somebody's hands, for those who watch."""
-
-    number: int
-    owner: str
-    epoch: int
-    accuracy: float | None
-    """The best so far."""
-    lease_seconds_left: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    states: dict[str, int]
-    """Trials by state: waiting, running, complete, pruned, failed."""
-    running: tuple[Running, ...]
-    epochs: int
-    """Epochs stored for all trials that are not settled."""
-    best: float | None
-
-    @property
-    def total(self) -> int:
-        return sum(self.states.values())
-
-    @property
-    def settled(self) -> int:
-        return self.states["complete"] + self.states["pruned"] + self.states["failed"]
-
-
-STATE_NAMES = {
-    TrialState.WAITING: "waiting",
-    TrialState.RUNNING: "running",
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-}
-
-
-def progress(engine: sa.Engine, study_id: int) -> Progress:
-    """How far a study is, in three small queries."""
-    of_study = TRIALS.c.study_id == study_id
-    by_state = sa.select(TRIALS.c.state, sa.func.count()).where(of_study).group_by(TRIALS.c.state)
-    left = LEASES.c.expires_at - now(engine)
-    held = (
-        sa.select(
-            TRIALS.c.number,
-            LEASES.c.owner,
-            left.label("left"),
-            sa.func.coalesce(sa.func.max(EPOCHS.c.epoch), 0).label("epoch"),
-            sa.func.max(EPOCHS.c.accuracy).label("accuracy"),
-        )
-        .select_from(
-            TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id).outerjoin(
-                EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id
-            )
-        )
-        .where(of_study, TRIALS.c.state == TrialState.RUNNING)
-        .group_by(TRIALS.c.number, LEASES.c.owner, LEASES.c.expires_at)
-        .order_by(TRIALS.c.number)
-    )
-    complete = sa.and_(of_study, TRIALS.c.state == TrialState.COMPLETE)
-    best = sa.select(sa.func.max(TRIAL_VALUES.c.value)).select_from(TRIALS.join(TRIAL_VALUES)).where(complete)
-    with engine.connect() as connection:
-        counts = dict.fromkeys(STATE_NAMES.values(), 0)
-        counts |= {STATE_NAMES[state]: count for state, count in connection.execute(by_state)}
-        rows = connection.execute(held).all()
-        value = connection.execute(best).scalar_one()
-    live = tuple(Running(r.number, r.owner, r.epoch, r.accuracy, r.left) for r in rows if (r.left or 0) > 0)
-    return Progress(counts, live, sum(r.epoch for r in rows), value)
-
-
-def epoch_rows(engine: sa.Engine, study_id: int) -> dict[int, list[dict[str, Any]]]:
-    """The stored epochs of every trial of a study: number to rows of `trial_epochs`, in order."""
-    query = (
-        sa.select(TRIALS.c.number, *[column for column in EPOCHS.c if column.name != "trial_id"])
-        .select_from(TRIALS.join(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id))
-        .where(TRIALS.c.study_id == study_id)
-        .order_by(TRIALS.c.number, EPOCHS.c.epoch)
-    )
-    found: dict[int, list[dict[str, Any]]] = {}
-    with engine.connect() as connection:
-        for row in connection.execute(query).mappings():
-            cells = dict(row)
-            found.setdefault(cells.pop("number"), []).append(cells)
-    return found
-
-
-def last_errors(engine: sa.Engine, study_id: int) -> dict[int, str]:
-    """Trial number to the error of its last failed attempt, where there is one."""
-    query = (
-        sa.select(TRIALS.c.number, LEASES.c.last_error)
-        .select_from(TRIALS.join(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
-        .where(TRIALS.c.study_id == study_id, LEASES.c.last_error.is_not(None))
-        .order_by(TRIALS.c.number)
-    )
-    with engine.connect() as connection:
-        return dict(connection.execute(query).tuples().all())
 
 
 def _utc() -> datetime:

