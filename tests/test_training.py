@@ -1,0 +1,180 @@
+"""The network, the batches and the trainer: sizes, exactness of resume, and that it learns."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from study.training import data as datasets
+from study.training.augment import Jitter, gather
+from study.training.network import CNN
+from study.training.policies import make_policy
+from study.training.seeds import generator
+from study.training.trainer import Diverged, EpochResult, OnDevice, Trainer, be_deterministic
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits() -> OnDevice:
+    be_deterministic(True)
+    return OnDevice.of(datasets.split(datasets.load("digits"), "holdout", holdout=0.25), CPU)
+
+
+def trainer(digits: OnDevice, policy: str = "dynamic", seed: int = 0, **options: Any) -> Trainer:
+    settings: dict[str, Any] = {"epochs": 4, "batch_size": 64, "lr": 0.002, "width": 0.25} | options
+    return Trainer(digits, make_policy(policy, len(digits.train_labels), seed, alpha=300), seed, **settings)
+
+
+def epochs(trainer: Trainer) -> list[EpochResult]:
+    return [result for result in trainer.run() if result is not None]
+
+
+def numbers(results: list[EpochResult]) -> list[tuple[Any, ...]]:
+    """All of a result that is not a time."""
+    return [(r.epoch, r.accuracy, r.loss, r.images, r.resampling) for r in results]
+
+
+def test_network_walks_the_sizes_of_table_1() -> None:
+    network = CNN(10, generator(0, "weights"))
+    sizes, image = [32], torch.zeros(2, 3, 32, 32)
+    for layer in network.features:
+        image = layer(image)
+        if image.ndim == 4 and image.shape[-1] != sizes[-1]:
+            sizes.append(image.shape[-1])
+    assert sizes == [32, 16, 8, 4, 2, 1]
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 17
+    assert sum(p.numel() for p in network.parameters()) == 1_540_058
+
+
+def test_network_does_86_million_multiply_adds() -> None:
+    network, total = CNN(10, generator(0, "weights")), 0
+
+    def count(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        total += module.weight.numel() * output[0, 0].numel() if output.ndim == 4 else module.weight.numel()  # type: ignore[union-attr, operator]
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    network(torch.zeros(1, 3, 32, 32))
+    assert round(total / 1e6) == 86
+
+
+def test_width_and_norm_shape_the_network() -> None:
+    half = CNN(10, generator(0, "weights"), width=0.5)
+    assert [m.out_channels for m in half.modules() if isinstance(m, nn.Conv2d)][::4] == [16, 32, 32, 72, 72]
+    plain = CNN(10, generator(0, "weights"), norm="none")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+
+
+def test_augmentation_flips_and_shifts_as_drawn() -> None:
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8))
+    index = torch.tensor([3, 1, 3])
+    draws = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 2, -3]], dtype=torch.int8)
+    out = gather(images, index, draws)
+    assert torch.equal(out[0], images[3])
+    assert torch.equal(out[1], images[1].flip(1))
+    assert torch.equal(out[2, :30, 3:], images[3, 2:, :29])
+    assert torch.equal(out[2, 31, 3:], images[3, 29, :29])  # row 33 mirrors to 29
+    assert torch.equal(gather(images, index, None), images[index])
+
+
+def test_jitters_cover_every_flip_and_shift() -> None:
+    draws = Jitter.draw(5000, generator(0, "augment")).draws
+    assert set(draws[:, 0].tolist()) == {0, 1}
+    assert set(draws[:, 1].tolist()) == set(draws[:, 2].tolist()) == set(range(-4, 5))
+
+
+def test_it_learns(digits: OnDevice) -> None:
+    results = epochs(trainer(digits, epochs=10))
+    assert max(result.accuracy for result in results) > 0.7
+    assert results[-1].loss < results[0].loss
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_same_seed_same_bits(digits: OnDevice, augment: bool) -> None:
+    first, second = (trainer(digits, augment=augment) for _ in range(2))
+    assert numbers(epochs(first)) == numbers(epochs(second))
+    other = trainer(digits, seed=1, augment=augment)
+    assert numbers(epochs(other)) != numbers(first.history)
+
+
+def test_same_seed_same_start_whatever_the_policy(digits: OnDevice) -> None:
+    static, dynamic = (trainer(digits, policy, epochs=1) for policy in ("static", "dynamic"))
+    assert all(map(torch.equal, static.network.state_dict().values(), dynamic.network.state_dict().values()))
+    assert numbers(epochs(static))[0][:4] == numbers(epochs(dynamic))[0][:4]
+
+
+@pytest.mark.parametrize("policy", ["full", "static", "fresh", "dynamic"])
+@pytest.mark.parametrize("steps", [1, 5, 6, 12])  # in training, before and after validation, in the third epoch
+def test_resume_equals_not_stopping(digits: OnDevice, policy: str, steps: int) -> None:
+    options: dict[str, Any] = {"augment": True, "epochs": 3, "width": 0.125}
+    whole = trainer(digits, policy, **options)
+    epochs(whole)
+
+    stopped = trainer(digits, policy, **options)
+    for _, _ in zip(range(steps), stopped.run(), strict=False):
+        pass
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    # Another seed, so that nothing can come from anywhere but the state.
+    resumed = trainer(digits, policy, seed=99, **options)
+    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    epochs(resumed)
+
+    assert numbers(resumed.history) == numbers(whole.history)
+    ours, theirs = resumed.network.state_dict(), whole.network.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "steps"),
+    [("shuffles", 6), ("jitters", 6), ("optimizer", 3), ("network", 3), ("policy", 3), ("order", 3), ("loss_sum", 3)],
+)
+def test_the_resume_test_can_fail(digits: OnDevice, forgotten: str, steps: int) -> None:
+    """The control: a state that lacks one thing gives other numbers."""
+    options: dict[str, Any] = {"augment": True, "epochs": 3, "width": 0.125}
+    whole = trainer(digits, **options)
+    epochs(whole)
+    stopped = trainer(digits, **options)
+    for _, _ in zip(range(steps), stopped.run(), strict=False):
+        pass
+    state = stopped.state_dict()
+    resumed = trainer(digits, seed=99, **options)
+    state[forgotten] = resumed.state_dict()[forgotten]
+    resumed.load_state_dict(state)
+    epochs(resumed)
+    assert numbers(resumed.history) != numbers(whole.history)
+
+
+def test_a_diverged_trial_says_so(digits: OnDevice) -> None:
+    broken = trainer(digits)
+    with torch.no_grad():
+        next(broken.network.parameters()).fill_(float("inf"))
+    with pytest.raises(Diverged, match="not finite in epoch 1"):
+        epochs(broken)
+
+
+def test_a_last_batch_of_one_image_trains(digits: OnDevice) -> None:
+    lonely = Trainer(digits, make_policy("static", 1000, 0, alpha=65), 0, epochs=1, batch_size=64, width=0.125)
+    assert epochs(lonely)[0].images == 65
+
+
+def test_bf16_and_fp32_agree_roughly(digits: OnDevice) -> None:
+    """The fast path trains to the same accuracy, not to the same bits."""
+    tops = [max(r.accuracy for r in epochs(trainer(digits, epochs=10, precision=p))) for p in ("bf16", "fp32")]
+    assert abs(tops[0] - tops[1]) < 0.15
+
+
+def test_normalisation_uses_the_exact_statistics(digits: OnDevice) -> None:
+    pixels = digits.train_images.double().reshape(-1, 3)
+    assert torch.allclose(digits.mean.double(), pixels.mean(0), rtol=1e-6)
+    assert torch.allclose(digits.std.double(), pixels.std(0, correction=0), rtol=1e-6)
