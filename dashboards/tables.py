@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from storage import queue
+from storage import progress
 from study.config import StudyConfig
 from study.plan import PROTOCOLS, load_study
 
@@ -61,7 +61,7 @@ class View:
         return max(done, key=lambda row: (row.value or 0.0, -row.number), default=None)
 
     def counts(self) -> dict[str, int]:
-        names = queue.STATE_NAMES.values()
+        names = progress.STATE_NAMES.values()
         return {name: sum(row.state == name for row in self.rows) for name in names}
 
 
@@ -70,8 +70,8 @@ def read(storage: RDBStorage, name: str) -> View:
     UserError: no such study.
     """
     study, config = load_study(storage, name)
-    curves = queue.epoch_rows(storage.engine, study._study_id)
-    errors = queue.last_errors(storage.engine, study._study_id)
+    curves = progress.epoch_rows(storage.engine, study._study_id)
+    errors = progress.last_errors(storage.engine, study._study_id)
     rows = []
     for trial in study.get_trials(deepcopy=False):
         epochs = curves.get(trial.number, [])
@@ -80,7 +80,7 @@ def read(storage: RDBStorage, name: str) -> View:
         rows.append(
             Row(
                 trial.number,
-                queue.STATE_NAMES[trial.state],
+                progress.STATE_NAMES[trial.state],
                 dict(trial.params),
                 trial.user_attrs.get("seed"),
                 None if failed or top is None else top["accuracy"],

@@ -87,9 +87,9 @@ def launch(
     url, root = _storage(storage), _data_root(data_root)
     devices = launching.devices_here(device, workers)
     # Everything that can be wrong is found before the database is touched.
-    fingerprint = prepare(config, root, err.print)
+    fingerprint = prepare(config, root, _say)
     new = lay_down(open_storage(url), name or preset, preset, config, fingerprint)
-    err.print(f"{'starting' if new else 'going on with'} study {name or preset!r} in {_shown(url)}", highlight=False)
+    _say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {_shown(url)}")
     _work(name or preset, url, devices, root)
 
 
@@ -144,7 +144,7 @@ def report(
             page.write(view, html)
         except OSError as error:
             raise UserError(f"cannot write {html}: {error.strerror}") from None
-        err.print(f"wrote {html}", highlight=False)
+        _say(f"wrote {html}")
 
 
 @app.command()
@@ -161,8 +161,12 @@ def dashboard(
         open_storage(url, create=False, reading=True),
         "127.0.0.1",
         port,
-        lambda at: err.print(f"optuna-dashboard on {at} shows {_shown(url)}; Ctrl-C ends it", highlight=False),
+        lambda at: _say(f"optuna-dashboard on {at} shows {_shown(url)}; Ctrl-C ends it"),
     )
+
+
+def _say(text: str) -> None:
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _work(name: str, url: str, devices: list[str], root: str | None) -> None:
@@ -173,7 +177,7 @@ def _work(name: str, url: str, devices: list[str], root: str | None) -> None:
     try:
         launching.run(name, url, devices, root, err)
     except KeyboardInterrupt:
-        err.print(f"stopped; nothing is lost: the same command goes on with study {name!r}", highlight=False)
+        _say(f"stopped; nothing is lost: the same command goes on with study {name!r}")
         raise
     out.print(tables.report_text(_view(name, url)))
 

@@ -214,10 +214,10 @@ class HyperbandPruner(Part):
 
 
 class PatientPruner(Part):
-    """Prunes a trial whose best accuracy has not risen by min_delta for `patience` epochs."""
+    """Prunes a trial whose best accuracy has risen by no more than min_delta in `patience` epochs."""
 
     kind: Literal["patient"]
-    patience: int = Field(default=10, ge=0)
+    patience: int = Field(default=10, ge=1)
     min_delta: float = Field(default=0.0, ge=0)
 
 
@@ -369,10 +369,10 @@ def _sentence(fault: Any) -> str:
         context = fault["ctx"]
         expected = context["expected_tags"].replace("'", "")
         return f"{where}.kind must be one of {expected}, got {context['tag']!r}"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message.removeprefix("Input should be ").replace("'", "")
-    if message != fault["msg"] and fault["type"] != "value_error":
-        message = f"must be {message}, got {fault['input']!r}"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if message.startswith("Input should be "):
+        expected = message.removeprefix("Input should be ").replace("'", "")
+        message = f"must be {expected}, got {fault['input']!r}"
     return f"{where}: {message}" if where else message
 
 

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from storage import queue
+from storage import progress, queue
 from storage.connect import open_storage
 from storage.errors import UserError
 from study import space
@@ -38,7 +38,9 @@ def devices_here(wanted: str, workers: int | None) -> list[str]:
     Raises:
         UserError: a device that this machine does not have.
     """
-    from study.training.trainer import pick_device
+    if wanted == "cpu":
+        return ["cpu"] * (workers or 1)
+    from study.training.trainer import pick_device  # 3 s, so only where torch is asked
 
     try:
         device = pick_device(wanted)
@@ -95,7 +97,7 @@ class Fleet:
         assert process.stderr is not None
         for line in process.stderr:
             self.last_words = [*self.last_words[-19:], line.rstrip()]
-            self.console.print(line.rstrip(), markup=False, highlight=False, style="dim")
+            self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True, style="dim")
 
     def tend(self) -> bool:
         """Replace the workers that died; whether any is left.
@@ -180,7 +182,7 @@ class Display:
             speed_estimate_period=600,
         )
         self.console = console
-        now = queue.progress(storage.engine, study._study_id)
+        now = progress.progress(storage.engine, study._study_id)
         self.told = {trial.number for trial in self._finished()}
         self.settled = now.settled == now.total
         done = now.settled * epochs + now.epochs
@@ -192,7 +194,7 @@ class Display:
 
     def update(self) -> bool:
         """Show what is new; whether a trial was settled since the last call."""
-        now = queue.progress(self.storage.engine, self.study._study_id)
+        now = progress.progress(self.storage.engine, self.study._study_id)
         best = f", best {now.best:.4f}" if now.best is not None else ""
         note = f"{now.settled}/{now.total} trials{best}"
         self.bars.update(self.total, completed=now.settled * self.epochs + now.epochs, note=note)
@@ -209,12 +211,12 @@ class Display:
         for done in self._finished():
             if done.number not in self.told:
                 self.told.add(done.number)
-                self.console.print(_line(done, now.total), highlight=False, markup=False)
+                self.console.print(_line(done, now.total), highlight=False, markup=False, soft_wrap=True)
         return True
 
 
 def _line(trial: FrozenTrial, total: int) -> str:
-    state = queue.STATE_NAMES[trial.state]
+    state = progress.STATE_NAMES[trial.state]
     chosen = ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
     )

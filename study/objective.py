@@ -68,10 +68,8 @@ def run_trial(
     Raises:
         LeaseLost: another worker has the trial; nothing more was written.
     """
-    study.sampler = make_sampler(config, lease.number)
-    trial = optuna.Trial(study, lease.trial_id)
-    seed = int(trial.user_attrs.get("seed", config.search.seed))
-    trainer = make_trainer(config, data, space.suggest(trial, config), seed)
+    chosen, seed = ask(study, config, lease)
+    trainer = make_trainer(config, data, chosen, seed)
     _restore(trainer, queue, lease, say)
     decided_before = queue.epochs_done(lease.trial_id)
 
@@ -99,6 +97,15 @@ def run_trial(
         say(f"trial {lease.number} failed: {error}")
         return
     _settle(study, queue, lease, TrialState.COMPLETE, trainer)
+
+
+def ask(study: optuna.Study, config: StudyConfig, lease: Lease) -> tuple[space.Parameters, int]:
+    """What `Study.ask` does, for a trial that exists: its parameters, drawn where it has none, and its seed."""
+    study.sampler = make_sampler(config, lease.number)
+    study._thread_local.cached_all_trials = None  # as ask does: samplers must see what has finished since
+    study.get_trials(deepcopy=False)  # Optuna's cache refuses parameters for a trial that it has never read
+    trial = optuna.Trial(study, lease.trial_id)
+    return space.suggest(trial, config), int(trial.user_attrs.get("seed", config.search.seed))
 
 
 def should_prune(study: optuna.Study, lease: Lease) -> bool:

@@ -7,6 +7,7 @@ import warnings
 
 import optuna
 from optuna import pruners, samplers
+from optuna.trial import FrozenTrial
 
 from study.config import StudyConfig
 from study.space import most_epochs
@@ -54,4 +55,19 @@ def make_pruner(config: StudyConfig) -> pruners.BasePruner:
             case "hyperband":
                 return pruners.HyperbandPruner(max_resource=most_epochs(config), **options)
             case "patient":
-                return pruners.PatientPruner(None, **options)
+                return Patient(**options)
+
+
+class Patient(pruners.BasePruner):
+    """Early stopping: prunes once the best accuracy has risen by no more than `min_delta` in `patience` epochs.
+
+    Optuna's PatientPruner waits until the best of the last epochs is below that of the earlier ones, which a best
+    accuracy so far (what our trials report) never is.
+    """
+
+    def __init__(self, patience: int, min_delta: float) -> None:
+        self.patience, self.min_delta = patience, min_delta
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        reports = [value for _, value in sorted(trial.intermediate_values.items())]
+        return len(reports) > self.patience and reports[-1] - reports[-1 - self.patience] <= self.min_delta

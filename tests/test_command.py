@@ -1,0 +1,252 @@
+"""The command as users have it: launched, looked at, killed, gone on with; and its answers to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dashboards import tables
+from storage.connect import open_storage
+from storage.errors import UserError
+from storage.progress import progress
+from study import cli
+from study.plan import load_study
+
+SMALL = [
+    *("--set", "network.width=0.125", "--set", "data.train_images=300", "--set", "policy.alpha=[100, 150]"),
+    *("--set", "policy.beta=[0.3, 0.6]", "--set", "training.epochs=3", "--set", "training.batch_size=50"),
+    *("--set", "pruning=none", "--set", "checkpoint.every_seconds=0", "--set", "lease.seconds=1.5", "--device", "cpu"),
+]
+"""The smallest study that is one: digits, an eighth of the width; every step checkpointed, short leases."""
+
+
+def study(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "study", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, **options)
+
+
+def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "study", *arguments]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(url: str, name: str) -> list[tuple[Any, ...]]:
+    view = tables.read(open_storage(url, create=False, reading=True), name)
+    timeless = {
+        number: [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
+        for number, rows in view.curves.items()
+    }
+    return [(row.number, row.state, row.parameters, row.value, timeless[row.number]) for row in view.rows]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+def worker_pid(url: str, name: str) -> int | None:
+    """The process that holds a live lease, once it is some epochs into its trial."""
+    try:
+        storage = open_storage(url, create=False, reading=True)
+        running = progress(storage.engine, load_study(storage, name)[0]._study_id).running
+    except UserError:  # not laid down yet
+        return None
+    return next((int(trial.owner.rpartition(":")[2]) for trial in running if trial.epoch >= 1), None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished study in study.db."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = study("launch", "quick", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "trial 3 complete" in done.stderr
+    assert "Trials, best first" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr  # no terminal, no escapes
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Path) -> list[tuple[Any, ...]]:
+    return outcome(f"sqlite:///{finished}/study.db", "quick")
+
+
+def test_status_tells_people_and_programs(finished: Path) -> None:
+    told = json.loads(study("status", "quick", "--json", cwd=finished).stdout)
+    assert told["name"] == "quick"
+    assert told["tickets"] == 4
+    assert told["states"] == {"waiting": 0, "running": 0, "complete": 4, "pruned": 0, "failed": 0}
+    assert set(told["best_params"]) == {"alpha", "beta"}
+    assert 0 < told["best_value"] <= 1
+    people = study("status", "quick", cwd=finished).stdout
+    assert "4 complete" in people
+    assert "holdout" in people
+
+
+def test_launching_again_adds_nothing(finished: Path, undisturbed: list[tuple[Any, ...]]) -> None:
+    again = study("launch", "quick", *SMALL, cwd=finished)
+    assert again.returncode == 0
+    assert "going on with" in again.stderr
+    assert outcome(f"sqlite:///{finished}/study.db", "quick") == undisturbed
+
+
+def test_report_shows_every_cell_and_the_grid(finished: Path) -> None:
+    page = finished / "report.html"
+    report = study("report", "quick", "--html", str(page), cwd=finished)
+    assert report.returncode == 0
+    assert "alpha \\ beta" in report.stdout
+    assert report.stdout.count("complete") >= 4
+    html = re.sub(r"<script.*?</script>", "", whole := page.read_text(), flags=re.DOTALL)
+    assert "Plotly.newPlot" in whole
+    assert "validation accuracy (%)" in whole
+    assert not any(f'{attribute}="http' in html for attribute in ("src", "href"))  # nothing to fetch
+
+
+def test_dashboard_serves_the_study_on_loopback(finished: Path) -> None:
+    import urllib.request
+
+    server = started("dashboard", "--port", "0", cwd=finished)
+    try:
+        assert server.stderr is not None
+        line = server.stderr.readline()
+        address = line.split()[2]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(f"{address}/api/studies", timeout=20) as answer:
+            studies = json.load(answer)["study_summaries"]
+        assert [s["study_name"] for s in studies] == ["quick"]
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "terminate", "kill the launcher", "kill the worker"])
+def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    launcher = started("launch", "quick", *SMALL, cwd=tmp_path)
+    try:
+        worker = wait_for(lambda: worker_pid(url, "quick"))
+        if how == "kill the worker":
+            os.kill(worker, signal.SIGKILL)
+            _, err = launcher.communicate(timeout=120)
+            assert launcher.returncode == 0, err
+            assert "died" in err
+        else:
+            number = {"ctrl-c": signal.SIGINT, "terminate": signal.SIGTERM}.get(how, signal.SIGKILL)
+            launcher.send_signal(number)
+            launcher.communicate(timeout=20)
+            assert launcher.returncode == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+            wait_for(lambda: not Path(f"/proc/{worker}").exists(), 20)  # nobody is left behind
+            again = study("launch", "quick", *SMALL, cwd=tmp_path)
+            assert again.returncode == 0, again.stderr
+            assert "goes on after epoch" in again.stderr
+    finally:
+        launcher.kill()
+    assert outcome(url, "quick") == undisturbed
+
+
+def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tmp_path: Path) -> None:
+    """On PostgreSQL, with a budget of blank tickets: exactly as many trials as tickets."""
+    url = postgres.new_database()
+    searched = ["--set", "search.sampler=tpe", "--set", "policy.beta={low=0.1, high=0.9}", "--trials", "7"]
+    launcher = started("launch", "quick", *SMALL, *searched, "--workers", "2", "--storage", url, cwd=tmp_path)
+    wait_for(lambda: worker_pid(url, "quick"))
+    joined = study("worker", "quick", cwd=tmp_path, env=os.environ | {"STUDY_STORAGE": url})
+    out, err = launcher.communicate(timeout=120)
+    assert (launcher.returncode, joined.returncode) == (0, 0), err + joined.stderr
+    told = json.loads(study("status", "quick", "--json", "--storage", url, cwd=tmp_path).stdout)
+    assert told["states"]["complete"] == told["tickets"] == 7
+    assert "7 complete" in out
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in this process, in an empty folder; gives its exit code and its lines on stderr."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+
+    def refused(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["study", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.run()
+        assert end.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert list(empty.iterdir()) == []  # nothing half-made is left
+        lines = [line for line in captured.err.splitlines() if not line.startswith("decoding")]
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("study: ")
+        return lines[0]
+
+    return refused
+
+
+BAD_INPUT: list[tuple[list[str], str]] = [
+    (["launch", "nope"], "no preset 'nope'; presets: paper-grid, quick, tpe"),
+    (["launch"], "Missing argument"),
+    (["lunch"], "No such command"),
+    (["launch", "quick", "--sett", "x=1"], "No such option"),
+    (["launch", "quick", "--set", "training.epoch=5"], "unknown key training.epoch (did you mean 'epochs'?)"),
+    (["launch", "quick", "--set", "policy.alpha=0"], "at least 1, got 0"),
+    (["launch", "quick", "--set", "policy.alpha=1079"], "at most the 1078 training images of 'digits'"),
+    (["launch", "quick", "--set", "policy.beta=1.01"], "(0, 1], got 1.01"),
+    (["launch", "quick", "--set", "policy.delta=-1"], "at least 0, got -1"),
+    (["launch", "quick", "--set", "policy.beta=[0.1, 'x']"], "got 'x'"),
+    (["launch", "quick", "--set", "data.name=imagefolder"], "needs --data-root"),
+    (["launch", "quick", "--set", "data.name=imagefolder", "--data-root", "/nowhere"], "no folder /nowhere"),
+    (["launch", "quick", "--storage", "study.db"], "write sqlite:///study.db"),
+    (["launch", "quick", "--storage", "sqlite:////nowhere/study.db"], "no folder /nowhere"),
+    (["launch", "quick", "--storage", "sqlite:////proc/study.db"], "unable to open database file"),
+    (["launch", "quick", "--storage", "postgresql://me:hunter2@127.0.0.1:1/db"], "me:***@127.0.0.1:1/db"),
+    (["launch", "quick", "--device", "tpu"], "got 'tpu'"),
+    (["launch", "quick", "--workers", "0"], "--workers"),
+    (["status", "quick"], "no database file study.db"),
+    (["report", "quick", "--html", "/nowhere/x.html"], "no folder /nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fault"), BAD_INPUT, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], fault: str, run: Any) -> None:
+    line = run(*arguments)
+    assert fault in line
+    assert "hunter2" not in line
+
+
+def test_an_undecodable_image_is_named(tmp_path: Path, run: Any) -> None:
+    for part in ("train", "test"):
+        (tmp_path / "images" / part / "cat").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / part / "cat" / "good.png")
+    (tmp_path / "images" / "train" / "cat" / "bad.png").write_text("no image")
+    options = ["--set", "data.name=imagefolder", "--data-root", str(tmp_path / "images"), "--set", "policy.alpha=1"]
+    assert "bad.png" in run("launch", "quick", *options)
+
+
+def test_questions_about_a_study_that_is_not_there_name_those_that_are(finished: Path, run: Any) -> None:
+    url = f"sqlite:///{finished}/study.db"
+    for verb in ("status", "report", "worker"):
+        assert "no study 'other' in this storage; studies there: quick" in run(verb, "other", "--storage", url)
+    assert "training.epochs: 4 != 3" in run("launch", "quick", *SMALL, "--set", "training.epochs=4", "--storage", url)
+
+
+def test_help_and_presets_load_neither_torch_nor_optuna() -> None:
+    for arguments in (["--help"], ["presets"]):
+        code = f"import sys; sys.argv = ['study', *{arguments}]\nfrom study.cli import run\n"
+        code += "try: run()\nexcept SystemExit: pass\n"
+        code += "print(sorted({'torch', 'optuna', 'sqlalchemy'} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

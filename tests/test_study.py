@@ -1,0 +1,337 @@
+"""Trials inside studies: what is reported, pruned and kept, and that a disturbed trial ends as an undisturbed one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState, create_trial
+
+from storage.connect import open_storage
+from storage.errors import UserError
+from storage.progress import epoch_rows
+from storage.queue import Queue, lay
+from study import space
+from study.config import StudyConfig, parse_config
+from study.objective import ask, run_trial, should_prune
+from study.plan import lay_down, load_study, prepare
+from study.search import make_pruner, make_sampler
+from study.training.trainer import OnDevice, be_deterministic
+from study.worker import load_data
+
+BASE: dict[str, Any] = {
+    "data": {"train_images": 200},
+    "network": {"width": 0.125},
+    "policy": {"alpha": [60, 90], "beta": [0.3, 0.6]},
+    "training": {"epochs": 3, "batch_size": 50, "lr": 0.005},
+}
+
+
+def config_of(**sections: Any) -> StudyConfig:
+    tree = copy.deepcopy(BASE)
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section if isinstance(section, dict) else section
+    return parse_config(tree)
+
+
+class Bench:
+    """A study laid down in a database, and a worker for it in this process."""
+
+    def __init__(self, url: str, config: StudyConfig, name: str = "s") -> None:
+        be_deterministic(config.training.deterministic)
+        self.storage = open_storage(url)
+        lay_down(self.storage, name, "test", config, prepare(config, None, lambda _: None))
+        self.study, self.config = load_study(self.storage, name)
+        self.study.pruner = make_pruner(self.config)
+        self.data: OnDevice = load_data(self.study, self.config, None, torch.device("cpu"))
+        self.said: list[str] = []
+
+    def queue(self, **options: Any) -> Queue:
+        return Queue(self.storage.engine, self.study._study_id, **options)
+
+    def work(self, stopping: Callable[[], bool] = lambda: False, most: int = 1000) -> None:
+        queue = self.queue()
+        for _ in range(most):
+            lease = queue.claim()
+            if lease is None:
+                return
+            run_trial(self.study, self.config, self.data, queue, lease, stopping, self.said.append)
+
+    def outcome(self) -> list[tuple[Any, ...]]:
+        """Everything of every trial that is not a time, a place or a count of attempts."""
+        rows = epoch_rows(self.storage.engine, self.study._study_id)
+        untimed = {
+            number: [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in epochs]
+            for number, epochs in rows.items()
+        }
+        return [
+            (
+                t.number,
+                t.state,
+                t.params,
+                t.values,
+                t.intermediate_values,
+                t.user_attrs.get("best_epoch"),
+                untimed[t.number],
+            )
+            for t in self.study.trials
+        ]
+
+
+def test_a_finished_trial_keeps_what_the_issue_asks(sqlite_url: str) -> None:
+    bench = Bench(sqlite_url, config_of())
+    bench.work()
+    rows = epoch_rows(bench.storage.engine, bench.study._study_id)
+    assert len(bench.study.trials) == 4
+    for trial in bench.study.trials:
+        assert trial.state == TrialState.COMPLETE
+        kept = trial.user_attrs
+        assert {"seed", "device", "host", "versions", "precision"} <= kept.keys()
+        assert kept["images"] == 3 * trial.params["alpha"]
+        assert kept["train_seconds"] > 0
+        epochs = rows[trial.number]
+        assert [row["epoch"] for row in epochs] == [1, 2, 3]
+        accuracies = [row["accuracy"] for row in epochs]
+        assert trial.value == max(accuracies)
+        assert kept["best_epoch"] == accuracies.index(max(accuracies)) + 1
+        assert epochs[0]["kind"] == "keep"
+        for row in epochs:
+            assert row["kind"] in ("keep", "type1", "type2")
+            assert (row["k"] > 0) == (row["kind"] != "keep")
+        # Reported: the best so far, so that pruned and finished trials mean the same by a value.
+        assert trial.intermediate_values == {n: max(accuracies[:n]) for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "cma-es", "qmc"])
+def test_samplers_fill_the_blanks_and_repeat(sampler: str, sqlite_url: str) -> None:
+    searched = {
+        "policy": {"alpha": {"low": 50, "high": 100, "step": 10}, "beta": {"low": 0.1, "high": 0.9}},
+        "search": {
+            "sampler": {"kind": sampler} | ({"n_startup_trials": 2} if sampler in ("tpe", "gp") else {}),
+            "trials": 4,
+        },
+        "training": {"epochs": 1, "lr": {"low": 0.001, "high": 0.01, "log": True}, "batch_size": [32, 64]},
+    }
+    first, second = (Bench(sqlite_url, config_of(**searched), name) for name in ("one", "two"))
+    for bench in (first, second):
+        bench.work()
+    assert first.outcome() == second.outcome()
+    trials = first.study.trials
+    assert len(trials) == 4
+    assert all(set(t.params) == {"alpha", "beta", "lr", "batch_size"} for t in trials)
+    assert len({t.params["beta"] for t in trials}) == 4
+    assert all(t.params["alpha"] in range(50, 101, 10) for t in trials)
+
+
+def test_a_search_over_policies_asks_only_for_what_they_use(sqlite_url: str) -> None:
+    config = config_of(
+        policy={
+            "name": ["full", "static", "dynamic"],
+            "alpha": {"low": 50, "high": 100},
+            "beta": {"low": 0.1, "high": 0.9},
+        },
+        search={"sampler": "random", "trials": 8},
+        training={"epochs": 1},
+    )
+    bench = Bench(sqlite_url, config)
+    bench.work()
+    uses = {"full": {"policy"}, "static": {"policy", "alpha"}, "dynamic": {"policy", "alpha", "beta"}}
+    chosen = [t.params for t in bench.study.trials]
+    assert {params["policy"] for params in chosen} == set(uses)
+    assert all(set(params) == uses[params["policy"]] for params in chosen)
+
+
+CURVES = [[0.1 * (i % 4) + 0.05 * n * (1 + i % 3) for n in range(1, 10)] for i in range(14)]
+PRUNERS: list[dict[str, Any]] = [
+    {"kind": "median", "n_startup_trials": 2},
+    {"kind": "percentile", "percentile": 60.0, "n_startup_trials": 2, "n_warmup_steps": 2, "interval_steps": 2},
+    {"kind": "successive-halving", "min_resource": 1, "reduction_factor": 2},
+    {"kind": "hyperband", "min_resource": 1, "reduction_factor": 3},
+]
+
+
+@pytest.mark.parametrize("pruning", PRUNERS, ids=lambda p: p["kind"])
+def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) -> None:
+    """The same curves, through our queue and through Optuna's ask, report and tell."""
+    config = config_of(pruning=pruning, training={"epochs": 9})
+    storage = open_storage(url)
+    pruner = make_pruner(config)
+    ours = optuna.create_study(study_name="ours", storage=storage, direction="maximize", pruner=pruner)
+    lay(
+        storage.engine,
+        ours._study_id,
+        {},
+        [create_trial(state=TrialState.WAITING, user_attrs={"ticket": i}) for i in range(14)],
+    )
+    # Hyperband's brackets depend on the study's name.
+    elsewhere = (
+        open_storage(url.replace("study.db", "stock.db"))
+        if url.startswith("sqlite")
+        else optuna.storages.InMemoryStorage()
+    )
+    stock = optuna.create_study(study_name="ours", storage=elsewhere, direction="maximize", pruner=make_pruner(config))
+    queue = Queue(storage.engine, ours._study_id)
+    for curve in CURVES:
+        lease = queue.claim()
+        assert lease is not None
+        state, value = TrialState.COMPLETE, max(curve)
+        for n, accuracy in enumerate(curve, 1):
+            row = {
+                "epoch": n,
+                "accuracy": accuracy,
+                "loss": 0,
+                "images": 1,
+                "train_seconds": 0,
+                "validation_seconds": 0,
+            }
+            queue.record(lease, row | {"kind": "keep", "k": 0, "beta": 0}, accuracy)
+            if n < len(curve) and should_prune(ours, lease):
+                state, value = TrialState.PRUNED, accuracy
+                break
+        queue.finish(lease, state, value)
+
+        trial = stock.ask()
+        for n, accuracy in enumerate(curve, 1):
+            trial.report(accuracy, n)
+            if n < len(curve) and trial.should_prune():
+                stock.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            stock.tell(trial, max(curve))
+    mine, theirs = ([(t.state, t.value, t.intermediate_values) for t in s.trials] for s in (ours, stock))
+    assert mine == theirs
+    assert TrialState.PRUNED in {t.state for t in ours.trials}
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "cma-es", "qmc"])
+def test_samplers_suggest_as_stock_optuna_does(sampler: str, url: str) -> None:
+    """The same values for the same parameters, through our queue and through Optuna's ask and tell."""
+    startup = {"n_startup_trials": 3} if sampler in ("tpe", "gp") else {}
+    config = config_of(
+        policy={"alpha": {"low": 50, "high": 100, "step": 10}, "beta": {"low": 0.1, "high": 0.9}},
+        training={"lr": {"low": 0.001, "high": 0.01, "log": True}},
+        search={"sampler": {"kind": sampler} | startup, "trials": 10},
+    )
+
+    def value(params: dict[str, Any]) -> float:
+        return 1 - (params["beta"] - 0.4) ** 2 - (params["alpha"] / 100 - 0.7) ** 2 - params["lr"]
+
+    storage = open_storage(url)
+    ours = optuna.create_study(study_name="ours", storage=storage, direction="maximize")
+    lay(storage.engine, ours._study_id, {}, space.tickets(config))
+    queue = Queue(storage.engine, ours._study_id)
+    while (lease := queue.claim()) is not None:
+        chosen, _ = ask(ours, config, lease)
+        queue.finish(lease, TrialState.COMPLETE, value(chosen))
+    stock = optuna.create_study(direction="maximize")
+    for number in range(10):
+        stock.sampler = make_sampler(config, number)
+        trial = stock.ask()
+        stock.tell(trial, value(space.suggest(trial, config)))
+    assert [t.params for t in ours.trials] == [t.params for t in stock.trials]
+    assert len({t.params["beta"] for t in ours.trials}) == 10
+
+
+def test_patience_is_counted_in_epochs_without_a_rise() -> None:
+    pruner = make_pruner(config_of(pruning={"kind": "patient", "patience": 2, "min_delta": 0.1}))
+    study = optuna.create_study(direction="maximize")
+    for reports, pruned in (
+        ([0.5], False),
+        ([0.5, 0.5], False),
+        ([0.5, 0.5, 0.5], True),
+        ([0.5, 0.55, 0.59], True),
+        ([0.5, 0.55, 0.62], False),
+        ([0.1, 0.5, 0.5, 0.7], False),
+    ):
+        trial = create_trial(state=TrialState.RUNNING, intermediate_values=dict(enumerate(reports, 1)))
+        assert pruner.prune(study, trial) is pruned, reports
+
+
+class StopAfter:
+    """Comes true once, at the given step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    bench = Bench(f"sqlite:///{tmp_path_factory.mktemp('undisturbed') / 'study.db'}", config_of())
+    bench.work()
+    return bench.outcome()
+
+
+def test_stopped_trials_go_on_and_end_as_if_nothing_had_been(url: str, undisturbed: list[tuple[Any, ...]]) -> None:
+    """Stopped at every possible step of the first trials, resumed each time by another worker."""
+    bench = Bench(url, config_of())
+    for steps in (1, 2, 3, 4, 2, 1, 5, 3, 6, 2):
+        bench.work(StopAfter(steps), most=1)
+    assert sum("goes on after epoch" in line for line in bench.said) >= 5
+    bench.work()
+    assert bench.outcome() == undisturbed
+
+
+def test_a_damaged_checkpoint_is_said_and_costs_only_time(sqlite_url: str, undisturbed: list[tuple[Any, ...]]) -> None:
+    bench = Bench(sqlite_url, config_of())
+    bench.work(StopAfter(5), most=1)
+    with bench.storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_checkpoints SET payload = substr(payload, 1, 1000)")
+    bench.work()
+    assert any("damaged" in line for line in bench.said)
+    assert bench.outcome() == undisturbed
+
+
+def test_the_comparison_can_fail(sqlite_url: str, undisturbed: list[tuple[Any, ...]]) -> None:
+    bench = Bench(sqlite_url, config_of(search={"seed": 1}))
+    bench.work()
+    assert bench.outcome() != undisturbed
+
+
+def test_a_diverged_trial_fails_at_once_with_its_reason(sqlite_url: str) -> None:
+    bench = Bench(
+        sqlite_url, config_of(policy={"alpha": 60, "beta": 0.5}, training={"lr": 1e30}, network={"norm": "none"})
+    )
+    bench.work()
+    (trial,) = bench.study.trials
+    assert trial.state == TrialState.FAIL
+    assert "not finite" in trial.user_attrs["error"]
+
+
+def test_laying_down_again_changes_nothing_and_other_configs_are_refused(sqlite_url: str) -> None:
+    bench = Bench(sqlite_url, config_of())
+    fingerprint = bench.study.user_attrs["data_fingerprint"]
+    assert lay_down(bench.storage, "s", "test", bench.config, fingerprint) is False
+    assert len(bench.study.trials) == 4
+    with pytest.raises(UserError, match=r"training\.epochs: 4 != 3"):
+        lay_down(bench.storage, "s", "test", config_of(training={"epochs": 4}), fingerprint)
+    with pytest.raises(UserError, match="are not those of the study"):
+        lay_down(bench.storage, "s", "test", bench.config, "0" * 64)
+    stranger = optuna.create_study(study_name="stranger", storage=bench.storage)
+    stranger.ask()
+    with pytest.raises(UserError, match="was not laid down by"):
+        lay_down(bench.storage, "stranger", "test", bench.config, fingerprint)
+
+
+def test_a_worker_with_other_data_refuses(sqlite_url: str) -> None:
+    bench = Bench(sqlite_url, config_of())
+    bench.study.set_user_attr("data_fingerprint", "f" * 64)
+    with pytest.raises(UserError, match="ffffffffffffffff"):
+        load_data(bench.study, bench.config, None, torch.device("cpu"))
+
+
+def test_every_sampler_of_a_trial_is_seeded_by_the_trial() -> None:
+    config = config_of(policy={"beta": {"low": 0.1, "high": 0.9}}, search={"sampler": "random", "trials": 3})
+
+    def draw(number: int) -> float:
+        study = optuna.create_study(sampler=make_sampler(config, number))
+        return float(space.suggest(study.ask(), config)["beta"])
+
+    assert draw(0) == draw(0) != draw(1)
