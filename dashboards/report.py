@@ -55,11 +55,9 @@ def _summary(view: View) -> str:
     lines = [f"<p>{len(view.rows)} trials: {escape(states)}.</p>"]
     best = view.best
     if best is not None:
-        chosen = ", ".join(f"{key} {shown(value)}" for key, value in best.parameters.items())
-        where = f"trial {best.number}, epoch {best.best_epoch}"
-        lines.append(
-            f"<p>Best validation accuracy <b>{percent(best.value)}</b> ({escape(where)}; {escape(chosen)}).</p>"
-        )
+        chosen = "".join(f", {key} {shown(value)}" for key, value in best.parameters.items())
+        where = f"trial {best.number}{chosen}, epoch {best.best_epoch}"
+        lines.append(f"<p>Best validation accuracy <b>{percent(best.value)}</b>: {escape(where)}.</p>")
     style = ' class="warning"' if view.config.data.protocol == "paper" else ""
     lines.append(f"<p{style}>Protocol {escape(view.protocol)}.</p>")
     return "".join(lines)
@@ -73,18 +71,10 @@ def _drawn(figure: object) -> str:
 
 
 def _trials(view: View) -> str:
-    heads = ["trial", *view.parameters, "accuracy", "best epoch", "epochs", "images", "seconds", "state"]
-    lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
-    for row in sorted(view.rows, key=lambda row: (row.value is None, -(row.value or 0.0), row.number)):
-        cells = [
-            str(row.number),
-            *(shown(row.parameters[name]) if name in row.parameters else "" for name in view.parameters),
-            percent(row.value),
-            str(row.best_epoch or ""),
-            str(row.epochs),
-            f"{row.images:,}",
-            f"{row.seconds:.1f}",
-            row.state if row.state != "failed" else f"failed: {row.error}",
-        ]
-        lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    heads, lines = tables.trials(view)
+    rows = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
+    rows += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines]
+    failures = [
+        f"<p>Trial {row.number} failed: {escape(row.error or '')}</p>" for row in view.rows if row.state == "failed"
+    ]
+    return f"<table>{''.join(rows)}</table>{''.join(failures)}"

@@ -142,8 +142,8 @@ def status_text(view: View) -> RenderableType:
     states = ", ".join(f"{count} {name}" for name, count in view.counts().items() if count)
     lines = [f"{view.name} ({view.preset}): {len(view.rows)} trials: {states}", f"protocol {view.protocol}"]
     if view.best is not None:
-        chosen = ", ".join(f"{key} {shown(value)}" for key, value in view.best.parameters.items())
-        lines.append(f"best {percent(view.best.value)} in trial {view.best.number} ({chosen})")
+        chosen = "".join(f", {key} {shown(value)}" for key, value in view.best.parameters.items())
+        lines.append(f"best {percent(view.best.value)}: trial {view.best.number}{chosen}")
     lines += [f"trial {row.number} failed: {row.error}" for row in view.rows if row.state == "failed"]
     return Text("\n".join(lines))
 
@@ -156,23 +156,27 @@ def report_text(view: View) -> RenderableType:
     return Group(*parts)
 
 
+def trials(view: View) -> tuple[list[str], list[list[str]]]:
+    """The heads and cells of the table of trials, best first; the state is the last column."""
+    replicated = view.config.search.replicates > 1
+    heads = ["trial", *view.parameters, *(["seed"] if replicated else [])]
+    heads += ["accuracy", "best at", "epochs", "images", "seconds", "state"]
+    lines = []
+    for row in sorted(view.rows, key=lambda row: (row.value is None, -(row.value or 0.0), row.number)):
+        chosen = [shown(row.parameters[name]) if name in row.parameters else "" for name in view.parameters]
+        numbers = [percent(row.value), str(row.best_epoch or ""), str(row.epochs), f"{row.images:,}"]
+        seed = [str(row.seed)] if replicated else []
+        lines.append([str(row.number), *chosen, *seed, *numbers, f"{row.seconds:.1f}", row.state])
+    return heads, lines
+
+
 def _trials(view: View) -> Table:
     table = _table("Trials, best first")
-    for column in ("trial", *view.parameters, "accuracy", "best at", "epochs", "images", "seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for row in sorted(view.rows, key=lambda row: (row.value is None, -(row.value or 0.0), row.number)):
-        chosen = (shown(row.parameters[name]) if name in row.parameters else "" for name in view.parameters)
-        table.add_row(
-            str(row.number),
-            *chosen,
-            percent(row.value),
-            str(row.best_epoch or ""),
-            str(row.epochs),
-            f"{row.images:,}",
-            f"{row.seconds:.1f}",
-            row.state,
-        )
+    heads, lines = trials(view)
+    for head in heads:
+        table.add_column(head, justify="left" if head == "state" else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 

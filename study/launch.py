@@ -217,10 +217,11 @@ class Display:
 
 def _line(trial: FrozenTrial, total: int) -> str:
     state = progress.STATE_NAMES[trial.state]
-    chosen = ", ".join(
+    chosen = [
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
-    )
-    start = f"trial {trial.number:>{len(str(total - 1))}} {state:<8} {chosen}"
+    ]
+    what = ", ".join(chosen) or f"seed {trial.user_attrs.get('seed')}"
+    start = f"trial {trial.number:>{len(str(total - 1))}} {state:<8} {what}"
     if trial.value is None:
         return f"{start}: {trial.user_attrs.get('error', 'no value')}"
     attributes = trial.user_attrs
