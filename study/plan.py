@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import optuna
@@ -15,7 +16,7 @@ from study.training import data as datasets
 
 PROTOCOLS = {
     "paper": "paper: the test split validates, so it chose the best epoch too",
-    "holdout": "holdout: a part of the training split validates, the test split is untouched",
+    "holdout": "holdout: part of the training split validates, the test split is untouched",
 }
 
 
@@ -55,6 +56,9 @@ def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, f
     if not found and study.get_trials(deepcopy=False):
         raise UserError(f"the study {name!r} was not laid down by `study launch`; choose another --name")
     if not found:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(["validation accuracy"])
         found = lay(storage.engine, study._study_id, attributes, space.tickets(config))
     theirs = parse_config(found["config"])
     if theirs != config:

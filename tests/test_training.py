@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 
 import numpy as np
@@ -178,3 +179,21 @@ def test_normalisation_uses_the_exact_statistics(digits: OnDevice) -> None:
     pixels = digits.train_images.double().reshape(-1, 3)
     assert torch.allclose(digits.mean.double(), pixels.mean(0), rtol=1e-6)
     assert torch.allclose(digits.std.double(), pixels.std(0, correction=0), rtol=1e-6)
+
+
+@pytest.mark.skipif("STUDY_TEST_IMAGES" not in os.environ, reason="STUDY_TEST_IMAGES names no folder of images")
+def test_it_trains_on_real_images() -> None:
+    """A few steps on photographs, full width: the loss falls, and a resumed copy agrees."""
+    dataset = datasets.load("imagefolder", os.environ["STUDY_TEST_IMAGES"])
+    data = OnDevice.of(datasets.split(dataset, "holdout", holdout=0.01, train_images=2000), CPU)
+
+    def fresh() -> Trainer:
+        return Trainer(data, make_policy("dynamic", 2000, 0, alpha=512), 0, epochs=3, batch_size=128, augment=True)
+
+    whole, stopped, resumed = fresh(), fresh(), fresh()
+    results = epochs(whole)
+    assert results[-1].loss < results[0].loss
+    for _, _ in zip(range(7), stopped.run(), strict=False):
+        pass
+    resumed.load_state_dict(stopped.state_dict())
+    assert numbers(epochs(resumed)) == numbers(results)
