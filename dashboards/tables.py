@@ -16,6 +16,7 @@ from rich.text import Text
 from storage import progress
 from study.config import StudyConfig
 from study.plan import PROTOCOLS, load_study
+from study.space import relevant
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class View:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return tuple(self.config.searched())
+        policy = self.config.policy.name
+        searched = self.config.searched()
+        return tuple(name for name in searched if not isinstance(policy, str) or relevant(policy, name))
 
     @property
     def protocol(self) -> str:
@@ -108,7 +111,7 @@ class Grid:
 def grid(view: View) -> Grid | None:
     """The table, if the study is a grid over alpha and beta and nothing else."""
     searched = view.config.searched()
-    if set(searched) != {"alpha", "beta"} or view.config.search.sampler.kind != "grid":
+    if set(view.parameters) != {"alpha", "beta"} or view.config.search.sampler.kind != "grid":
         return None
     found: dict[tuple[int, float], list[Row]] = {}
     for row in view.rows:

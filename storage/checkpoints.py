@@ -1,9 +1,14 @@
-"""A trial's latest checkpoint: opaque bytes, in the study's own database, never more than one a trial."""
+"""A trial's latest checkpoint: opaque bytes, in the study's own database, never more than one a trial.
+
+And on disk, for the time that the database is away.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -53,3 +58,24 @@ def load(queue: Queue, lease: Lease) -> Found | None:
         return Found(row.epoch, row.payload if intact else None)
 
     return retrying(once)
+
+
+def keep(path: Path, payload: bytes) -> None:
+    """Put a checkpoint that the database could not take into a file of this machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(hashlib.sha256(payload).digest() + payload)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def kept(path: Path) -> bytes | None:
+    """What was kept there, if it is there and whole."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, payload = content[:32], content[32:]
+    return payload if hashlib.sha256(payload).digest() == digest else None

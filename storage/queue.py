@@ -1,4 +1,4 @@
-"""Tickets and leases: which work a study has, and who may do it.
+"""Leases: who may work on which of a study's tickets.
 
 A ticket is a WAITING trial of Optuna's; a lease says which worker has it and until when. Every write that a worker
 makes about its trial goes through here, in one transaction with the check of its token: who has lost the lease writes
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,8 +21,7 @@ from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy as sa
-from optuna.distributions import distribution_to_json
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
@@ -31,10 +31,8 @@ from storage.tables import (
     LEASES,
     REPORT_TYPE,
     REPORTS,
-    STUDIES,
-    STUDY_ATTRS,
     TRIAL_ATTRS,
-    TRIAL_PARAMS,
+    TRIAL_SYSTEM_ATTRS,
     TRIAL_VALUES,
     TRIALS,
     VALUE_TYPE,
@@ -42,7 +40,7 @@ from storage.tables import (
 
 UNFINISHED = (TrialState.WAITING, TrialState.RUNNING)
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = float(os.environ.get("STUDY_PATIENCE_SECONDS", "300"))
 """How long a database may be away before its absence is an error."""
 
 T = TypeVar("T")
@@ -63,6 +61,15 @@ class Lease:
     """Set by the renewing thread once the token is outdated."""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What is stored of a trial: its epochs, those that the pruner decided about, and the one that it stopped at."""
+
+    stored: int
+    decided: int
+    pruned: int | None
+
+
 def upsert(engine: sa.Engine, table: sa.Table) -> Any:
     """INSERT for this database, with `on_conflict_do_*`."""
     return (postgresql if engine.dialect.name == "postgresql" else sqlite).insert(table)
@@ -75,90 +82,24 @@ def now(engine: sa.Engine) -> sa.ColumnElement[float]:
     return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
 
 
-def retrying(action: Callable[[], T], patience: float = PATIENCE_SECONDS) -> T:
+def passing(error: BaseException) -> bool:
+    """Whether an error is of a kind that ends when the database is back: a restart, a network cut, a full disk."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    return isinstance(error, OperationalError | InterfaceError | optuna.exceptions.StorageInternalError)
+
+
+def retrying(action: Callable[[], T], patience: float | None = None, stopping: Callable[[], bool] = lambda: False) -> T:
     """`action`, again and again while the database is away; it must be harmless to do twice."""
-    deadline, pause = time.monotonic() + patience, 0.1
+    deadline, pause = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience), 0.1
     while True:
         try:
             return action()
-        except (
-            OperationalError,
-            InterfaceError,
-            optuna.exceptions.StorageInternalError,
-            DBAPIError,
-        ) as error:
-            passing = isinstance(error, OperationalError | InterfaceError | optuna.exceptions.StorageInternalError)
-            passing = passing or getattr(error, "connection_invalidated", False)
-            if not passing or time.monotonic() + pause > deadline:
+        except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
+            if not passing(error) or stopping() or time.monotonic() + pause > deadline:
                 raise
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
-
-
-def lay(
-    engine: sa.Engine, study_id: int, attributes: Mapping[str, Any], tickets: Sequence[FrozenTrial]
-) -> dict[str, Any]:
-    """Give a study its attributes and its tickets, all or nothing, once.
-
-    Attributes that the study has already stay as they are. The tickets that it has already (user attribute `ticket`
-    below their count) are not laid again, so a longer sequence adds work and a repeated call adds none.
-
-    Returns:
-        The study's user attributes.
-    """
-
-    def once() -> dict[str, Any]:
-        with engine.begin() as connection:
-            connection.execute(
-                sa.select(STUDIES.c.study_id).where(STUDIES.c.study_id == study_id).with_for_update()
-            ).one()
-            query = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(STUDY_ATTRS.c.study_id == study_id)
-            found = {key: json.loads(text) for key, text in connection.execute(query)}
-            missing = {key: value for key, value in attributes.items() if key not in found}
-            if missing:
-                rows = [{"study_id": study_id, "key": k, "value_json": json.dumps(v)} for k, v in missing.items()]
-                connection.execute(sa.insert(STUDY_ATTRS), rows)
-            of_study = TRIALS.c.study_id == study_id
-            trials = connection.execute(sa.select(sa.func.count()).select_from(TRIALS).where(of_study)).scalar_one()
-            laid = connection.execute(
-                sa.select(sa.func.count())
-                .select_from(TRIALS.join(TRIAL_ATTRS, TRIALS.c.trial_id == TRIAL_ATTRS.c.trial_id))
-                .where(of_study, TRIAL_ATTRS.c.key == "ticket")
-            ).scalar_one()
-            _insert_tickets(connection, study_id, trials, tickets[laid:])
-            return found | missing
-
-    return retrying(once)
-
-
-def _insert_tickets(connection: sa.Connection, study_id: int, first: int, tickets: Sequence[FrozenTrial]) -> None:
-    if not tickets:
-        return
-    rows = [{"study_id": study_id, "number": first + i, "state": TrialState.WAITING} for i in range(len(tickets))]
-    insert = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
-    ids = list(connection.execute(insert, rows).scalars())
-    params = [
-        {
-            "trial_id": trial_id,
-            "param_name": name,
-            "param_value": ticket.distributions[name].to_internal_repr(value),
-            "distribution_json": distribution_to_json(ticket.distributions[name]),
-        }
-        for trial_id, ticket in zip(ids, tickets, strict=True)
-        for name, value in ticket.params.items()
-    ]
-    if params:
-        connection.execute(sa.insert(TRIAL_PARAMS), params)
-    attributes = [
-        {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
-        for trial_id, ticket in zip(ids, tickets, strict=True)
-        for key, value in ticket.user_attrs.items()
-    ]
-    if attributes:
-        connection.execute(sa.insert(TRIAL_ATTRS), attributes)
-    # SQLite may give a deleted study's trial ids again.
-    for table in (LEASES, CHECKPOINTS, EPOCHS):
-        connection.execute(sa.delete(table).where(table.c.trial_id >= min(ids)))
 
 
 class Queue:
@@ -172,18 +113,20 @@ class Queue:
         seconds: float = 60.0,
         max_attempts: int = 5,
         owner: str | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.engine, self.study_id = engine, study_id
+        self.engine, self.study_id, self.stopping = engine, study_id, stopping
         self.seconds, self.max_attempts = seconds, max_attempts
-        self.owner = owner or f"{socket.gethostname()}:{os.getpid()}"
+        # Containers share host names and process ids: the last part alone makes it one of a kind.
+        self.owner = owner or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
 
     def claim(self) -> Lease | None:
-        """A lease on the first unfinished trial that nobody holds; None if there is none.
+        """A lease on an unfinished trial that nobody holds, the lowest number first; None if there is none.
 
         A trial whose last `max_attempts` holders all vanished without getting an epoch further is failed on the way.
         """
         while True:
-            outcome = retrying(self._claim_one)
+            outcome = retrying(self._claim_one, stopping=self.stopping)
             if not isinstance(outcome, bool):
                 return outcome
             if not outcome:
@@ -198,7 +141,8 @@ class Queue:
             sa.select(TRIALS.c.trial_id, TRIALS.c.number, LEASES.c.attempts, LEASES.c.last_error)
             .select_from(TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
             .where(TRIALS.c.study_id == self.study_id, TRIALS.c.state.in_(UNFINISHED), free)
-            .order_by(TRIALS.c.number)
+            # What raised an error comes last: a broken machine then spreads its errors, and soon gives up.
+            .order_by(sa.case((LEASES.c.last_error.is_(None), 0), else_=LEASES.c.attempts), TRIALS.c.number)
             .limit(1)
             .with_for_update(of=TRIALS, skip_locked=True)
         )
@@ -238,7 +182,7 @@ class Queue:
 
         def renew() -> None:
             while not done.wait(self.seconds / 4):
-                with suppress(OperationalError, InterfaceError, DBAPIError):  # the next beat tries again
+                with suppress(DBAPIError):  # the next beat tries again
                     try:
                         with self.engine.begin() as connection:
                             self.fence(connection, lease)
@@ -288,6 +232,23 @@ class Queue:
                 if connection.scalar(epoch.returning(EPOCHS.c.epoch)) is not None:
                     connection.execute(sa.update(LEASES).where(LEASES.c.trial_id == lease.trial_id).values(attempts=0))
                 connection.execute(reported.on_conflict_do_nothing())
+
+        retrying(once)
+
+    def decide(self, lease: Lease, epoch: int, prune: bool, notes: Mapping[str, Any]) -> None:
+        """Store the pruner's decision about a recorded epoch together with the notes that it made of it (the rungs of
+        successive halving are system attributes of the trial), so that it is made once whatever happens to workers.
+
+        Raises:
+            LeaseLost: nothing was stored.
+        """
+        at = sa.and_(EPOCHS.c.trial_id == lease.trial_id, EPOCHS.c.epoch == epoch)
+
+        def once() -> None:
+            with self.engine.begin() as connection:
+                self.fence(connection, lease)
+                connection.execute(sa.update(EPOCHS).where(at).values(decision="prune" if prune else "go"))
+                self._set_attributes(connection, lease.trial_id, notes, TRIAL_SYSTEM_ATTRS)
 
         retrying(once)
 
@@ -356,18 +317,26 @@ class Queue:
 
         return self._count(query)
 
-    def epochs_done(self, trial_id: int) -> int:
-        """The furthest epoch that any attempt at the trial has stored."""
-        query = sa.select(sa.func.coalesce(sa.func.max(EPOCHS.c.epoch), 0)).where(EPOCHS.c.trial_id == trial_id)
+    def standing(self, trial_id: int) -> Standing:
+        """How far all attempts at the trial have come together."""
+        decided = sa.case((EPOCHS.c.decision.is_not(None), EPOCHS.c.epoch))
+        pruned = sa.case((EPOCHS.c.decision == "prune", EPOCHS.c.epoch))
+        query = sa.select(sa.func.max(EPOCHS.c.epoch), sa.func.max(decided), sa.func.max(pruned))
+        query = query.where(EPOCHS.c.trial_id == trial_id)
 
-        return self._count(query)
+        def once() -> Standing:
+            with self.engine.connect() as connection:
+                stored, last, stop = connection.execute(query).one()
+            return Standing(stored or 0, last or 0, stop)
+
+        return retrying(once, stopping=self.stopping)
 
     def _count(self, query: sa.Select[Any]) -> int:
         def once() -> int:
             with self.engine.connect() as connection:
                 return int(connection.scalar(query) or 0)
 
-        return retrying(once)
+        return retrying(once, stopping=self.stopping)
 
     def _settle(self, connection: sa.Connection, trial_id: int, state: TrialState) -> bool:
         running = sa.and_(TRIALS.c.trial_id == trial_id, TRIALS.c.state.in_(UNFINISHED))
@@ -379,9 +348,11 @@ class Queue:
         if self._settle(connection, trial_id, TrialState.FAIL):
             self._set_attributes(connection, trial_id, {"error": error})
 
-    def _set_attributes(self, connection: sa.Connection, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    def _set_attributes(
+        self, connection: sa.Connection, trial_id: int, attributes: Mapping[str, Any], table: sa.Table = TRIAL_ATTRS
+    ) -> None:
         for key, value in attributes.items():
-            insert = upsert(self.engine, TRIAL_ATTRS).values(trial_id=trial_id, key=key, value_json=json.dumps(value))
+            insert = upsert(self.engine, table).values(trial_id=trial_id, key=key, value_json=json.dumps(value))
             again = {"value_json": insert.excluded.value_json}
             connection.execute(insert.on_conflict_do_update(index_elements=["trial_id", "key"], set_=again))
 

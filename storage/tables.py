@@ -46,6 +46,9 @@ EPOCHS = sa.Table(
     sa.Column("kind", sa.String(8), nullable=False, doc="What the policy did after: keep, type1, type2 or fresh."),
     sa.Column("k", sa.Integer, nullable=False, doc="Images exchanged."),
     sa.Column("beta", sa.Double, nullable=False, doc="The beta that gave k."),
+    sa.Column(
+        "decision", sa.String(8), doc="The pruner's, made once: go or prune; NULL: none was asked for, or not yet."
+    ),
 )
 
 # Optuna's own tables, through its models: names and types stay its business.
@@ -54,6 +57,7 @@ STUDY_ATTRS: sa.Table = models.StudyUserAttributeModel.__table__
 TRIALS: sa.Table = models.TrialModel.__table__
 TRIAL_PARAMS: sa.Table = models.TrialParamModel.__table__
 TRIAL_ATTRS: sa.Table = models.TrialUserAttributeModel.__table__
+TRIAL_SYSTEM_ATTRS: sa.Table = models.TrialSystemAttributeModel.__table__
 TRIAL_VALUES: sa.Table = models.TrialValueModel.__table__
 REPORTS: sa.Table = models.TrialIntermediateValueModel.__table__
 REPORT_TYPE = models.TrialIntermediateValueModel.TrialIntermediateValueType

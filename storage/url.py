@@ -19,7 +19,10 @@ def parse(text: str) -> URL:
         UserError: a path where a URL is meant, an unreadable URL, or a database that is neither SQLite nor PostgreSQL.
     """
     if "://" not in text:
-        raise UserError(f"a storage is a URL, got {text!r}; for a file write sqlite:///{text or 'study.db'}")
+        # What may hold a password is not repeated.
+        shown = "another text" if any(sign in text for sign in "@=:") else repr(text)
+        path = "study.db" if not text or shown == "another text" else text
+        raise UserError(f"a storage is a URL, got {shown}; for a file write sqlite:///{path}")
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
@@ -36,6 +39,8 @@ def parse(text: str) -> URL:
             raise UserError(f"a study needs a file that its workers share, got {text!r}; write sqlite:///study.db")
         return url.set(drivername="sqlite")
     if backend in ("postgres", "postgresql") and driver in ("", "psycopg", "psycopg2"):
+        if "@" in (url.host or ""):
+            raise UserError("the storage URL has two @; write an @ in a user name or password as %40")
         if not url.database:
             raise UserError(f"the storage URL names no database: {redact(url)}; write …/DATABASE")
         return url.set(drivername="postgresql+psycopg")

@@ -26,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console()
+# A file or a pipe has no width: tables are as wide as they are.
+out = Console(width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True)
 
 Storage = Annotated[
@@ -87,8 +88,8 @@ def launch(
     url, root = _storage(storage), _data_root(data_root)
     devices = launching.devices_here(device, workers)
     # Everything that can be wrong is found before the database is touched.
-    fingerprint = prepare(config, root, _say)
-    new = lay_down(open_storage(url), name or preset, preset, config, fingerprint)
+    dataset = prepare(config, root, _say)
+    new = lay_down(open_storage(url), name or preset, preset, config, dataset)
     _say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {_shown(url)}")
     _work(name or preset, url, devices, root)
 
@@ -102,11 +103,35 @@ def worker(
     wait: Annotated[bool, typer.Option(help="Wait while others work, in case they die.")] = True,
 ) -> None:
     """Join a study from this machine with one process on one device."""
-    from study.launch import STOPPED
+    from study.launch import AWAY, STOPPED
+    from study.objective import DatabaseAway
     from study.worker import work
 
-    if not work(name, _storage(storage), device, _data_root(data_root), wait=wait):
+    try:
+        settled = work(name, _storage(storage), device, _data_root(data_root), wait=wait)
+    except DatabaseAway as away:
+        _say(str(away))
+        raise typer.Exit(AWAY) from None
+    if not settled:
         raise typer.Exit(STOPPED)
+
+
+@app.command()
+def resume(
+    name: Name,
+    storage: Storage = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Go on with a study with this machine's devices; it needs nothing but its name and its database."""
+    from study import launch as launching
+    from study.plan import check_here
+
+    url, root = _storage(storage), _data_root(data_root)
+    devices = launching.devices_here(device, workers)
+    check_here(url, name, root, _say)
+    _work(name, url, devices, root)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
@@ -41,7 +40,7 @@ def _searchable(kind: type[int] | type[float] | type[str], rule: str, holds: Cal
     """A field that is one value, a list of values (each tried), or a Range (sampled); all obey `rule`."""
 
     def one(value: Any) -> Any:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
         fits = isinstance(value, str) if kind is str else number
         if not fits or (kind is int and value != int(value)) or not holds(value):
             raise ValueError(f"must be {rule}, got {value!r}")

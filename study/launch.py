@@ -8,14 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import optuna
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from sqlalchemy.exc import DBAPIError
 
 from storage import progress, queue
 from storage.connect import open_storage
@@ -24,12 +26,16 @@ from study import space
 from study.plan import load_study
 
 SUPERVISED = "STUDY_SUPERVISED"
-"""In the environment of a launcher's workers: they end when it does."""
+"""In the environment of a launcher's workers: its process id. They end when it does."""
 STOPPED = 130
 """A worker's exit code when it was asked to stop."""
+AWAY = 75
+"""A worker's exit code when the database was away for too long."""
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+"""Ctrl-C, and what Slurm and spot instances send."""
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
-MOST_DEATHS_IN_A_ROW = 3
+MOST_DEATHS_IN_A_ROW = 5
 
 
 def devices_here(wanted: str, workers: int | None) -> list[str]:
@@ -70,12 +76,13 @@ class Fleet:
         self.name, self.storage_url, self.data_root, self.console = name, storage_url, data_root, console
         self.threads = max(1, (os.cpu_count() or 1) // len(devices))
         self.deaths = 0
+        self.ended: set[int] = set()
         self.last_words: list[str] = []
         self.workers = [self._start(device) for device in devices]
 
     def _start(self, device: str) -> _Worker:
         # The URL, which may hold a password, goes by the environment: arguments are for all to see.
-        environment = os.environ | {"STUDY_STORAGE": self.storage_url, SUPERVISED: "1"}
+        environment = os.environ | {"STUDY_STORAGE": self.storage_url, SUPERVISED: str(os.getpid())}
         if device == "cpu":
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))
         command = [sys.executable, "-m", "study", "worker", self.name, "--device", device]
@@ -113,7 +120,8 @@ class Fleet:
             if code == 2:
                 time.sleep(0.2)  # let its last line arrive
                 raise UserError(next(reversed(self.last_words), "a worker refused to start").removeprefix("study: "))
-            if code in (0, STOPPED):
+            if code in (0, STOPPED, AWAY):
+                self.ended.add(code)
                 continue
             self.deaths += 1
             self.console.print(f"a worker on {worker.device} died (exit code {code}); starting another", style="yellow")
@@ -152,17 +160,33 @@ def run(name: str, storage_url: str, devices: Sequence[str], data_root: str | No
     display = Display(console, storage, study, space.most_epochs(config))
     if display.settled:
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     fleet = Fleet(name, storage_url, devices, data_root, console)
     try:
         with display.bars:
             while fleet.tend():
-                if display.update():
-                    fleet.deaths = 0
+                with _unless_away():
+                    if display.update():
+                        fleet.deaths = 0
                 time.sleep(POLL_SECONDS)
+            if AWAY in fleet.ended:
+                raise UserError(f"the database was away for too long; when it is back: study resume {name}")
             display.update()
+            if STOPPED in fleet.ended:  # by somebody who signalled the workers, not us
+                raise KeyboardInterrupt
     finally:
         fleet.stop()
+
+
+@contextmanager
+def _unless_away() -> Iterator[None]:
+    """Watching waits for the database like everybody else; only it has nothing to keep."""
+    try:
+        yield
+    except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
+        if not queue.passing(error):
+            raise
 
 
 class Display:
@@ -193,7 +217,7 @@ class Display:
         return self.study.get_trials(deepcopy=False, states=queue.FINISHED)
 
     def update(self) -> bool:
-        """Show what is new; whether a trial was settled since the last call."""
+        """Show what is new; whether a trial was completed or pruned since the last call."""
         now = progress.progress(self.storage.engine, self.study._study_id)
         best = f", best {now.best:.4f}" if now.best is not None else ""
         note = f"{now.settled}/{now.total} trials{best}"
@@ -208,11 +232,13 @@ class Display:
             self.bars.update(self.trials[number], completed=trial.epoch, note=note)
         if now.settled == len(self.told):
             return False
+        good = False
         for done in self._finished():
             if done.number not in self.told:
                 self.told.add(done.number)
+                good = good or done.state != TrialState.FAIL
                 self.console.print(_line(done, now.total), highlight=False, markup=False, soft_wrap=True)
-        return True
+        return good
 
 
 def _line(trial: FrozenTrial, total: int) -> str:

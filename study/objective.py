@@ -9,27 +9,33 @@ accuracies are in `trial_epochs`, and the learning curves show those.
 
 from __future__ import annotations
 
-import io
+import copy
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from pathlib import Path
 
 import optuna
 import torch
 from optuna.trial import TrialState
 
 from storage import checkpoints
-from storage.queue import Lease, LeaseLost, Queue
+from storage.queue import Lease, LeaseLost, Queue, passing, retrying
 from study import __version__, space
 from study.config import StudyConfig
+from study.scribe import Scribe, from_bytes, to_bytes
 from study.search import make_sampler
 from study.training.policies import make_policy
 from study.training.trainer import Diverged, EpochResult, OnDevice, Trainer
 
 CHECKPOINT_SHARE = 0.01
 """The part of the time that checkpoints may take."""
+LAST_WORDS_SECONDS = 3.5
+"""How long a worker that was asked to stop may take to store what it has: Slurm and spot instances do not wait."""
+
+
+class DatabaseAway(Exception):
+    """The database was away for longer than a worker waits; the trial's checkpoint is on this machine's disk."""
 
 
 def make_trainer(config: StudyConfig, data: OnDevice, chosen: space.Parameters, seed: int) -> Trainer:
@@ -62,41 +68,59 @@ def run_trial(
     lease: Lease,
     stopping: Callable[[], bool],
     say: Callable[[str], None],
+    aside: Path,
 ) -> None:
     """Work on the leased trial until it is settled, or given back because `stopping` came true.
 
+    Args:
+        aside: folder for a checkpoint that could not be brought into the database; looked at before the trial starts.
+
     Raises:
         LeaseLost: another worker has the trial; nothing more was written.
+        DatabaseAway: the database was away for too long; the checkpoint lies in `aside`.
     """
-    chosen, seed = ask(study, config, lease)
+    chosen, seed = retrying(lambda: ask(study, config, lease), stopping=stopping)
     trainer = make_trainer(config, data, chosen, seed)
-    _restore(trainer, queue, lease, say)
-    decided_before = queue.epochs_done(lease.trial_id)
+    kept = aside / f"trial-{lease.number}.checkpoint"
+    _restore(trainer, queue, lease, kept, say)
 
-    saved, every = time.monotonic(), config.checkpoint.every_seconds
-    try:
-        for result in trainer.run():
-            if lease.lost.is_set():
-                raise LeaseLost(f"trial {lease.number} has been taken over")
-            if result is not None:
-                queue.record(lease, _row(result), best(trainer.history).accuracy)
-                # An epoch that another attempt went past has had its decision: to go on.
-                if decided_before <= result.epoch < trainer.epochs and should_prune(study, lease):
-                    _settle(study, queue, lease, TrialState.PRUNED, trainer)
+    saved, every, diverged = time.monotonic(), config.checkpoint.every_seconds, ""
+    with Scribe(study, queue, lease, epochs=trainer.epochs) as scribe:
+        for known in trainer.history[scribe.told :]:  # to the checkpoint, but not to the database
+            scribe.tell(known, best(trainer.history[: known.epoch]).accuracy)
+        try:
+            for result in trainer.run():
+                if result is not None:
+                    scribe.tell(result, best(trainer.history).accuracy)
+                if lease.lost.is_set():
+                    raise LeaseLost(f"trial {lease.number} has been taken over")
+                if scribe.fault is not None or (scribe.pruned is not None and len(trainer.history) >= scribe.pruned):
+                    break
+                if stopping():
+                    _give_back(trainer, scribe, queue, lease, kept, say)
                     return
-            if stopping():
-                _save(trainer, queue, lease)
-                queue.release(lease)
-                return
-            if time.monotonic() - saved >= every:
-                cost = _save(trainer, queue, lease)
-                saved = time.monotonic()
-                every = max(config.checkpoint.every_seconds, cost / CHECKPOINT_SHARE)
-    except Diverged as error:
-        queue.fail(lease, str(error))
-        say(f"trial {lease.number} failed: {error}")
+                if not scribe.saving and time.monotonic() - saved >= every:
+                    started = time.monotonic()
+                    scribe.save(len(trainer.history), copy.deepcopy(trainer.state_dict()))
+                    saved = time.monotonic()
+                    cost = scribe.cost + saved - started
+                    every = max(config.checkpoint.every_seconds, cost / CHECKPOINT_SHARE)
+        except Diverged as error:
+            diverged = str(error)
+        scribe.flush()
+        if scribe.fault is not None:
+            if not passing(scribe.fault):
+                raise scribe.fault
+            checkpoints.keep(kept, to_bytes(trainer.state_dict()))
+            raise DatabaseAway(str(scribe.fault)) from scribe.fault
+    if diverged and scribe.pruned is None:
+        queue.fail(lease, diverged)
+        say(f"trial {lease.number} failed: {diverged}")
         return
-    _settle(study, queue, lease, TrialState.COMPLETE, trainer)
+    history = trainer.history if scribe.pruned is None else trainer.history[: scribe.pruned]
+    state = TrialState.COMPLETE if scribe.pruned is None else TrialState.PRUNED
+    _settle(study, queue, lease, state, trainer, history)
+    kept.unlink(missing_ok=True)
 
 
 def ask(study: optuna.Study, config: StudyConfig, lease: Lease) -> tuple[space.Parameters, int]:
@@ -108,32 +132,35 @@ def ask(study: optuna.Study, config: StudyConfig, lease: Lease) -> tuple[space.P
     return space.suggest(trial, config), int(trial.user_attrs.get("seed", config.search.seed))
 
 
-def should_prune(study: optuna.Study, lease: Lease) -> bool:
-    """What `Trial.should_prune` says, which itself looks only at what was reported through that very object."""
-    return study.pruner.prune(study, study._storage.get_trial(lease.trial_id))
-
-
 def best(history: list[EpochResult]) -> EpochResult:
     """The epoch with the highest accuracy; ties go to the earlier."""
     return max(history, key=lambda result: (result.accuracy, -result.epoch))
 
 
-def _row(result: EpochResult) -> dict[str, Any]:
-    row = asdict(result)
-    resampling: dict[str, Any] = row.pop("resampling")
-    return row | resampling
+def _give_back(
+    trainer: Trainer, scribe: Scribe, queue: Queue, lease: Lease, kept: Path, say: Callable[[str], None]
+) -> None:
+    """Asked to stop: the checkpoint into the database and the trial claimable at once, or the checkpoint onto disk."""
+    scribe.save(len(trainer.history), trainer.state_dict())
+    if scribe.flush(LAST_WORDS_SECONDS):
+        queue.release(lease)
+    elif not isinstance(scribe.fault, LeaseLost):
+        checkpoints.keep(kept, to_bytes(trainer.state_dict()))
+        say(f"trial {lease.number}: the database does not answer; its checkpoint is kept in {kept}")
 
 
-def _settle(study: optuna.Study, queue: Queue, lease: Lease, state: TrialState, trainer: Trainer) -> None:
-    top = best(trainer.history)
-    frozen = study._storage.get_trial(lease.trial_id)
-    study.sampler.after_trial(study, frozen, state, [top.accuracy])  # as study.tell does
+def _settle(
+    study: optuna.Study, queue: Queue, lease: Lease, state: TrialState, trainer: Trainer, history: list[EpochResult]
+) -> None:
+    top = best(history)
+    frozen = retrying(lambda: study._storage.get_trial(lease.trial_id))
+    retrying(lambda: study.sampler.after_trial(study, frozen, state, [top.accuracy]))  # as study.tell does
     attributes = {
         "best_epoch": top.epoch,
-        "epochs": len(trainer.history),
-        "images": sum(result.images for result in trainer.history),
-        "train_seconds": round(sum(result.train_seconds for result in trainer.history), 3),
-        "validation_seconds": round(sum(result.validation_seconds for result in trainer.history), 3),
+        "epochs": len(history),
+        "images": sum(result.images for result in history),
+        "train_seconds": round(sum(result.train_seconds for result in history), 3),
+        "validation_seconds": round(sum(result.validation_seconds for result in history), 3),
         "precision": trainer.precision,
         "device": device_name(trainer.device),
         "host": platform.node(),
@@ -148,22 +175,19 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def _save(trainer: Trainer, queue: Queue, lease: Lease) -> float:
-    """Seconds that it took."""
-    started = time.monotonic()
-    buffer = io.BytesIO()
-    torch.save(trainer.state_dict(), buffer)
-    checkpoints.save(queue, lease, len(trainer.history), buffer.getvalue())
-    return time.monotonic() - started
+def _restore(trainer: Trainer, queue: Queue, lease: Lease, kept: Path, say: Callable[[str], None]) -> None:
+    """Take up the furthest checkpoint there is: the database's, or one that was kept on this machine's disk.
 
-
-def _restore(trainer: Trainer, queue: Queue, lease: Lease, say: Callable[[str], None]) -> None:
+    Whose attempt it came from does not matter: on one kind of device all attempts at a trial pass the same states.
+    """
     found = checkpoints.load(queue, lease)
-    if found is None:
-        return
-    if found.payload is None:
+    payloads = [] if found is None or found.payload is None else [found.payload]
+    if found is not None and found.payload is None:
         say(f"trial {lease.number}: its checkpoint is damaged (checksum); it starts again from epoch 0")
-        return
-    # weights_only: nothing that comes from the database can run code.
-    trainer.load_state_dict(torch.load(io.BytesIO(found.payload), map_location="cpu", weights_only=True))
-    say(f"trial {lease.number} goes on after epoch {found.epoch}")
+    aside = checkpoints.kept(kept)
+    if aside is not None:
+        payloads.append(aside)
+    states = [from_bytes(payload) for payload in payloads]
+    if states:
+        trainer.load_state_dict(max(states, key=lambda state: (len(state["history"]), state["step"])))
+        say(f"trial {lease.number} goes on after epoch {len(trainer.history)}")

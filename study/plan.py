@@ -8,8 +8,9 @@ from collections.abc import Callable
 import optuna
 from optuna.storages import RDBStorage
 
+from storage.connect import open_storage
 from storage.errors import UserError
-from storage.queue import lay
+from storage.tickets import lay
 from study import space
 from study.config import StudyConfig, differences, parse_config
 from study.training import data as datasets
@@ -38,7 +39,7 @@ def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfi
     return study, parse_config(config)
 
 
-def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, fingerprint: str) -> bool:
+def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, dataset: datasets.Dataset) -> bool:
     """Create the study and its tickets, or find them; whether there was anything new.
 
     Raises:
@@ -49,13 +50,14 @@ def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, f
     attributes = {
         "config": config.model_dump(mode="json"),
         "preset": preset,
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": dataset.fingerprint,
         "protocol": PROTOCOLS[config.data.protocol],
     }
     found = study.user_attrs
-    if not found and study.get_trials(deepcopy=False):
+    blank = not found and not study.get_trials(deepcopy=False)
+    if "config" not in found and not (blank and study.direction == optuna.study.StudyDirection.MAXIMIZE):
         raise UserError(f"the study {name!r} was not laid down by `study launch`; choose another --name")
-    if not found:
+    if blank:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
@@ -66,17 +68,35 @@ def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, f
         raise UserError(
             f"the study {name!r} exists with another config (asked != stored): {changed}; choose another --name"
         )
-    if found["data_fingerprint"] != fingerprint:
-        raise UserError(
-            f"the data here (fingerprint {fingerprint[:16]}) are not those of the study {name!r} "
-            f"({found['data_fingerprint'][:16]}); use the same images or choose another --name"
-        )
+    check_fingerprint(study, dataset)
     lay(storage.engine, study._study_id, attributes, space.tickets(config))
     return not existed
 
 
-def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -> str:
-    """The fingerprint of the study's data, once they are here and every alpha fits them.
+def check_here(url: str, name: str, root: str | None, say: Callable[[str], None]) -> None:
+    """Whether this machine has the data of the study `name`.
+
+    Raises:
+        UserError, DataError: no such study, or not its data.
+    """
+    study, config = load_study(open_storage(url, create=False, reading=True), name)
+    check_fingerprint(study, datasets.load(config.data.name, root, say))
+
+
+def check_fingerprint(study: optuna.Study, dataset: datasets.Dataset) -> None:
+    """Raises:
+    UserError: the data are not those that the study was laid down on.
+    """
+    expected = study.user_attrs["data_fingerprint"]
+    if dataset.fingerprint != expected:
+        raise UserError(
+            f"the data here (fingerprint {dataset.fingerprint[:16]}) are not those of the study {study.study_name!r} "
+            f"({expected[:16]}); use the same images (--data-root)"
+        )
+
+
+def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -> datasets.Dataset:
+    """The study's data, once they are here and every alpha fits them.
 
     Raises:
         UserError, DataError: the data or an alpha cannot be used.
@@ -85,4 +105,4 @@ def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -
     dataset = datasets.load(part.name, root, say)
     split = datasets.split(dataset, part.protocol, holdout=part.holdout, train_images=part.train_images)
     space.check_alpha(config, len(split.train_labels))
-    return dataset.fingerprint
+    return dataset

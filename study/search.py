@@ -33,7 +33,9 @@ def make_sampler(config: StudyConfig, number: int) -> samplers.BaseSampler:
             case "cma-es":
                 return samplers.CmaEsSampler(seed=seed, **options)
             case "qmc":
-                return samplers.QMCSampler(seed=search.seed, **options)
+                return samplers.QMCSampler(
+                    seed=search.seed, independent_sampler=samplers.RandomSampler(seed=seed), **options
+                )
             case _:  # a grid's tickets leave nothing to sample
                 return samplers.RandomSampler(seed=seed)
 

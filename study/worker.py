@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import optuna
 import torch
+from sqlalchemy.exc import DBAPIError
 
 from storage.connect import open_storage
 from storage.errors import UserError
-from storage.queue import LeaseLost, Queue
+from storage.queue import PATIENCE_SECONDS, LeaseLost, Queue, passing
+from storage.url import parse, redact
 from study.config import StudyConfig
-from study.launch import SUPERVISED
-from study.objective import run_trial
-from study.plan import load_study
+from study.launch import STOP_SIGNALS, SUPERVISED
+from study.objective import DatabaseAway, run_trial
+from study.plan import check_fingerprint, load_study
 from study.search import make_pruner
 from study.training import data as datasets
 from study.training.trainer import OnDevice, be_deterministic, pick_device
 
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-"""Ctrl-C, and what Slurm and spot instances send."""
 WAIT_SECONDS = 2.0
+MOST_ERRORS_IN_A_ROW = 2
+AWAY = (DBAPIError, optuna.exceptions.StorageInternalError, DatabaseAway)
+
+
+class WorkerBroken(Exception):
+    """Attempt after attempt failed in this process: it may be the process or its device, so another goes on."""
 
 
 class Stop:
@@ -32,7 +40,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self.parent = os.getppid() if os.environ.get(SUPERVISED) else None
+        self.parent = int(os.environ.get(SUPERVISED, 0))
         for number in STOP_SIGNALS:
             signal.signal(number, self._ask)
 
@@ -40,7 +48,7 @@ class Stop:
         self.asked = True
 
     def __call__(self) -> bool:
-        return self.asked or (self.parent is not None and os.getppid() != self.parent)
+        return self.asked or (self.parent != 0 and os.getppid() != self.parent)
 
 
 def say(text: str) -> None:
@@ -69,35 +77,62 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
     except ValueError as error:
         raise UserError(str(error)) from None
     data = load_data(study, config, data_root, device)
-    queue = Queue(storage.engine, study._study_id, seconds=config.lease.seconds, max_attempts=config.lease.max_attempts)
-    while not stop():
-        lease = queue.claim()
-        if lease is None:
-            left = queue.unfinished()
-            if left == 0 or not wait:
-                return left == 0
-            _pause(WAIT_SECONDS, stop)  # others are at work; one of them may die
-            continue
-        try:
-            with queue.renewing(lease):
-                run_trial(study, config, data, queue, lease, stop, say)
-        except LeaseLost as lost:
-            say(f"{lost}; this worker drops it")
-        except Exception as error:  # noqa: BLE001 — whatever a trial raises, its worker goes on with the next
-            reason = f"{type(error).__name__}: {error}"
-            say(f"trial {lease.number}: attempt failed: {reason}")
-            queue.release(lease, error=reason)
-    return queue.unfinished() == 0
+    queue = Queue(
+        storage.engine,
+        study._study_id,
+        seconds=config.lease.seconds,
+        max_attempts=config.lease.max_attempts,
+        stopping=stop,
+    )
+    aside = _aside(storage_url, name)
+    errors = 0
+    try:
+        while not stop():
+            lease = queue.claim()
+            if lease is None:
+                left = queue.unfinished()
+                if left == 0 or not wait:
+                    return left == 0
+                _pause(WAIT_SECONDS, stop)  # others are at work; one of them may die
+                continue
+            try:
+                with queue.renewing(lease):
+                    run_trial(study, config, data, queue, lease, stop, say, aside)
+                errors = 0
+            except LeaseLost as lost:
+                say(f"{lost}; this worker drops it")
+            except AWAY:
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                say(f"trial {lease.number}: attempt failed: {reason}")
+                errors += 1
+                # A device in error stays so for this process: its next trials must not pay for it.
+                broken = device.type == "cuda" and "CUDA" in reason
+                queue.release(lease, error=reason)
+                if broken or errors >= MOST_ERRORS_IN_A_ROW:
+                    raise WorkerBroken(f"this worker gives up after: {reason}") from error
+        return queue.unfinished() == 0
+    except AWAY as error:
+        if stop():
+            return False
+        if not isinstance(error, DatabaseAway) and not passing(error):
+            raise
+        raise DatabaseAway(
+            f"the database was away for over {PATIENCE_SECONDS:.0f} s; unsaved checkpoints are kept in {aside} "
+            f"and taken up when this machine works on {name!r} again"
+        ) from error
+
+
+def _aside(storage_url: str, name: str) -> Path:
+    """The folder on this machine for what the database could not take of this study."""
+    key = hashlib.sha256(f"{redact(parse(storage_url))} {name}".encode()).hexdigest()[:16]
+    return datasets.cache_dir() / "unsaved" / key
 
 
 def load_data(study: optuna.Study, config: StudyConfig, root: str | None, device: torch.device) -> OnDevice:
     dataset = datasets.load(config.data.name, root, say)
-    expected = study.user_attrs["data_fingerprint"]
-    if dataset.fingerprint != expected:
-        raise UserError(
-            f"the data here are not the study's: {config.data.name!r} has fingerprint {dataset.fingerprint[:16]}, "
-            f"the study {study.study_name!r} was laid down on {expected[:16]}; use the same images (--data-root)"
-        )
+    check_fingerprint(study, dataset)
     part = config.data
     split = datasets.split(dataset, part.protocol, holdout=part.holdout, train_images=part.train_images)
     return OnDevice.of(split, device)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # two test processes share two cores; one thread count everywhere means the same bits
+)
+
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.bench import Bench, config_of
 from tests.postgres import Postgres
-
-os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; and one thread count means the same bits
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,3 +46,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'study.db'}"
     server: Postgres = request.getfixturevalue("postgres")
     return server.new_database()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    bench = Bench(f"sqlite:///{tmp_path_factory.mktemp('undisturbed') / 'study.db'}", config_of())
+    bench.work()
+    return bench.outcome()

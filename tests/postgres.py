@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -23,9 +25,7 @@ class Postgres:
         (self.folder / "data").mkdir()
         self.folder.chmod(0o755)
         self.server.ensure_pgdata_inited()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.control("start")
 
     def control(self, verb: str, *options: str) -> None:
@@ -50,3 +50,14 @@ class Postgres:
     def stop(self) -> None:
         self.control("stop", "-m", "immediate")
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    """Below the ports that the system gives to clients: one that keeps trying a dead server's port can become its own
+    peer there, and then the server cannot come back.
+    """
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

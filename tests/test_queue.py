@@ -19,6 +19,7 @@ from storage.connect import open_storage
 from storage.errors import UserError
 from storage.queue import Lease, LeaseLost, Queue
 from storage.tables import CHECKPOINTS, LEASES
+from storage.tickets import lay
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -34,7 +35,7 @@ def some_tickets(count: int) -> list[FrozenTrial]:
 def laid(url: str, count: int) -> tuple[optuna.Study, sa.Engine]:
     storage = open_storage(url)
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize", load_if_exists=True)
-    queue.lay(storage.engine, study._study_id, {"config": {"a": 1}}, some_tickets(count))
+    lay(storage.engine, study._study_id, {"config": {"a": 1}}, some_tickets(count))
     return study, storage.engine
 
 
@@ -63,7 +64,10 @@ def test_laying_is_done_once_and_grows(url: str) -> None:
     assert [t.params["x"] for t in study.trials] == [0, 1, 2, 3, 4]
     assert [t.number for t in study.trials] == [0, 1, 2, 3, 4]
     assert {t.state for t in study.trials} == {TrialState.WAITING}
-    found = queue.lay(engine, study._study_id, {"config": {"a": 2}, "new": [1]}, some_tickets(7))
+    found = lay(engine, study._study_id, {"config": {"a": 2}}, some_tickets(9))
+    assert found == {"config": {"a": 1}}
+    assert len(study.trials) == 5  # somebody else's study: nothing is added
+    found = lay(engine, study._study_id, {"config": {"a": 1}, "new": [1]}, some_tickets(7))
     assert found == {"config": {"a": 1}, "new": [1]}
     assert [t.params["x"] for t in study.trials] == [0, 1, 2, 3, 4, 5, 6]
     assert study.user_attrs == found

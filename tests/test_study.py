@@ -2,84 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import dataclasses
+import io
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import torch
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
+from dashboards import report, tables
 from storage.connect import open_storage
 from storage.errors import UserError
 from storage.progress import epoch_rows
-from storage.queue import Queue, lay
+from storage.queue import Queue
+from storage.tickets import lay
 from study import space
-from study.config import StudyConfig, parse_config
-from study.objective import ask, run_trial, should_prune
-from study.plan import lay_down, load_study, prepare
+from study.objective import ask
+from study.plan import lay_down, prepare
+from study.scribe import Scribe
 from study.search import make_pruner, make_sampler
-from study.training.trainer import OnDevice, be_deterministic
+from study.training.policies import KEEP
+from study.training.trainer import EpochResult
 from study.worker import load_data
-
-BASE: dict[str, Any] = {
-    "data": {"train_images": 200},
-    "network": {"width": 0.125},
-    "policy": {"alpha": [60, 90], "beta": [0.3, 0.6]},
-    "training": {"epochs": 3, "batch_size": 50, "lr": 0.005},
-}
-
-
-def config_of(**sections: Any) -> StudyConfig:
-    tree = copy.deepcopy(BASE)
-    for name, section in sections.items():
-        tree[name] = tree.get(name, {}) | section if isinstance(section, dict) else section
-    return parse_config(tree)
-
-
-class Bench:
-    """A study laid down in a database, and a worker for it in this process."""
-
-    def __init__(self, url: str, config: StudyConfig, name: str = "s") -> None:
-        be_deterministic(config.training.deterministic)
-        self.storage = open_storage(url)
-        lay_down(self.storage, name, "test", config, prepare(config, None, lambda _: None))
-        self.study, self.config = load_study(self.storage, name)
-        self.study.pruner = make_pruner(self.config)
-        self.data: OnDevice = load_data(self.study, self.config, None, torch.device("cpu"))
-        self.said: list[str] = []
-
-    def queue(self, **options: Any) -> Queue:
-        return Queue(self.storage.engine, self.study._study_id, **options)
-
-    def work(self, stopping: Callable[[], bool] = lambda: False, most: int = 1000) -> None:
-        queue = self.queue()
-        for _ in range(most):
-            lease = queue.claim()
-            if lease is None:
-                return
-            run_trial(self.study, self.config, self.data, queue, lease, stopping, self.said.append)
-
-    def outcome(self) -> list[tuple[Any, ...]]:
-        """Everything of every trial that is not a time, a place or a count of attempts."""
-        rows = epoch_rows(self.storage.engine, self.study._study_id)
-        untimed = {
-            number: [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in epochs]
-            for number, epochs in rows.items()
-        }
-        return [
-            (
-                t.number,
-                t.state,
-                t.params,
-                t.values,
-                t.intermediate_values,
-                t.user_attrs.get("best_epoch"),
-                untimed[t.number],
-            )
-            for t in self.study.trials
-        ]
+from tests.bench import Bench, StopAfter, config_of
 
 
 def test_a_finished_trial_keeps_what_the_issue_asks(sqlite_url: str) -> None:
@@ -178,21 +126,16 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
     for curve in CURVES:
         lease = queue.claim()
         assert lease is not None
-        state, value = TrialState.COMPLETE, max(curve)
-        for n, accuracy in enumerate(curve, 1):
-            row = {
-                "epoch": n,
-                "accuracy": accuracy,
-                "loss": 0,
-                "images": 1,
-                "train_seconds": 0,
-                "validation_seconds": 0,
-            }
-            queue.record(lease, row | {"kind": "keep", "k": 0, "beta": 0}, accuracy)
-            if n < len(curve) and should_prune(ours, lease):
-                state, value = TrialState.PRUNED, accuracy
-                break
-        queue.finish(lease, state, value)
+        with Scribe(ours, queue, lease, epochs=len(curve)) as scribe:
+            for n, accuracy in enumerate(curve, 1):
+                scribe.tell(EpochResult(n, accuracy, 0.0, 1, 0.0, 0.0, KEEP), accuracy)
+            assert scribe.flush()
+        pruned = scribe.pruned
+        queue.finish(
+            lease,
+            TrialState.PRUNED if pruned else TrialState.COMPLETE,
+            curve[pruned - 1] if pruned else max(curve),
+        )
 
         trial = stock.ask()
         for n, accuracy in enumerate(curve, 1):
@@ -251,24 +194,6 @@ def test_patience_is_counted_in_epochs_without_a_rise() -> None:
         assert pruner.prune(study, trial) is pruned, reports
 
 
-class StopAfter:
-    """Comes true once, at the given step."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left == 0
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
-    bench = Bench(f"sqlite:///{tmp_path_factory.mktemp('undisturbed') / 'study.db'}", config_of())
-    bench.work()
-    return bench.outcome()
-
-
 def test_stopped_trials_go_on_and_end_as_if_nothing_had_been(url: str, undisturbed: list[tuple[Any, ...]]) -> None:
     """Stopped at every possible step of the first trials, resumed each time by another worker."""
     bench = Bench(url, config_of())
@@ -307,17 +232,17 @@ def test_a_diverged_trial_fails_at_once_with_its_reason(sqlite_url: str) -> None
 
 def test_laying_down_again_changes_nothing_and_other_configs_are_refused(sqlite_url: str) -> None:
     bench = Bench(sqlite_url, config_of())
-    fingerprint = bench.study.user_attrs["data_fingerprint"]
-    assert lay_down(bench.storage, "s", "test", bench.config, fingerprint) is False
+    data = prepare(bench.config, None, lambda _: None)
+    assert lay_down(bench.storage, "s", "test", bench.config, data) is False
     assert len(bench.study.trials) == 4
     with pytest.raises(UserError, match=r"training\.epochs: 4 != 3"):
-        lay_down(bench.storage, "s", "test", config_of(training={"epochs": 4}), fingerprint)
+        lay_down(bench.storage, "s", "test", config_of(training={"epochs": 4}), data)
     with pytest.raises(UserError, match="are not those of the study"):
-        lay_down(bench.storage, "s", "test", bench.config, "0" * 64)
+        lay_down(bench.storage, "s", "test", bench.config, dataclasses.replace(data, test_labels=data.test_labels + 1))
     stranger = optuna.create_study(study_name="stranger", storage=bench.storage)
     stranger.ask()
     with pytest.raises(UserError, match="was not laid down by"):
-        lay_down(bench.storage, "stranger", "test", bench.config, fingerprint)
+        lay_down(bench.storage, "stranger", "test", bench.config, data)
 
 
 def test_a_worker_with_other_data_refuses(sqlite_url: str) -> None:
@@ -335,3 +260,49 @@ def test_every_sampler_of_a_trial_is_seeded_by_the_trial() -> None:
         return float(space.suggest(study.ask(), config)["beta"])
 
     assert draw(0) == draw(0) != draw(1)
+
+
+@pytest.mark.parametrize("policy", ["static", "full", ["full", "dynamic"]])
+def test_reports_of_the_controls(policy: str | list[str], sqlite_url: str, tmp_path: Path) -> None:
+    """Parameters that a policy does not use are no columns, and no holes in a table."""
+    bench = Bench(sqlite_url, config_of(policy={"name": policy}, training={"epochs": 1}))
+    bench.work()
+    view = tables.read(bench.storage, "s")
+    assert (tables.grid(view) is not None) is False
+    Console(file=io.StringIO()).print(tables.report_text(view))
+    report.write(view, tmp_path / "page.html")
+    expected = {"static": ("alpha",), "full": ()}.get(str(policy), ("policy", "alpha", "beta"))
+    assert view.parameters == expected
+
+
+def test_reports_before_anything_has_run(sqlite_url: str, tmp_path: Path) -> None:
+    bench = Bench(sqlite_url, config_of())
+    view = tables.read(bench.storage, "s")
+    Console(file=io.StringIO()).print(tables.report_text(view))
+    report.write(view, tmp_path / "page.html")
+    assert "No trial has finished an epoch yet" in (tmp_path / "page.html").read_text()
+    assert tables.status(view)["best_value"] is None
+
+
+def test_qmc_draws_what_it_does_not_cover_anew_for_every_trial() -> None:
+    config = config_of(
+        policy={"name": ["dynamic", "static"], "beta": {"low": 0.1, "high": 0.9}},
+        search={"sampler": "qmc", "trials": 8},
+    )
+    study = optuna.create_study(direction="maximize")
+    for number in range(8):
+        study.sampler = make_sampler(config, number)
+        trial = study.ask()
+        study.tell(trial, 0.1 * len(space.suggest(trial, config)))
+    betas = [t.params["beta"] for t in study.trials if "beta" in t.params]
+    assert len(set(betas)) == len(betas) > 1
+
+
+def test_a_study_of_somebody_else_is_left_alone(sqlite_url: str) -> None:
+    bench = Bench(sqlite_url, config_of())
+    data = prepare(bench.config, None, lambda _: None)
+    optuna.create_study(study_name="minimised", storage=bench.storage, direction="minimize")
+    optuna.create_study(study_name="noted", storage=bench.storage, direction="maximize").set_user_attr("a", 1)
+    for name in ("minimised", "noted"):
+        with pytest.raises(UserError, match="was not laid down by"):
+            lay_down(bench.storage, name, "test", bench.config, data)

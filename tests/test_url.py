@@ -35,6 +35,9 @@ def test_corrected(text: str, meant: str) -> None:
         ("mysql://me@host/db", "got mysql://"),
         ("postgresql://me@host", "names no database"),
         ("postgresql://me:hunter2@host:port/db", "unreadable storage URL"),
+        ("postgresql://me:hunt@hunter2@host/db", "as %40"),
+        ("postgresql:/me:hunter2@host/db", "got another text"),
+        ("host=h password=hunter2", "got another text"),
     ],
 )
 def test_refused(text: str, fault: str) -> None:

@@ -199,7 +199,10 @@ def _torchvision(name: str, root: Path, say: Say) -> Dataset:
         raise DataError(
             f"cannot keep {name} under {root}: {error.strerror}; name another folder with --data-root"
         ) from None
-    with _locked(root / f".{name}.lock"):  # several workers may start at once
+    try:
+        with _locked(root / f".{name}.lock"):  # several workers may start at once
+            train, test = (fetch(make, **part) for part in parts)
+    except PermissionError:  # a folder to read from: it is all there, or the attempt to download says what is not
         train, test = (fetch(make, **part) for part in parts)
     return Dataset(train[0], train[1], test[0], test[1], train[2])
 

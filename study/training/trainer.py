@@ -113,7 +113,8 @@ def pick_precision(wanted: Literal["auto", "bf16", "fp32"], device: torch.device
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
     return "bf16" if native else "fp32"
@@ -267,10 +268,13 @@ class Trainer:
             "correct": self.correct,
             "train_seconds": self.train_seconds,
             "validation_seconds": self.validation_seconds,
+            "precision": self.precision,
             "history": [asdict(result) for result in self.history],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # One trial, one arithmetic: `auto` may mean another on the machine that takes over.
+        self.precision = state["precision"]
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.policy.load_state_dict(state["policy"])
