@@ -42,6 +42,11 @@ def open_storage(text: str, *, create: bool = True, reading: bool = False) -> RD
             raise UserError(f"no database file {path}; check --storage, or start a study with: study launch")
         if not path.parent.is_dir():
             raise UserError(f"no folder {path.parent} for the database {path.name}; create it or name another")
+    if path is not None and (kind := network_filesystem(path)):
+        raise UserError(
+            f"the folder of {path.name} is on a network file system ({kind}), where SQLite's locks do not hold; "
+            "use a local disk, or PostgreSQL for several machines: --storage postgresql://…"
+        )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         storage = _open(url, path, create)
@@ -53,6 +58,25 @@ def open_storage(text: str, *, create: bool = True, reading: bool = False) -> RD
     _configure(storage.engine, reading)
     storage.engine.dispose()  # connections made before the settings were
     return storage
+
+
+NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse.sshfs")
+
+
+def network_filesystem(path: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
+    """The kind of network file system that `path` lies on, where the system tells (Linux)."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return None
+    folder = path.resolve().parent
+    found = ("", "")
+    for line in lines:
+        _, point, kind, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        if folder.is_relative_to(point) and len(point) >= len(found[0]):
+            found = (point, kind)
+    return found[1] if found[1].startswith(NETWORK_FILESYSTEMS) else None
 
 
 def _open(url: URL, path: Path | None, create: bool) -> RDBStorage:

@@ -46,6 +46,7 @@ Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker processes. Default: one a device.", show_default=False)
 ]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
+NewName = Annotated[str | None, typer.Option("--name", help="Another name for the copy.", show_default=False)]
 
 
 @app.command()
@@ -188,6 +189,104 @@ def dashboard(
         port,
         lambda at: _say(f"optuna-dashboard on {at} shows {_shown(url)}; Ctrl-C ends it"),
     )
+
+
+@app.command()
+def copy(
+    name: Name,
+    source: Annotated[str, typer.Option("--from", help="Database URL of the study.")],
+    target: Annotated[str, typer.Option("--to", help="Database URL of the copy.")],
+    new_name: NewName = None,
+) -> None:
+    """Copy a study, finished or not, to another database: SQLite or PostgreSQL."""
+    from storage.connect import open_storage
+    from storage.transfer import copy as copy_study
+
+    count = copy_study(open_storage(source, create=False, reading=True), open_storage(target), name, new_name)
+    _say(f"copied {count} trials of {name!r} to {_shown(target)}; go on with: study resume {new_name or name}")
+
+
+@app.command()
+def export(
+    name: Name, file: Annotated[Path, typer.Argument(help="A file that is not there yet.")], storage: Storage = None
+) -> None:
+    """Write a study with its checkpoints into one file, to take elsewhere or to keep."""
+    from storage.connect import open_storage
+    from storage.transfer import copy as copy_study
+
+    if file.exists():
+        raise UserError(f"the file {file} is there already; name another")
+    source = open_storage(_storage(storage), create=False, reading=True)
+    target = open_storage(f"sqlite:///{file}")
+    try:
+        count = copy_study(source, target, name)
+    except BaseException:
+        target.engine.dispose()
+        file.unlink(missing_ok=True)
+        raise
+    target.engine.dispose()  # the last connection to close folds SQLite's log into the file
+    _say(f"wrote {count} trials of {name!r} to {file}; back with: study import {file}")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file that `study export` wrote.")],
+    storage: Storage = None,
+    new_name: NewName = None,
+) -> None:
+    """Bring an exported study into a storage."""
+    import optuna
+
+    from storage.connect import open_storage
+    from storage.transfer import copy as copy_study
+
+    source = open_storage(f"sqlite:///{file}", create=False, reading=True)
+    names = optuna.get_all_study_names(source)
+    if len(names) != 1:
+        raise UserError(
+            f"{file} holds {len(names)} studies, not one; use: study copy NAME --from sqlite:///{file} --to …"
+        )
+    url = _storage(storage)
+    count = copy_study(source, open_storage(url), names[0], new_name)
+    _say(f"brought {count} trials of {names[0]!r} into {_shown(url)}; go on with: study resume {new_name or names[0]}")
+
+
+@app.command()
+def requeue(
+    name: Name,
+    storage: Storage = None,
+    failed: Annotated[bool, typer.Option("--failed", help="All failed trials.")] = False,
+    trial: Annotated[list[int] | None, typer.Option(help="The number of one failed trial. Repeatable.")] = None,
+) -> None:
+    """Put failed trials back, to be run again from their start."""
+    from storage.connect import open_storage
+    from storage.transfer import requeue as put_back
+
+    if failed == bool(trial):
+        raise UserError("requeue takes --failed or --trial N, one of them")
+    numbers = put_back(open_storage(_storage(storage), create=False), name, trials=None if failed else trial)
+    _say(f"put back {len(numbers)} trials of {name!r}; run them with: study resume {name}")
+
+
+@app.command()
+def delete(
+    name: Name,
+    storage: Storage = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even while workers hold trials of it.")] = False,
+) -> None:
+    """Delete a study and everything of it. Asks first."""
+    from storage.connect import open_storage
+    from storage.transfer import delete as delete_study
+
+    view = _view(name, storage)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError("delete asks before it deletes, and nobody is here to answer; say --yes")
+        if not typer.confirm(f"Delete {name!r} with its {len(view.rows)} trials from {_shown(_storage(storage))}?"):
+            return
+    delete_study(open_storage(_storage(storage), create=False), name, force=force)
+    _say(f"deleted {name!r}")
 
 
 def _say(text: str) -> None:

@@ -159,6 +159,30 @@ def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbe
     assert outcome(url, "quick") == undisturbed
 
 
+def test_a_study_moves_by_file_and_by_copy(finished: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    def fine(*arguments: str) -> str:
+        done = study(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    home = f"sqlite:///{finished}/study.db"
+    fine("export", "quick", "moved.study", "--storage", home)
+    assert [p.name for p in tmp_path.iterdir()] == ["moved.study"]  # one file
+    fine("import", "moved.study", "--name", "again")
+    assert outcome(f"sqlite:///{tmp_path}/study.db", "again") == undisturbed
+    fine("copy", "again", "--from", "sqlite:///study.db", "--to", "sqlite:///other.db")
+    assert outcome(f"sqlite:///{tmp_path}/other.db", "again") == undisturbed
+    assert "study resume again" in fine("copy", "again", "--from", "sqlite:///other.db", "--to", "sqlite:///third.db")
+    refused = study("delete", "again", cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert (refused.returncode, "say --yes" in refused.stderr) == (2, True)
+    fine("delete", "again", "--yes")
+    assert "there are none yet" in study("status", "again", cwd=tmp_path).stderr
+    refused = study("export", "nope", "x.study", "--storage", home, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert not (tmp_path / "x.study").exists()
+    assert study("requeue", "quick", "--trial", "0", "--storage", home, cwd=tmp_path).returncode == 2
+
+
 def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tmp_path: Path) -> None:
     """On PostgreSQL, with a budget of blank tickets: exactly as many trials as tickets."""
     url = postgres.new_database()

@@ -14,6 +14,7 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from dashboards import report, tables
+from storage import transfer
 from storage.connect import open_storage
 from storage.errors import UserError
 from storage.progress import epoch_rows
@@ -306,3 +307,20 @@ def test_a_study_of_somebody_else_is_left_alone(sqlite_url: str) -> None:
     for name in ("minimised", "noted"):
         with pytest.raises(UserError, match="was not laid down by"):
             lay_down(bench.storage, name, "test", bench.config, data)
+
+
+def test_a_worker_runs_again_what_it_has_seen_fail(sqlite_url: str) -> None:
+    config = config_of(policy={"alpha": 60, "beta": [0.3, 0.6]}, lease={"max_attempts": 1})
+    bench = Bench(sqlite_url, config)
+    queue = bench.queue(max_attempts=1)
+    lease = queue.claim()
+    assert lease is not None
+    queue.release(lease, error="boom")
+    bench.work()
+    assert [t.state for t in bench.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]  # and now it is in the cache
+    assert transfer.requeue(bench.storage, "s", trials=None) == [0]
+    bench.work()
+    quiet = Bench(sqlite_url, config, "quiet")
+    quiet.work()
+    study = optuna.load_study(study_name="s", storage=bench.storage)
+    assert [t.value for t in study.trials] == [t.value for t in quiet.study.trials]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from storage.connect import network_filesystem
 from storage.errors import UserError
 from storage.url import file_of, parse, redact
 
@@ -56,3 +59,23 @@ def test_password_is_not_shown(text: str) -> None:
 def test_file_of() -> None:
     assert str(file_of(parse("sqlite:////tmp/study.db"))) == "/tmp/study.db"
     assert file_of(parse("postgresql://me@host/db")) is None
+
+
+def test_network_file_systems_are_known(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "/dev/sda1 / ext4 rw 0 0\n"
+        f"server:/home {tmp_path}/shared nfs4 rw 0 0\n"
+        f"/dev/sdb1 {tmp_path}/shared/local ext4 rw 0 0\n"
+        f"//box/with {tmp_path}/a\\040b cifs rw 0 0\n"
+    )
+    kinds = {
+        "here": None,
+        "shared": "nfs4",
+        "shared/deep/er": "nfs4",
+        "shared/local": None,
+        "a b": "cifs",
+    }
+    for folder, kind in kinds.items():
+        assert network_filesystem(tmp_path / folder / "study.db", mounts) == kind, folder
+    assert network_filesystem(tmp_path / "study.db", tmp_path / "no such file") is None
