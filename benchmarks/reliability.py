@@ -194,11 +194,11 @@ def many(backend: str, workers: int, reports: int, pause: float) -> None:
 
 STUDY = [
     *("--set", "network.width=0.125", "--set", "data.train_images=300", "--set", "policy.alpha=[100, 150, 200]"),
-    *("--set", "policy.beta=[0.2, 0.4, 0.6, 0.8]", "--set", "training.epochs=12", "--set", "training.batch_size=50"),
+    *("--set", "policy.beta=[0.2, 0.4, 0.6, 0.8]", "--set", "training.epochs=24", "--set", "training.batch_size=50"),
     *("--set", "pruning=none", "--set", "checkpoint.every_seconds=0.1", "--set", "lease.seconds=2"),
     *("--set", "lease.max_attempts=1000", "--device", "cpu"),
 ]
-"""12 real trainings of 12 epochs, a few seconds each."""
+"""12 real trainings of 24 epochs, some seconds each."""
 
 
 def start(url: str, *arguments: str) -> subprocess.Popen[str]:

@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
+from storage import files
 from storage.tables import (
     CHECKPOINTS,
     EPOCHS,
@@ -231,7 +232,7 @@ class Queue:
                 # Further than any attempt before: the attempts are counted anew.
                 if connection.scalar(epoch.returning(EPOCHS.c.epoch)) is not None:
                     connection.execute(sa.update(LEASES).where(LEASES.c.trial_id == lease.trial_id).values(attempts=0))
-                connection.execute(reported.on_conflict_do_nothing())
+                connection.execute(reported.on_conflict_do_nothing(index_elements=["trial_id", "step"]))
 
         retrying(once)
 
@@ -341,7 +342,10 @@ class Queue:
     def _settle(self, connection: sa.Connection, trial_id: int, state: TrialState) -> bool:
         running = sa.and_(TRIALS.c.trial_id == trial_id, TRIALS.c.state.in_(UNFINISHED))
         done = connection.execute(sa.update(TRIALS).where(running).values(state=state, datetime_complete=_utc()))
-        connection.execute(sa.delete(CHECKPOINTS).where(CHECKPOINTS.c.trial_id == trial_id))
+        kept = sa.delete(CHECKPOINTS).where(CHECKPOINTS.c.trial_id == trial_id).returning(CHECKPOINTS.c.location)
+        location = connection.scalar(kept)
+        if location is not None:  # should the transaction fail after all, the trial starts again from epoch 0
+            files.remove(location)
         return done.rowcount == 1
 
     def _fail(self, connection: sa.Connection, trial_id: int, error: str) -> None:

@@ -30,7 +30,8 @@ CHECKPOINTS = sa.Table(
     sa.Column("token", sa.Integer, nullable=False),
     sa.Column("epoch", sa.Integer, nullable=False, doc="Whole epochs done."),
     sa.Column("sha256", sa.String(64), nullable=False),
-    sa.Column("payload", sa.LargeBinary, nullable=False),
+    sa.Column("payload", sa.LargeBinary, doc="The checkpoint, if it is kept here."),
+    sa.Column("location", sa.Text, doc="Where else it is kept: a URL or path that fsspec opens."),
 )
 
 EPOCHS = sa.Table(

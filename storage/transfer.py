@@ -16,6 +16,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
+from storage import files
 from storage.errors import UserError
 from storage.progress import STATE_NAMES
 from storage.queue import now, retrying, upsert
@@ -133,6 +134,9 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
                 connection.execute(locked.with_for_update()).all()
             if not force:
                 _refuse_live(connection, study_id, name, "deleting", "stop those workers first, or --force")
+            kept = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id.in_(trials))
+            for location in connection.scalars(kept.where(CHECKPOINTS.c.location.is_not(None))).all():
+                files.remove(location)
             for table in OF_TRIAL:
                 connection.execute(sa.delete(table).where(table.c.trial_id.in_(trials)))
             for table in (TRIALS, *OF_STUDY, STUDIES):
@@ -192,7 +196,11 @@ def _copy_trials(found: sa.Connection, into: sa.Connection, old: int, new: int) 
             of_study = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == old)
             size, having = 1, list(found.scalars(sa.select(table.c.trial_id).where(table.c.trial_id.in_(of_study))))
         for batch in _batches(having, size):
-            _put(into, table, "trial_id", ids, _rows(found, table, "trial_id", batch))
+            rows = _rows(found, table, "trial_id", batch)
+            for row in rows if table is CHECKPOINTS else ():
+                if row["location"] is not None:  # a file is one trial's own: the copy has its checkpoint with it
+                    row |= {"payload": files.read(row["location"]), "location": None}
+            _put(into, table, "trial_id", ids, rows)
     into.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(anew)).values(expires_at=0.0))
     return ids
 

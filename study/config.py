@@ -226,6 +226,9 @@ Pruner = NoPruner | MedianPruner | PercentilePruner | SuccessiveHalvingPruner | 
 class Checkpoint(Part):
     every_seconds: float = Field(default=30.0, ge=0)
     """Seconds between checkpoints; longer where they would cost more than 1 % of the time."""
+    store: str = "database"
+    """`database`, or a folder that all machines reach, as a path or an fsspec URL (`s3://…`): for many workers or
+    large networks."""
 
 
 class Lease(Part):

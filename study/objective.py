@@ -85,7 +85,7 @@ def run_trial(
     _restore(trainer, queue, lease, kept, say)
 
     saved, every, diverged = time.monotonic(), config.checkpoint.every_seconds, ""
-    with Scribe(study, queue, lease, epochs=trainer.epochs) as scribe:
+    with Scribe(study, queue, lease, epochs=trainer.epochs, store=config.checkpoint.store) as scribe:
         for known in trainer.history[scribe.told :]:  # to the checkpoint, but not to the database
             scribe.tell(known, best(trainer.history[: known.epoch]).accuracy)
         try:
@@ -145,7 +145,10 @@ def _give_back(
 ) -> None:
     """Asked to stop: the checkpoint into the database and the trial claimable at once, or the checkpoint onto disk."""
     scribe.save(len(trainer.history), trainer.state_dict())
-    if scribe.flush(LAST_WORDS_SECONDS):
+    if scribe.flush(LAST_WORDS_SECONDS) and not scribe.unsaved:
+        queue.release(lease)
+    elif scribe.unsaved:
+        say(f"trial {lease.number}: its checkpoint could not be stored: {scribe.unsaved}")
         queue.release(lease)
     elif not isinstance(scribe.fault, LeaseLost):
         checkpoints.keep(kept, to_bytes(trainer.state_dict()))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import optuna
 from optuna.storages import RDBStorage
 
+from storage import files
+from storage.checkpoints import DATABASE
 from storage.connect import open_storage
 from storage.errors import UserError
 from storage.tickets import lay
@@ -101,6 +103,8 @@ def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -
     Raises:
         UserError, DataError: the data or an alpha cannot be used.
     """
+    if config.checkpoint.store != DATABASE:
+        files.check(config.checkpoint.store)
     part = config.data
     dataset = datasets.load(part.name, root, say)
     split = datasets.split(dataset, part.protocol, holdout=part.holdout, train_images=part.train_images)

@@ -31,14 +31,18 @@ State = dict[str, Any]
 class Scribe:
     """Use as a context: leaving it ends the thread, whether or not everything could be said."""
 
-    def __init__(self, study: optuna.Study, queue: Queue, lease: Lease, *, epochs: int) -> None:
-        self.study, self.queue, self.lease, self.epochs = study, queue, lease, epochs
+    def __init__(
+        self, study: optuna.Study, queue: Queue, lease: Lease, *, epochs: int, store: str = checkpoints.DATABASE
+    ) -> None:
+        self.study, self.queue, self.lease, self.epochs, self.store = study, queue, lease, epochs, store
         self.standing = queue.standing(lease.trial_id)
         self.pruned = self.standing.pruned
         """The epoch after which the pruner said to stop, to this attempt or an earlier one."""
         self.fault: Exception | None = None
         """What ended the thread: the lease is lost, or the database was away for too long."""
         self.saving = False
+        self.unsaved = ""
+        """Why the last checkpoint could not be stored, if it could not."""
         self.cost = 0.0
         """Seconds that the last checkpoint took."""
         self._work: standard.Queue[Callable[[], None] | None] = standard.Queue()
@@ -63,7 +67,7 @@ class Scribe:
 
     def save(self, epoch: int, state: State) -> None:
         """Store a checkpoint; `state` is the scribe's from now on."""
-        self.saving = True
+        self.saving, self.unsaved = True, ""
         self._work.put(lambda: self._save(epoch, state))
 
     def flush(self, seconds: float | None = None) -> bool:
@@ -106,7 +110,10 @@ class Scribe:
     def _save(self, epoch: int, state: State) -> None:
         started = time.monotonic()
         if self.pruned is None or epoch < self.pruned:
-            checkpoints.save(self.queue, self.lease, epoch, to_bytes(state))
+            try:
+                checkpoints.save(self.queue, self.lease, epoch, to_bytes(state), self.store)
+            except OSError as error:  # the folder, not the database: the checkpoint before stands, the training goes on
+                self.unsaved = str(error)
         self.cost = time.monotonic() - started
         self.saving = False
 

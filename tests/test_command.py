@@ -238,6 +238,7 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["launch", "quick", "--storage", "sqlite:////proc/study.db"], "unable to open database file"),
     (["launch", "quick", "--storage", "postgresql://me:hunter2@127.0.0.1:1/db"], "me:***@127.0.0.1:1/db"),
     (["launch", "quick", "--device", "tpu"], "got 'tpu'"),
+    (["launch", "quick", "--set", "checkpoint.store=ftpx://a/b"], "checkpoint.store must be 'database', a folder"),
     (["launch", "quick", "--workers", "0"], "--workers"),
     (["status", "quick"], "no database file study.db"),
     (["report", "quick", "--html", "/nowhere/x.html"], "no folder /nowhere"),

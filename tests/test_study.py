@@ -324,3 +324,43 @@ def test_a_worker_runs_again_what_it_has_seen_fail(sqlite_url: str) -> None:
     quiet.work()
     study = optuna.load_study(study_name="s", storage=bench.storage)
     assert [t.value for t in study.trials] == [t.value for t in quiet.study.trials]
+
+
+def test_checkpoints_in_a_folder(url: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]) -> None:
+    """One file a trial, named in the database, gone at the trial's end; a copy of the study has its own."""
+    folder = tmp_path / "shared" / "checkpoints"
+    bench = Bench(url, config_of(checkpoint={"every_seconds": 0, "store": f"file://{folder}"}))
+    for steps in (2, 3, 2):
+        bench.work(StopAfter(steps), most=1)
+        assert len(list(folder.iterdir())) == 1
+    elsewhere = open_storage(f"sqlite:///{tmp_path}/copy.db")
+    transfer.copy(bench.storage, elsewhere, "s")
+    with elsewhere.engine.connect() as connection:
+        (row,) = connection.exec_driver_sql("SELECT payload, location FROM trial_checkpoints").all()
+    assert (row.payload, row.location) == (next(folder.iterdir()).read_bytes(), None)
+    bench.work()
+    assert sum("goes on after epoch" in line for line in bench.said) >= 2
+    assert list(folder.iterdir()) == []
+    assert bench.outcome() == undisturbed
+
+
+def test_a_folder_that_fails_costs_the_checkpoint_and_not_the_trial(
+    sqlite_url: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]
+) -> None:
+    (tmp_path / "no folder").write_text("in the way")
+    bench = Bench(sqlite_url, config_of(checkpoint={"every_seconds": 0, "store": str(tmp_path / "no folder")}))
+    bench.work(StopAfter(4), most=1)
+    assert any("could not be stored" in line for line in bench.said)
+    bench.work()
+    assert bench.outcome() == undisturbed
+
+
+def test_a_lost_checkpoint_file_restarts_the_trial(
+    sqlite_url: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]
+) -> None:
+    bench = Bench(sqlite_url, config_of(checkpoint={"store": str(tmp_path / "folder")}))
+    bench.work(StopAfter(4), most=1)
+    next((tmp_path / "folder").iterdir()).unlink()
+    bench.work()
+    assert any("damaged" in line for line in bench.said)
+    assert bench.outcome() == undisturbed
