@@ -1,6 +1,6 @@
 """What is lost and what is run twice: ours beside stock Optuna, and real trainings under kills.
 
-    python -m benchmarks.reliability [grid] [errors] [budget] [crowd] [chaos] [terminate] [restarts]
+    python -m benchmarks.reliability [grid] [errors] [budget] [crowd] [chaos] [terminate] [restarts] [hosts]
 
 Simulated trainings (no torch) where only the bookkeeping is in question, real ones on digits where the numbers are.
 Stock Optuna is `study.optimize` with GridSampler, heartbeats with RetryHeartbeatStaleTrialCallback, MaxTrialsCallback.
@@ -201,9 +201,10 @@ STUDY = [
 """12 real trainings of 24 epochs, some seconds each."""
 
 
-def start(url: str, *arguments: str) -> subprocess.Popen[str]:
+def start(url: str, *arguments: str, inside: str = "") -> subprocess.Popen[str]:
+    """`study` with arguments, in the network namespace `inside` if one is named."""
     environment = os.environ | {"STUDY_STORAGE": url, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "study", *arguments]
+    command = [*(["ip", "netns", "exec", inside] if inside else []), sys.executable, "-m", "study", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -293,6 +294,73 @@ def restarts() -> None:
             server.stop()
 
 
+def hosts() -> None:
+    """Needs root: three network namespaces, one for the database and one for each of two workers, on loopback wires."""
+    print("\nTwo hosts and a database in network namespaces; the first host's cable out for 60 s")
+    names = ("study-db", "study-w1", "study-w2")
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        launch(quiet := f"sqlite:///{folder}/quiet.db")
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        try:
+            for i in (1, 2):
+                ip(
+                    "-n",
+                    "study-db",
+                    "link",
+                    "add",
+                    f"to-w{i}",
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    "eth",
+                    "netns",
+                    f"study-w{i}",
+                )
+                for name, device, host in (("study-db", f"to-w{i}", 1), (f"study-w{i}", "eth", 2)):
+                    ip("-n", name, "address", "add", f"10.99.{i}.{host}/30", "dev", device)
+                    ip("-n", name, "link", "set", device, "up")
+            code = (
+                "from tests.postgres import Postgres; p = Postgres('*', '10.99.0.0/16'); "
+                "print(p.port, p.new_database().rpartition('/')[2], flush=True); input(); p.stop()"
+            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            command = ["ip", "netns", "exec", "study-db", sys.executable, "-c", code]
+            server: subprocess.Popen[str] = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+            assert server.stdout is not None
+            port, database = server.stdout.readline().split()
+            urls = [f"postgresql://postgres@10.99.{i}.1:{port}/{database}" for i in (1, 2)]
+            lease = ("--set", "lease.seconds=10")
+            first = start(urls[0], "launch", "quick", *STUDY, *lease, inside="study-w1")
+            time.sleep(12)
+            second = start(urls[1], "worker", "quick", "--device", "cpu", inside="study-w2")
+            time.sleep(8)
+            ip("-n", "study-db", "link", "set", "to-w1", "down")
+            time.sleep(60)
+            ip("-n", "study-db", "link", "set", "to-w1", "up")
+            (_, said), (_, other) = first.communicate(timeout=300), second.communicate(timeout=300)
+            lost = said.count("has been taken over; this worker drops it")
+            check = "from benchmarks.reliability import outcome; import sys; print(outcome(sys.argv[1]))"
+            inside = ["ip", "netns", "exec", "study-w2", sys.executable, "-c", check, urls[1]]
+            found = subprocess.run(inside, capture_output=True, text=True, check=True).stdout.strip()
+            print(
+                f"  exit codes {first.returncode} and {second.returncode}; trials that the cut-off host lost to the "
+                f"other and dropped: {lost}; workers that died: {(said + other).count(' died ')}; "
+                f"table equal to a quiet run's: {found == str(outcome(quiet))}",
+                flush=True,
+            )
+            server.communicate("\n")
+        finally:
+            for name in names:
+                ip("netns", "del", name)
+
+
 SCENES: dict[str, Callable[[], None]] = {
     "grid": lambda: bookkeeping("A grid of 24 cells, 16 workers", 16, 0.0, 24, True, 5),
     "errors": lambda: bookkeeping("The same with 25 % of attempts raising, 8 workers", 8, 0.25, 24, True, 2),
@@ -305,6 +373,7 @@ SCENES: dict[str, Callable[[], None]] = {
     "chaos": lambda: kills("kill -9 at random moments, real trainings", signal.SIGKILL, 20),
     "terminate": lambda: kills("SIGTERM at random moments, real trainings", signal.SIGTERM, 20),
     "restarts": restarts,
+    "hosts": hosts,
 }
 
 if __name__ == "__main__":

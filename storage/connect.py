@@ -153,6 +153,7 @@ def _engine_settings(sqlite: bool) -> dict[str, Any]:
             "keepalives_idle": 20,
             "keepalives_interval": 10,
             "keepalives_count": 4,
+            "tcp_user_timeout": 30_000,  # ms; for what was sent into a cut cable
         },
     }
 

