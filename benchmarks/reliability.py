@@ -288,6 +288,8 @@ def restarts() -> None:
                 server.control("restart", "-m", "immediate")
                 time.sleep(6)
             _, said = process.communicate(timeout=400)
+            if process.returncode:
+                print(said[-2000:])
             same = outcome(url) == outcome(quiet)
             print(f"  exit code {process.returncode}, workers that died: {said.count(' died ')}, table equal: {same}")
         finally:

@@ -14,9 +14,9 @@ from filelock import FileLock
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, OperationalError
 
-from storage.errors import UserError
+from storage.errors import Unreachable, UserError
 from storage.tables import METADATA
 from storage.url import file_of, parse, redact
 
@@ -52,7 +52,8 @@ def open_storage(text: str, *, create: bool = True, reading: bool = False) -> RD
         storage = _open(url, path, create)
     except (DatabaseError, optuna.exceptions.StorageInternalError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"cannot use the database {redact(url)}: {reason}") from None
+        away = isinstance(error, OperationalError | optuna.exceptions.StorageInternalError)
+        raise (Unreachable if away else UserError)(f"cannot use the database {redact(url)}: {reason}") from None
     except RuntimeError as error:  # Optuna's schema check
         raise UserError(f"cannot use the database {redact(url)}: {error}") from None
     _configure(storage.engine, reading)

@@ -1,5 +1,9 @@
-"""The one exception for a fault of the user's: a sentence with the rule, the value and the fix."""
+"""Faults of the user's: a sentence with the rule, the value and the fix."""
 
 
 class UserError(Exception):
     """Something the user can put right. The command prints it as one line and exits with code 2."""
+
+
+class Unreachable(UserError):
+    """The database does not answer: a wrong address, or one that is away for a moment."""

@@ -206,7 +206,8 @@ class Queue:
             LeaseLost: the token is outdated.
         """
         values: dict[str, Any] = {"expires_at": now(self.engine) + self.seconds} | also
-        held = sa.and_(LEASES.c.trial_id == lease.trial_id, LEASES.c.token == lease.token)
+        # The owner too: tokens start anew where SQLite gives the trial ids of a deleted study again.
+        held = sa.and_(LEASES.c.trial_id == lease.trial_id, LEASES.c.token == lease.token, LEASES.c.owner == self.owner)
         if connection.execute(sa.update(LEASES).where(held).values(values)).rowcount != 1:
             raise LeaseLost(f"trial {lease.number} has been taken over")
 

@@ -11,7 +11,19 @@ from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
 from storage.queue import retrying
-from storage.tables import CHECKPOINTS, EPOCHS, LEASES, STUDIES, STUDY_ATTRS, TRIAL_ATTRS, TRIAL_PARAMS, TRIALS
+from storage.tables import (
+    CHECKPOINTS,
+    EPOCHS,
+    LEASES,
+    REPORTS,
+    STUDIES,
+    STUDY_ATTRS,
+    TRIAL_ATTRS,
+    TRIAL_PARAMS,
+    TRIAL_SYSTEM_ATTRS,
+    TRIAL_VALUES,
+    TRIALS,
+)
 
 
 def lay(
@@ -59,6 +71,11 @@ def _insert_tickets(connection: sa.Connection, study_id: int, first: int, ticket
     rows = [{"study_id": study_id, "number": first + i, "state": TrialState.WAITING} for i in range(len(tickets))]
     insert = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
     ids = list(connection.execute(insert, rows).scalars())
+    # SQLite gives a deleted study's trial ids again, and its workers may have written since. (These ids are ours alone
+    # and in a row there; PostgreSQL's never return.)
+    if connection.dialect.name == "sqlite":
+        for table in (LEASES, CHECKPOINTS, EPOCHS, REPORTS, TRIAL_VALUES, TRIAL_SYSTEM_ATTRS):
+            connection.execute(sa.delete(table).where(table.c.trial_id.between(min(ids), max(ids))))
     params = [
         {
             "trial_id": trial_id,
@@ -78,7 +95,3 @@ def _insert_tickets(connection: sa.Connection, study_id: int, first: int, ticket
     ]
     if attributes:
         connection.execute(sa.insert(TRIAL_ATTRS), attributes)
-    # SQLite gives a deleted study's trial ids again; there, these are ours alone and in a row.
-    if connection.dialect.name == "sqlite":
-        for table in (LEASES, CHECKPOINTS, EPOCHS):
-            connection.execute(sa.delete(table).where(table.c.trial_id.between(min(ids), max(ids))))

@@ -125,7 +125,7 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
         UserError: no such study, or trials that are being worked on.
     """
 
-    def once() -> None:
+    def once() -> Sequence[str]:
         with storage.engine.begin() as connection:
             study_id = _study_id(connection, name, lock=True)
             trials = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)
@@ -135,21 +135,22 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
             if not force:
                 _refuse_live(connection, study_id, name, "deleting", "stop those workers first, or --force")
             kept = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id.in_(trials))
-            for location in connection.scalars(kept.where(CHECKPOINTS.c.location.is_not(None))).all():
-                files.remove(location)
+            locations = connection.scalars(kept.where(CHECKPOINTS.c.location.is_not(None))).all()
             for table in OF_TRIAL:
                 connection.execute(sa.delete(table).where(table.c.trial_id.in_(trials)))
             for table in (TRIALS, *OF_STUDY, STUDIES):
                 connection.execute(sa.delete(table).where(table.c.study_id == study_id))
+            return locations
 
-    retrying(once, PATIENCE_SECONDS)
+    for location in retrying(once, PATIENCE_SECONDS):
+        files.remove(location)
 
 
 @contextmanager
 def _reading(source: RDBStorage, target: RDBStorage, into: sa.Connection) -> Iterator[sa.Connection]:
     """One state of the source for all that is read of it, whatever is written meanwhile."""
-    files = file_of(source.engine.url), file_of(target.engine.url)
-    if files[0] is not None and files[1] is not None and os.path.samefile(files[0], files[1]):
+    ends = file_of(source.engine.url), file_of(target.engine.url)
+    if ends[0] is not None and ends[1] is not None and os.path.samefile(ends[0], ends[1]):
         yield into  # a second connection that wants to write would wait for this one for ever
         return
     engine = source.engine

@@ -172,7 +172,8 @@ def run(name: str, storage_url: str, devices: Sequence[str], data_root: str | No
                 time.sleep(POLL_SECONDS)
             if AWAY in fleet.ended:
                 raise UserError(f"the database was away for too long; when it is back: study resume {name}")
-            display.update()
+            with _unless_away():
+                display.update()
             if STOPPED in fleet.ended:  # by somebody who signalled the workers, not us
                 raise KeyboardInterrupt
     finally:

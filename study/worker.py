@@ -12,11 +12,12 @@ from pathlib import Path
 
 import optuna
 import torch
+from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError
 
 from storage.connect import open_storage
-from storage.errors import UserError
-from storage.queue import PATIENCE_SECONDS, LeaseLost, Queue, passing
+from storage.errors import Unreachable, UserError
+from storage.queue import PATIENCE_SECONDS, LeaseLost, Queue, passing, retrying
 from storage.url import parse, redact
 from study.config import StudyConfig
 from study.launch import STOP_SIGNALS, SUPERVISED
@@ -67,8 +68,7 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         DataError: the data cannot be used.
     """
     stop = Stop()
-    storage = open_storage(storage_url, create=False)
-    study, config = load_study(storage, name)
+    storage, study, config = _join(storage_url, name, stop)
     study.pruner = make_pruner(config)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     be_deterministic(config.training.deterministic)
@@ -76,7 +76,7 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         device = pick_device(device_name)
     except ValueError as error:
         raise UserError(str(error)) from None
-    data = load_data(study, config, data_root, device)
+    data = retrying(lambda: load_data(study, config, data_root, device), stopping=stop)
     queue = Queue(
         storage.engine,
         study._study_id,
@@ -84,7 +84,7 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         max_attempts=config.lease.max_attempts,
         stopping=stop,
     )
-    aside = _aside(storage_url, name)
+    aside = _aside(storage_url, study)
     errors = 0
     try:
         while not stop():
@@ -124,9 +124,23 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         ) from error
 
 
-def _aside(storage_url: str, name: str) -> Path:
-    """The folder on this machine for what the database could not take of this study."""
-    key = hashlib.sha256(f"{redact(parse(storage_url))} {name}".encode()).hexdigest()[:16]
+def _join(storage_url: str, name: str, stop: Stop) -> tuple[RDBStorage, optuna.Study, StudyConfig]:
+    """The study. A launcher's worker waits for a database that is away when it starts; a person is told at once."""
+    deadline = time.monotonic() + (PATIENCE_SECONDS if stop.parent else 0.0)
+    while True:
+        try:
+            storage = open_storage(storage_url, create=False)
+            return storage, *load_study(storage, name)
+        except (Unreachable, *AWAY):
+            if stop() or time.monotonic() >= deadline:
+                raise
+            _pause(1.0, stop)
+
+
+def _aside(storage_url: str, study: optuna.Study) -> Path:
+    """The folder on this machine for what the database could not take of this study, and of no other of its name."""
+    what = f"{redact(parse(storage_url))} {study.study_name} {study.user_attrs['config']}"
+    key = hashlib.sha256(what.encode()).hexdigest()[:16]
     return datasets.cache_dir() / "unsaved" / key
 
 

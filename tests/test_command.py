@@ -66,7 +66,7 @@ def worker_pid(url: str, name: str) -> int | None:
         running = progress(storage.engine, load_study(storage, name)[0]._study_id).running
     except UserError:  # not laid down yet
         return None
-    return next((int(trial.owner.rpartition(":")[2]) for trial in running if trial.epoch >= 1), None)
+    return next((int(trial.owner.split(":")[-2]) for trial in running if trial.epoch >= 1), None)
 
 
 @pytest.fixture(scope="module")

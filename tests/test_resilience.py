@@ -205,3 +205,21 @@ def test_storages_open_while_studies_are_there(sqlite_url: str) -> None:
     study, config = load_study(open_storage(sqlite_url, create=False, reading=True), "s")
     assert config == bench.config
     assert len(study.trials) == 4
+
+
+def test_a_workers_start_waits_for_a_database_that_is_away(restartable: Postgres, tmp_path: Path) -> None:
+    """A launcher's worker does; one started by a person says at once what is wrong."""
+    url = restartable.new_database()
+    Bench(url, config_of(policy={"alpha": 60, "beta": 0.5}))
+    restartable.control("stop", "-m", "immediate")
+    command = [sys.executable, "-m", "study", "worker", "s", "--device", "cpu"]
+    environment = os.environ | {"STUDY_STORAGE": url}
+    person = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert person.returncode == 2
+    assert "cannot use the database" in person.stderr
+    supervised = environment | {"STUDY_SUPERVISED": str(os.getpid())}
+    worker = subprocess.Popen(command, env=supervised, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(6)
+    restartable.control("start")
+    _, said = worker.communicate(timeout=60)
+    assert worker.returncode == 0, said
