@@ -329,7 +329,7 @@ def hosts() -> None:
                     ip("-n", name, "address", "add", f"10.99.{i}.{host}/30", "dev", device)
                     ip("-n", name, "link", "set", device, "up")
             code = (
-                "from tests.postgres import Postgres; p = Postgres('*', '10.99.0.0/16'); "
+                "from tests.postgres import Postgres; p = Postgres('0.0.0.0', '10.99.0.0/16'); "
                 "print(p.port, p.new_database().rpartition('/')[2], flush=True); input(); p.stop()"
             )
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
