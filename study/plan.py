@@ -55,15 +55,17 @@ def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, d
         "data_fingerprint": dataset.fingerprint,
         "protocol": PROTOCOLS[config.data.protocol],
     }
+    # In this order: another launch lays trials and config down together, so who sees its trials then sees its config.
+    trials = study.get_trials(deepcopy=False)
     found = study.user_attrs
-    blank = not found and not study.get_trials(deepcopy=False)
-    if "config" not in found and not (blank and study.direction == optuna.study.StudyDirection.MAXIMIZE):
+    ours = study.direction == optuna.study.StudyDirection.MAXIMIZE and not (found or trials)
+    if "config" not in found and not ours:
         raise UserError(f"the study {name!r} was not laid down by `study launch`; choose another --name")
-    if blank:
+    if not found:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
-        found = lay(storage.engine, study._study_id, attributes, space.tickets(config))
+    found = lay(storage.engine, study._study_id, attributes, space.tickets(config))
     theirs = parse_config(found["config"])
     if theirs != config:
         changed = "; ".join(differences(config, theirs))
@@ -71,7 +73,6 @@ def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, d
             f"the study {name!r} exists with another config (asked != stored): {changed}; choose another --name"
         )
     check_fingerprint(study, dataset)
-    lay(storage.engine, study._study_id, attributes, space.tickets(config))
     return not existed
 
 
