@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from storage.errors import Unreachable, UserError
-from storage.tables import METADATA
+from storage.tables import EPOCHS, LEASES, METADATA
 from storage.url import file_of, parse, redact
 
 BUSY_SECONDS = 30
@@ -100,11 +100,12 @@ def _open(url: URL, path: Path | None, create: bool) -> RDBStorage:
             finally:
                 connection.close()
         return optunas()
-    if not create:
+    if not create and not sa.inspect(engine).has_table(LEASES.name):
         raise UserError(f"the database {redact(url)} holds no studies; check --storage")
     with _only_one(engine, path):
         models.BaseModel.metadata.create_all(engine)
         METADATA.create_all(engine)
+        _add_columns(engine)
         return optunas()  # writes the schema version, so still under the lock
 
 
@@ -114,7 +115,21 @@ def _complete(engine: sa.Engine) -> bool:
     if not {*models.BaseModel.metadata.tables, *METADATA.tables, "alembic_version"} <= names:
         return False
     with engine.connect() as connection:
-        return connection.exec_driver_sql("SELECT count(*) FROM alembic_version").scalar() == 1
+        stamped = connection.exec_driver_sql("SELECT count(*) FROM alembic_version").scalar() == 1
+    return stamped and not _missing_columns(engine)
+
+
+def _missing_columns(engine: sa.Engine) -> list[sa.Column[Any]]:
+    """Columns of `trial_epochs` that an older version did not make."""
+    there = {column["name"] for column in sa.inspect(engine).get_columns(EPOCHS.name)}
+    return [column for column in EPOCHS.c if column.name not in there]
+
+
+def _add_columns(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        for column in _missing_columns(engine):
+            kind = column.type.compile(engine.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {EPOCHS.name} ADD COLUMN {column.name} {kind}")
 
 
 @contextmanager

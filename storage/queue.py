@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +27,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from storage import files
 from storage.tables import (
+    ATTEMPTS,
     CHECKPOINTS,
     EPOCHS,
     LEASES,
@@ -114,10 +115,11 @@ class Queue:
         seconds: float = 60.0,
         max_attempts: int = 5,
         owner: str | None = None,
+        device: str = "",
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.engine, self.study_id, self.stopping = engine, study_id, stopping
-        self.seconds, self.max_attempts = seconds, max_attempts
+        self.seconds, self.max_attempts, self.device = seconds, max_attempts, device
         # Containers share host names and process ids: the last part alone makes it one of a kind.
         self.owner = owner or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
 
@@ -139,7 +141,7 @@ class Queue:
         # Our own live lease can only be one whose claim was committed in a connection that then broke.
         free = sa.or_(LEASES.c.trial_id.is_(None), LEASES.c.expires_at <= clock, LEASES.c.owner == self.owner)
         candidate = (
-            sa.select(TRIALS.c.trial_id, TRIALS.c.number, LEASES.c.attempts, LEASES.c.last_error)
+            sa.select(TRIALS.c.trial_id, TRIALS.c.number, LEASES.c.attempts, LEASES.c.last_error, LEASES.c.expires_at)
             .select_from(TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
             .where(TRIALS.c.study_id == self.study_id, TRIALS.c.state.in_(UNFINISHED), free)
             # What raised an error comes last: a broken machine then spreads its errors, and soon gives up.
@@ -151,7 +153,11 @@ class Queue:
             row = connection.execute(candidate).one_or_none()
             if row is None:
                 return False
+            open_attempt = sa.and_(ATTEMPTS.c.trial_id == row.trial_id, ATTEMPTS.c.ended_at.is_(None))
+            last_sign = (row.expires_at or 0.0) - self.seconds  # of a holder that vanished
+            vanished = sa.update(ATTEMPTS).where(open_attempt).values(ended_at=last_sign, outcome="vanished")
             if (row.attempts or 0) >= self.max_attempts:
+                connection.execute(vanished)
                 error = row.last_error or "its workers vanished (killed, out of memory, or cut off)"
                 self._fail(connection, row.trial_id, f"{row.attempts} attempts got no further: {error}")
                 return True
@@ -169,6 +175,9 @@ class Queue:
             token = connection.execute(claimed.returning(LEASES.c.token)).scalar_one_or_none()
             if token is None:
                 return True
+            connection.execute(vanished)
+            attempt = {"owner": self.owner, "device": self.device, "started_at": clock}
+            connection.execute(sa.insert(ATTEMPTS).values(trial_id=row.trial_id, token=token, **attempt))
             connection.execute(
                 sa.update(TRIALS)
                 .where(TRIALS.c.trial_id == row.trial_id, TRIALS.c.state == TrialState.WAITING)
@@ -211,8 +220,13 @@ class Queue:
         if connection.execute(sa.update(LEASES).where(held).values(values)).rowcount != 1:
             raise LeaseLost(f"trial {lease.number} has been taken over")
 
-    def record(self, lease: Lease, row: Mapping[str, Any], report: float) -> None:
-        """Store an epoch (a row of `trial_epochs` without its trial_id) and report `report` to Optuna as its step.
+    def _end(self, connection: sa.Connection, lease: Lease, outcome: str, error: str | None = None) -> None:
+        this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
+        ended = {"ended_at": now(self.engine), "outcome": outcome, "error": error}
+        connection.execute(sa.update(ATTEMPTS).where(this).values(ended))
+
+    def record(self, lease: Lease, row: Mapping[str, Any], reports: Mapping[int, float]) -> None:
+        """Store an epoch (a row of `trial_epochs` without its trial_id) and what it reports to Optuna: step to value.
 
         An epoch that is stored already stays as it is, so a resumed trial may repeat what it did since its checkpoint.
 
@@ -224,16 +238,21 @@ class Queue:
             with self.engine.begin() as connection:
                 self.fence(connection, lease)
                 epoch = upsert(self.engine, EPOCHS).values(trial_id=lease.trial_id, **row).on_conflict_do_nothing()
-                reported = upsert(self.engine, REPORTS).values(
-                    trial_id=lease.trial_id,
-                    step=row["epoch"],
-                    intermediate_value=report,
-                    intermediate_value_type=REPORT_TYPE.FINITE,
-                )
                 # Further than any attempt before: the attempts are counted anew.
                 if connection.scalar(epoch.returning(EPOCHS.c.epoch)) is not None:
                     connection.execute(sa.update(LEASES).where(LEASES.c.trial_id == lease.trial_id).values(attempts=0))
-                connection.execute(reported.on_conflict_do_nothing(index_elements=["trial_id", "step"]))
+                steps = [
+                    {
+                        "trial_id": lease.trial_id,
+                        "step": step,
+                        "intermediate_value": value,
+                        "intermediate_value_type": REPORT_TYPE.FINITE,
+                    }
+                    for step, value in reports.items()
+                ]
+                if steps:
+                    reported = upsert(self.engine, REPORTS)
+                    connection.execute(reported.on_conflict_do_nothing(index_elements=["trial_id", "step"]), steps)
 
         retrying(once)
 
@@ -258,10 +277,10 @@ class Queue:
         self,
         lease: Lease,
         state: TrialState,
-        value: float | None,
+        values: Sequence[float],
         attributes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Settle the trial: its value, attributes and state; its checkpoint goes.
+        """Settle the trial: its values (one an objective), attributes and state; its checkpoint goes.
 
         Raises:
             LeaseLost: nothing was stored.
@@ -277,9 +296,10 @@ class Queue:
                     if mine == state:  # an earlier try was committed before its connection broke
                         return
                     raise LeaseLost(f"trial {lease.number} was settled or deleted by somebody else")
-                if value is not None:
-                    row = {"objective": 0, "value": value, "value_type": VALUE_TYPE.FINITE}
+                for objective, value in enumerate(values):
+                    row = {"objective": objective, "value": value, "value_type": VALUE_TYPE.FINITE}
                     connection.execute(sa.insert(TRIAL_VALUES).values(trial_id=lease.trial_id, **row))
+                self._end(connection, lease, "settled")
                 self._set_attributes(connection, lease.trial_id, attributes or {})
 
         retrying(once)
@@ -295,6 +315,7 @@ class Queue:
                 spared = sa.case((LEASES.c.attempts > 0, LEASES.c.attempts - 1), else_=0)
                 attempts = spared if error is None else LEASES.c.attempts
                 self.fence(connection, lease, expires_at=0.0, attempts=attempts, last_error=error)
+                self._end(connection, lease, "released" if error is None else "error", error)
                 if error is None:
                     return
                 tried = sa.select(LEASES.c.attempts).where(LEASES.c.trial_id == lease.trial_id)
@@ -309,6 +330,7 @@ class Queue:
         def once() -> None:
             with self.engine.begin() as connection, suppress(LeaseLost):
                 self.fence(connection, lease, expires_at=0.0, last_error=error)
+                self._end(connection, lease, "error", error)
                 self._fail(connection, lease.trial_id, error)
 
         retrying(once)

@@ -1,4 +1,4 @@
-"""Our three tables beside Optuna's, and the few of Optuna's columns that we read and write ourselves."""
+"""Our four tables beside Optuna's, and the few of Optuna's columns that we read and write ourselves."""
 
 from __future__ import annotations
 
@@ -44,12 +44,31 @@ EPOCHS = sa.Table(
     sa.Column("images", sa.Integer, nullable=False, doc="Images trained on in the epoch."),
     sa.Column("train_seconds", sa.Double, nullable=False),
     sa.Column("validation_seconds", sa.Double, nullable=False),
-    sa.Column("kind", sa.String(8), nullable=False, doc="What the policy did after: keep, type1, type2 or fresh."),
+    sa.Column(
+        "kind", sa.String(8), nullable=False, doc="What the policy did after: keep, type1, type2, fresh or soft."
+    ),
     sa.Column("k", sa.Integer, nullable=False, doc="Images exchanged."),
     sa.Column("beta", sa.Double, nullable=False, doc="The beta that gave k."),
     sa.Column(
         "decision", sa.String(8), doc="The pruner's, made once: go or prune; NULL: none was asked for, or not yet."
     ),
+    # Since the second version, so NULL in older databases.
+    sa.Column("selection_seconds", sa.Double, doc="Choosing the epoch's images."),
+    sa.Column("seen", sa.Integer, doc="Different images trained on up to here."),
+    sa.Column("joules", sa.Double, doc="Energy of the epoch; NULL: the device does not tell."),
+)
+
+ATTEMPTS = sa.Table(
+    "trial_attempts",
+    METADATA,
+    sa.Column("trial_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("token", sa.Integer, primary_key=True, autoincrement=False, doc="The lease's."),
+    sa.Column("owner", sa.String(255), nullable=False, doc="host:pid of the worker."),
+    sa.Column("device", sa.String(255), nullable=False, doc="What it trained on."),
+    sa.Column("started_at", sa.Double, nullable=False, doc="Seconds since 1970 on the database's clock."),
+    sa.Column("ended_at", sa.Double, doc="NULL: at work, or vanished and not taken over yet."),
+    sa.Column("outcome", sa.String(8), doc="settled, released, error, or vanished."),
+    sa.Column("error", sa.Text),
 )
 
 # Optuna's own tables, through its models: names and types stay its business.

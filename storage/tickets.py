@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage.queue import retrying
 from storage.tables import (
+    ATTEMPTS,
     CHECKPOINTS,
     EPOCHS,
     LEASES,
@@ -74,7 +75,7 @@ def _insert_tickets(connection: sa.Connection, study_id: int, first: int, ticket
     # SQLite gives a deleted study's trial ids again, and its workers may have written since. (These ids are ours alone
     # and in a row there; PostgreSQL's never return.)
     if connection.dialect.name == "sqlite":
-        for table in (LEASES, CHECKPOINTS, EPOCHS, REPORTS, TRIAL_VALUES, TRIAL_SYSTEM_ATTRS):
+        for table in (LEASES, ATTEMPTS, CHECKPOINTS, EPOCHS, REPORTS, TRIAL_VALUES, TRIAL_SYSTEM_ATTRS):
             connection.execute(sa.delete(table).where(table.c.trial_id.between(min(ids), max(ids))))
     params = [
         {

@@ -52,7 +52,7 @@ NewName = Annotated[str | None, typer.Option("--name", help="Another name for th
 @app.command()
 def presets(name: Annotated[str | None, typer.Argument(help="Show this preset's file.")] = None) -> None:
     """List the presets, or show one."""
-    from study.config import load_config, preset_names, preset_text
+    from study.parsing import load_config, preset_names, preset_text
 
     if name is not None:
         typer.echo(preset_text(name), nl=False)
@@ -81,7 +81,7 @@ def launch(
     """Start a study, or go on with it where it stopped."""
     from storage.connect import open_storage
     from study import launch as launching
-    from study.config import load_config
+    from study.parsing import load_config
     from study.plan import lay_down, prepare
 
     more = [] if trials is None else [f"search.trials={trials}"]

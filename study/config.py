@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from importlib import resources
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from storage.errors import UserError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Part(BaseModel):
@@ -65,7 +60,7 @@ def _searchable(kind: type[int] | type[float] | type[str], rule: str, holds: Cal
 
 Integer = int | tuple[int, ...] | Range
 Real = float | tuple[float, ...] | Range
-POLICIES = ("dynamic", "static", "full", "fresh")
+POLICIES = ("dynamic", "static", "full", "fresh", "infobatch")
 
 _count = _searchable(int, "a whole number of at least 1", lambda v: v >= 1)
 _positive = _searchable(float, "a number above 0", lambda v: v > 0)
@@ -87,6 +82,14 @@ class Data(Part):
     """Use only this many training images (stratified), after the holdout is taken. None: all."""
     augment: bool = False
     """Random horizontal flip and 4-pixel shift."""
+    test: bool = False
+    """After a trial's last epoch, evaluate its best epoch's network once on the untouched test split (holdout only)."""
+
+    @model_validator(mode="after")
+    def _test_is_untouched(self) -> Data:
+        if self.test and self.protocol == "paper":
+            raise ValueError("test needs the holdout protocol: under `paper` the test split validates")
+        return self
 
 
 class Network(Part):
@@ -101,7 +104,7 @@ class Policy(Part):
 
     name: Annotated[str | tuple[str, ...], _policy] = "dynamic"
     alpha: Annotated[Integer | None, _count] = None
-    """Images an epoch. Needed by every policy but `full`."""
+    """Images an epoch. Needed by every policy but `full` and `infobatch`."""
     beta: Annotated[Real, _fraction] = 0.5
     """Fraction of alpha that is exchanged."""
     delta: Annotated[Real, _not_negative] = 0.01
@@ -110,10 +113,16 @@ class Policy(Part):
     """Decay of beta in the epoch number (equation 3)."""
     decay: Literal["type2", "both"] = "type2"
     """Which kind of resampling the decay applies to; the paper's wording says type II."""
+    ratio: float = Field(default=0.5, gt=0, lt=1)
+    """infobatch: the part of the images below the mean loss that an epoch leaves out."""
+    anneal: float = Field(default=0.875, gt=0, le=1)
+    """infobatch: the part of the run after which all images are trained on."""
 
 
 class Training(Part):
     epochs: Annotated[Integer, _count] = 200
+    images: int | None = Field(default=None, ge=1)
+    """Train until exactly this many images have been trained on, counted with repetition, instead of for `epochs`."""
     batch_size: Annotated[Integer, _count] = 512
     lr: Annotated[Real, _positive] = 0.001
     weight_decay: Annotated[Real, _not_negative] = 0.0
@@ -166,13 +175,22 @@ class Search(Part):
     replicates: int = Field(default=1, ge=1)
     """Grid only: every cell is run with this many seeds."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    objective: Literal["accuracy", "accuracy,images"] = "accuracy"
+    """`accuracy,images`: the most accuracy for the fewest images trained on, as a Pareto front."""
+    cells: tuple[dict[str, int | float | str], ...] | None = None
+    """Grid only: these settings instead of all combinations of lists (`study confirm` writes them)."""
 
 
 class NoPruner(Part):
     kind: Literal["none"] = "none"
 
 
-class MedianPruner(Part):
+class Pruning(Part):
+    step: Literal["epochs", "images"] = "epochs"
+    """What trials are compared at: equal epochs, or equal images trained on (a step is the smallest alpha)."""
+
+
+class MedianPruner(Pruning):
     kind: Literal["median"]
     n_startup_trials: int = Field(default=5, ge=0)
     n_warmup_steps: int = Field(default=0, ge=0)
@@ -180,7 +198,7 @@ class MedianPruner(Part):
     n_min_trials: int = Field(default=1, ge=1)
 
 
-class PercentilePruner(Part):
+class PercentilePruner(Pruning):
     kind: Literal["percentile"]
     percentile: float = Field(default=25.0, ge=0, le=100)
     n_startup_trials: int = Field(default=5, ge=0)
@@ -189,7 +207,7 @@ class PercentilePruner(Part):
     n_min_trials: int = Field(default=1, ge=1)
 
 
-class SuccessiveHalvingPruner(Part):
+class SuccessiveHalvingPruner(Pruning):
     kind: Literal["successive-halving"]
     min_resource: int | Literal["auto"] = "auto"
     reduction_factor: int = Field(default=4, ge=2)
@@ -205,14 +223,14 @@ class SuccessiveHalvingPruner(Part):
         return self
 
 
-class HyperbandPruner(Part):
+class HyperbandPruner(Pruning):
     kind: Literal["hyperband"]
     min_resource: int = Field(default=1, ge=1)
     reduction_factor: int = Field(default=3, ge=2)
     bootstrap_count: int = Field(default=0, ge=0)
 
 
-class PatientPruner(Part):
+class PatientPruner(Pruning):
     """Prunes a trial whose best accuracy has risen by no more than min_delta in `patience` epochs."""
 
     kind: Literal["patient"]
@@ -253,8 +271,22 @@ class StudyConfig(Part):
     def _fits_together(self) -> StudyConfig:
         faults = []
         searched = self.searched()
-        if self.policy.alpha is None and self.policy.name != "full":
+        names = (self.policy.name,) if isinstance(self.policy.name, str) else self.policy.name
+        if self.policy.alpha is None and not {"full", "infobatch"}.issuperset(names):
             faults.append("policy.alpha is needed: the number of images an epoch trains on")
+        if self.training.images is not None and "epochs" in searched:
+            faults.append("training.images takes the place of training.epochs, so epochs cannot be searched")
+        if self.pruning.kind != "none":
+            if self.search.objective != "accuracy":
+                faults.append('pruning goes by accuracy alone: search.objective "accuracy,images" needs pruning "none"')
+            if self.pruning.step == "images" and self.policy.alpha is None:
+                faults.append('pruning.step "images" counts in policy.alpha, which is not given')
+            if self.pruning.step == "epochs" and self.training.images is not None:
+                faults.append('training.images makes epochs unequal: pruning.step must be "images"')
+        if self.search.objective != "accuracy" and self.search.sampler.kind == "cma-es":
+            faults.append('sampler "cma-es" has one objective: search.objective must be "accuracy"')
+        if self.search.cells is not None and (searched or self.search.sampler.kind != "grid"):
+            faults.append('search.cells takes the place of lists and ranges, and is for sampler "grid"')
         if self.search.sampler.kind == "grid":
             ranges = [name for name, value in searched.items() if isinstance(value, Range)]
             if ranges:
@@ -290,107 +322,3 @@ class StudyConfig(Part):
     def searched(self) -> dict[str, Any]:
         """Those of them that this study does vary."""
         return {name: value for name, value in self.searchable().items() if isinstance(value, tuple | Range)}
-
-
-def _leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in model.items():
-        if isinstance(value, Mapping) and not {"low", "high"} <= value.keys():
-            flat |= _leaves(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def differences(ours: StudyConfig, theirs: StudyConfig) -> list[str]:
-    """What differs, as `key: ours, theirs` lines."""
-    a, b = _leaves(ours.model_dump()), _leaves(theirs.model_dump())
-    return [f"{key}: {a.get(key)} != {b.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-
-
-def preset_names() -> list[str]:
-    files = resources.files("study.presets").iterdir()
-    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
-
-
-def preset_text(name: str) -> str:
-    if name not in preset_names():
-        raise UserError(
-            f"no preset {name!r}{_did_you_mean(name, preset_names())}; presets: {', '.join(preset_names())}"
-        )
-    return (resources.files("study.presets") / f"{name}.toml").read_text()
-
-
-def load_config(preset: str, assignments: Iterable[str] = ()) -> StudyConfig:
-    """A preset with `section.key=value` assignments laid over it.
-
-    Raises:
-        UserError: an unknown preset, key or value; all faults in one sentence.
-    """
-    tree = tomllib.loads(preset_text(preset))
-    for assignment in assignments:
-        _assign(tree, assignment)
-    return parse_config(tree)
-
-
-def parse_config(tree: Mapping[str, Any]) -> StudyConfig:
-    try:
-        return StudyConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("; ".join(_sentence(fault) for fault in error.errors())) from None
-
-
-def _assign(tree: dict[str, Any], assignment: str) -> None:
-    path, equals, text = assignment.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"--set takes section.key=value, got {assignment!r}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word: data.name=imagefolder
-    for key in keys[:-1]:
-        below = tree.setdefault(key, {})
-        if not isinstance(below, dict):
-            raise UserError(f"--set {path}: {key} is a value, not a section")
-        tree = below
-    # Another kind of sampler or pruner has other parameters: those of the preset's kind go.
-    if keys[-1] == "kind" and tree.get("kind") != value:
-        tree.clear()
-    tree[keys[-1]] = value
-
-
-def _sentence(fault: Any) -> str:
-    kinds = {"grid", "random", "tpe", "gp", "cma-es", "qmc", "none", "median", "percentile"}
-    kinds |= {"successive-halving", "hyperband", "patient"}
-    location = [str(key) for key in fault["loc"] if str(key) not in kinds | {"int", "float", "str", "Range"}]
-    where = ".".join(location)
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {where}{_did_you_mean(location[-1], _known_keys(location[:-1]))}"
-    if fault["type"] == "union_tag_invalid":
-        context = fault["ctx"]
-        expected = context["expected_tags"].replace("'", "")
-        return f"{where}.kind must be one of {expected}, got {context['tag']!r}"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if message.startswith("Input should be "):
-        expected = message.removeprefix("Input should be ").replace("'", "")
-        message = f"must be {expected}, got {fault['input']!r}"
-    return f"{where}: {message}" if where else message
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    model: Any = StudyConfig
-    for key in path:
-        field = model.model_fields.get(key) if hasattr(model, "model_fields") else None
-        if field is None:
-            return []
-        model = field.annotation
-    if hasattr(model, "model_fields"):
-        return list(model.model_fields)
-    members = getattr(model, "__args__", ())
-    return sorted({name for member in members for name in getattr(member, "model_fields", ())})
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

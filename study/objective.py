@@ -5,12 +5,17 @@ therefore its best accuracy up to n, not that epoch's: the last report of a fini
 trial's value (Optuna takes the last report) is the value it would have had if it had ended there, and a pruner that
 looks at step n compares what the trials would be worth if all stopped at n. One bad epoch prunes nothing. The raw
 accuracies are in `trial_epochs`, and the learning curves show those.
+
+With `pruning.step = "images"` a step is not an epoch but as many images trained on as the smallest alpha: an epoch of
+alpha = 5,000 and one of 45,000 are not the same work. What is reported at step s is then the best accuracy of the
+epochs that had ended when s steps' images had been trained on, so nobody is credited with images he has not had yet.
 """
 
 from __future__ import annotations
 
 import copy
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +31,7 @@ from study.config import StudyConfig
 from study.scribe import Scribe, from_bytes, to_bytes
 from study.search import make_sampler
 from study.training.policies import make_policy
-from study.training.trainer import Diverged, EpochResult, OnDevice, Trainer
+from study.training.trainer import FORMAT, Diverged, EpochResult, OnDevice, Trainer
 
 CHECKPOINT_SHARE = 0.01
 """The part of the time that checkpoints may take."""
@@ -45,11 +50,14 @@ def make_trainer(config: StudyConfig, data: OnDevice, chosen: space.Parameters, 
     uses = {key: parameters[key] for key in space.USES[name]}
     if name == "dynamic":
         uses["decay"] = config.policy.decay
+    if name == "infobatch":
+        uses |= {"ratio": config.policy.ratio, "anneal": config.policy.anneal}
     return Trainer(
         data,
         make_policy(name, len(data.train_labels), seed, **uses),
         seed,
         epochs=parameters["epochs"],
+        images=config.training.images,
         batch_size=parameters["batch_size"],
         lr=parameters["lr"],
         weight_decay=parameters["weight_decay"],
@@ -84,14 +92,18 @@ def run_trial(
     kept = aside / f"trial-{lease.number}.checkpoint"
     _restore(trainer, queue, lease, kept, say)
 
+    unit = space.step_images(config)
     saved, every, diverged = time.monotonic(), config.checkpoint.every_seconds, ""
-    with Scribe(study, queue, lease, epochs=trainer.epochs, store=config.checkpoint.store) as scribe:
-        for known in trainer.history[scribe.told :]:  # to the checkpoint, but not to the database
-            scribe.tell(known, best(trainer.history[: known.epoch]).accuracy)
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    with Scribe(study, queue, lease, store=config.checkpoint.store) as scribe:
+        for n in range(scribe.told, len(trainer.history)):  # to the checkpoint, but not to the database
+            known = trainer.history[: n + 1]
+            scribe.tell(known[-1], reports(known, unit), last=trainer.over and known == trainer.history)
         try:
             for result in trainer.run():
                 if result is not None:
-                    scribe.tell(result, best(trainer.history).accuracy)
+                    scribe.tell(result, reports(trainer.history, unit), last=trainer.over)
                 if lease.lost.is_set():
                     raise LeaseLost(f"trial {lease.number} has been taken over")
                 if scribe.fault is not None or (scribe.pruned is not None and len(trainer.history) >= scribe.pruned):
@@ -119,7 +131,7 @@ def run_trial(
         return
     history = trainer.history if scribe.pruned is None else trainer.history[: scribe.pruned]
     state = TrialState.COMPLETE if scribe.pruned is None else TrialState.PRUNED
-    _settle(study, queue, lease, state, trainer, history)
+    _settle(study, config, queue, lease, state, trainer, history)
     kept.unlink(missing_ok=True)
 
 
@@ -140,6 +152,24 @@ def best(history: list[EpochResult]) -> EpochResult:
     return max(history, key=lambda result: (result.accuracy, -result.epoch))
 
 
+def reports(history: list[EpochResult], unit: int | None) -> dict[int, float]:
+    """What the last epoch of `history` reports, step to value: the best accuracy so far.
+
+    Args:
+        unit: images a step; None: a step is an epoch.
+    """
+    if unit is None:
+        return {len(history): best(history).accuracy}
+    after = sum(result.images for result in history)
+    before = after - history[-1].images
+    found = {}
+    for step in range(before // unit + 1, after // unit + 1):
+        ended = history if step * unit == after else history[:-1]
+        if ended:
+            found[step] = best(ended).accuracy
+    return found
+
+
 def _give_back(
     trainer: Trainer, scribe: Scribe, queue: Queue, lease: Lease, kept: Path, say: Callable[[str], None]
 ) -> None:
@@ -156,23 +186,47 @@ def _give_back(
 
 
 def _settle(
-    study: optuna.Study, queue: Queue, lease: Lease, state: TrialState, trainer: Trainer, history: list[EpochResult]
+    study: optuna.Study,
+    config: StudyConfig,
+    queue: Queue,
+    lease: Lease,
+    state: TrialState,
+    trainer: Trainer,
+    history: list[EpochResult],
 ) -> None:
-    top = best(history)
+    top, images = best(history), sum(result.images for result in history)
+    values = [top.accuracy] if config.search.objective == "accuracy" else [top.accuracy, float(images)]
     frozen = retrying(lambda: study._storage.get_trial(lease.trial_id))
-    retrying(lambda: study.sampler.after_trial(study, frozen, state, [top.accuracy]))  # as study.tell does
+    retrying(lambda: study.sampler.after_trial(study, frozen, state, values))  # as study.tell does
     attributes = {
         "best_epoch": top.epoch,
         "epochs": len(history),
-        "images": sum(result.images for result in history),
+        "images": images,
+        "seen": history[-1].seen,
         "train_seconds": round(sum(result.train_seconds for result in history), 3),
         "validation_seconds": round(sum(result.validation_seconds for result in history), 3),
+        "selection_seconds": round(sum(result.selection_seconds for result in history), 3),
+        "peak_memory_bytes": peak_memory(trainer.device),
         "precision": trainer.precision,
         "device": device_name(trainer.device),
         "host": platform.node(),
         "versions": {"study": __version__, "torch": str(torch.__version__), "optuna": optuna.__version__},
     }
-    queue.finish(lease, state, top.accuracy, attributes)
+    energy = [result.joules for result in history if result.joules is not None]
+    if len(energy) == len(history):
+        attributes["joules"] = round(sum(energy), 1)
+    if state == TrialState.COMPLETE and config.data.test:
+        attributes["test_accuracy"] = trainer.test()
+    queue.finish(lease, state, values, attributes)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: what torch had allocated on a GPU at most during the trial; elsewhere the process's largest size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def device_name(device: torch.device) -> str:
@@ -193,7 +247,9 @@ def _restore(trainer: Trainer, queue: Queue, lease: Lease, kept: Path, say: Call
     aside = checkpoints.kept(kept)
     if aside is not None:
         payloads.append(aside)
-    states = [from_bytes(payload) for payload in payloads]
+    states = [state for payload in payloads if (state := from_bytes(payload)).get("format") == FORMAT]
+    if len(states) < len(payloads):
+        say(f"trial {lease.number}: its checkpoint is of another version of this program and is not used")
     if states:
         trainer.load_state_dict(max(states, key=lambda state: (len(state["history"]), state["step"])))
         say(f"trial {lease.number} goes on after epoch {len(trainer.history)}")

@@ -14,7 +14,8 @@ from storage.connect import open_storage
 from storage.errors import UserError
 from storage.tickets import lay
 from study import space
-from study.config import StudyConfig, differences, parse_config
+from study.config import StudyConfig
+from study.parsing import differences, parse_config
 from study.training import data as datasets
 
 PROTOCOLS = {

@@ -11,7 +11,7 @@ import io
 import queue as standard
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -31,10 +31,8 @@ State = dict[str, Any]
 class Scribe:
     """Use as a context: leaving it ends the thread, whether or not everything could be said."""
 
-    def __init__(
-        self, study: optuna.Study, queue: Queue, lease: Lease, *, epochs: int, store: str = checkpoints.DATABASE
-    ) -> None:
-        self.study, self.queue, self.lease, self.epochs, self.store = study, queue, lease, epochs, store
+    def __init__(self, study: optuna.Study, queue: Queue, lease: Lease, *, store: str = checkpoints.DATABASE) -> None:
+        self.study, self.queue, self.lease, self.store = study, queue, lease, store
         self.standing = queue.standing(lease.trial_id)
         self.pruned = self.standing.pruned
         """The epoch after which the pruner said to stop, to this attempt or an earlier one."""
@@ -61,9 +59,9 @@ class Scribe:
         """The epochs, from the first, that an earlier attempt said all about."""
         return self.standing.stored if isinstance(self.study.pruner, NopPruner) else self.standing.decided
 
-    def tell(self, result: EpochResult, best: float) -> None:
-        """Store an epoch, report `best`, decide. Epochs are told in their order."""
-        self._work.put(lambda: self._record(result, best))
+    def tell(self, result: EpochResult, reports: Mapping[int, float], *, last: bool) -> None:
+        """Store an epoch, report (step to value), decide unless it is the last. Epochs are told in their order."""
+        self._work.put(lambda: self._record(result, reports, last))
 
     def save(self, epoch: int, state: State) -> None:
         """Store a checkpoint; `state` is the scribe's from now on."""
@@ -88,13 +86,13 @@ class Scribe:
                 self.fault = fault
                 return
 
-    def _record(self, result: EpochResult, best: float) -> None:
+    def _record(self, result: EpochResult, reports: Mapping[int, float], last: bool) -> None:
         if self.pruned is not None and result.epoch > self.pruned:
             return
-        self.queue.record(self.lease, row(result), best)
-        if isinstance(self.study.pruner, NopPruner) or not self.standing.decided < result.epoch < self.epochs:
+        self.queue.record(self.lease, row(result), reports)
+        if isinstance(self.study.pruner, NopPruner) or result.epoch <= self.standing.decided or last:
             return
-        prune, notes = retrying(self._ask_the_pruner)
+        prune, notes = retrying(self._ask_the_pruner) if reports else (False, {})
         self.queue.decide(self.lease, result.epoch, prune, notes)
         if prune:
             self.pruned = result.epoch

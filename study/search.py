@@ -10,7 +10,7 @@ from optuna import pruners, samplers
 from optuna.trial import FrozenTrial
 
 from study.config import StudyConfig
-from study.space import most_epochs
+from study.space import most_steps
 
 
 def make_sampler(config: StudyConfig, number: int) -> samplers.BaseSampler:
@@ -40,9 +40,9 @@ def make_sampler(config: StudyConfig, number: int) -> samplers.BaseSampler:
                 return samplers.RandomSampler(seed=seed)
 
 
-def make_pruner(config: StudyConfig) -> pruners.BasePruner:
+def make_pruner(config: StudyConfig, train_images: int) -> pruners.BasePruner:
     pruning = config.pruning
-    options = pruning.model_dump(exclude={"kind"})
+    options = pruning.model_dump(exclude={"kind", "step"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match pruning.kind:
@@ -55,7 +55,7 @@ def make_pruner(config: StudyConfig) -> pruners.BasePruner:
             case "successive-halving":
                 return pruners.SuccessiveHalvingPruner(**options)
             case "hyperband":
-                return pruners.HyperbandPruner(max_resource=most_epochs(config), **options)
+                return pruners.HyperbandPruner(max_resource=most_steps(config, train_images), **options)
             case "patient":
                 return Patient(**options)
 

@@ -18,6 +18,7 @@ USES: dict[str, tuple[str, ...]] = {
     "static": ("alpha",),
     "fresh": ("alpha",),
     "dynamic": ("alpha", "beta", "delta", "gamma"),
+    "infobatch": (),
 }
 """The parameters that mean something to a policy: the others are neither searched nor counted as cells of their own."""
 DATA_PARAMETERS = frozenset(USES["dynamic"])
@@ -31,6 +32,8 @@ def relevant(policy: str, name: str) -> bool:
 
 def cells(config: StudyConfig) -> list[Parameters]:
     """Every combination of the listed values, the last parameter turning fastest, none twice."""
+    if config.search.cells is not None:
+        return [dict(cell) for cell in config.search.cells]
     searched = config.searched()
     found: dict[tuple[tuple[str, Any], ...], Parameters] = {}
     for values in itertools.product(*searched.values()):
@@ -52,11 +55,12 @@ def tickets(config: StudyConfig) -> list[FrozenTrial]:
     if config.search.sampler.kind != "grid":
         return [_ticket(i, {}, {}, {"seed": seed + i}) for i in range(config.search.trials or 0)]
     grid = cells(config)
+    told = {name: distribution(config, name) for name in {name for cell in grid for name in cell}}
     return [
         _ticket(
             replicate * len(grid) + i,
             cell,
-            {name: distribution(config, name) for name in cell},
+            {name: told[name] for name in cell},
             {"cell": i, "replicate": replicate, "seed": seed + replicate},
         )
         for replicate in range(config.search.replicates)
@@ -76,7 +80,11 @@ def distribution(config: StudyConfig, name: str) -> BaseDistribution:
 
     A list of numbers in a grid is told as the interval it spans, so that importances and contours see its order.
     """
-    value = config.searched()[name]
+    if config.search.cells is not None:
+        values = sorted({cell[name] for cell in config.search.cells if name in cell})
+        value = tuple(values)
+    else:
+        value = config.searched()[name]
     whole = name in WHOLE
     if isinstance(value, Range):
         if whole:
@@ -84,13 +92,15 @@ def distribution(config: StudyConfig, name: str) -> BaseDistribution:
         return FloatDistribution(value.low, value.high, log=value.log, step=value.step)
     if isinstance(value[0], str) or config.search.sampler.kind != "grid":
         return CategoricalDistribution(value)
-    low, high = min(value), max(value)
+    low, high = float(min(value)), float(max(value))
     return IntDistribution(int(low), int(high)) if whole else FloatDistribution(low, high)
 
 
 def suggest(trial: optuna.Trial, config: StudyConfig) -> Parameters:
     """The trial's searched parameters: those it has stay, the others are drawn by the study's sampler."""
     chosen: Parameters = {}
+    if config.search.cells is not None:
+        return dict(trial.params)
     for name in config.searched():
         if not relevant(chosen.get("policy", config.policy.name), name):
             continue
@@ -113,14 +123,36 @@ def settings(config: StudyConfig, chosen: Parameters) -> Parameters:
     return fixed | chosen
 
 
+def step_images(config: StudyConfig) -> int | None:
+    """Images a step of a pruner: the smallest alpha; None: a step is an epoch."""
+    alpha = config.policy.alpha
+    if config.pruning.kind == "none" or config.pruning.step == "epochs" or alpha is None:
+        return None
+    return int(alpha.low) if isinstance(alpha, Range) else min(alpha) if isinstance(alpha, tuple) else alpha
+
+
+def most_steps(config: StudyConfig, train_images: int) -> int:
+    """The last step that any trial may report, for pruners that must know."""
+    unit = step_images(config)
+    if unit is None:
+        return most_epochs(config)
+    if config.training.images is not None:
+        return config.training.images // unit
+    names = (config.policy.name,) if isinstance(config.policy.name, str) else config.policy.name
+    whole = any("alpha" not in USES[name] for name in names)
+    return most_epochs(config) * (train_images if whole else largest_alpha(config)) // unit
+
+
+def largest_alpha(config: StudyConfig) -> int:
+    alpha = config.policy.alpha
+    return int(alpha.high) if isinstance(alpha, Range) else max(alpha) if isinstance(alpha, tuple) else alpha or 0
+
+
 def check_alpha(config: StudyConfig, train_images: int) -> None:
     """Raises:
     UserError: an alpha that the data cannot give.
     """
-    alpha = config.policy.alpha
-    if config.policy.name == "full" or alpha is None:
-        return
-    largest = int(alpha.high) if isinstance(alpha, Range) else max(alpha) if isinstance(alpha, tuple) else alpha
+    largest = largest_alpha(config)
     if largest > train_images:
         raise UserError(
             f"policy.alpha must be at most the {train_images} training images of {config.data.name!r} "

@@ -19,6 +19,7 @@ from storage.connect import open_storage
 from storage.errors import Unreachable, UserError
 from storage.queue import PATIENCE_SECONDS, LeaseLost, Queue, passing, retrying
 from storage.url import parse, redact
+from study import objective
 from study.config import StudyConfig
 from study.launch import STOP_SIGNALS, SUPERVISED
 from study.objective import DatabaseAway, run_trial
@@ -69,7 +70,6 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
     """
     stop = Stop()
     storage, study, config = _join(storage_url, name, stop)
-    study.pruner = make_pruner(config)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     be_deterministic(config.training.deterministic)
     try:
@@ -77,11 +77,13 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
     except ValueError as error:
         raise UserError(str(error)) from None
     data = retrying(lambda: load_data(study, config, data_root, device), stopping=stop)
+    study.pruner = make_pruner(config, len(data.train_labels))
     queue = Queue(
         storage.engine,
         study._study_id,
         seconds=config.lease.seconds,
         max_attempts=config.lease.max_attempts,
+        device=objective.device_name(device),
         stopping=stop,
     )
     aside = _aside(storage_url, study)
@@ -149,7 +151,7 @@ def load_data(study: optuna.Study, config: StudyConfig, root: str | None, device
     check_fingerprint(study, dataset)
     part = config.data
     split = datasets.split(dataset, part.protocol, holdout=part.holdout, train_images=part.train_images)
-    return OnDevice.of(split, device)
+    return OnDevice.of(split, device, test=part.test)
 
 
 def _pause(seconds: float, stop: Callable[[], bool]) -> None:

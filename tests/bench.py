@@ -13,8 +13,9 @@ import torch
 from storage.connect import open_storage
 from storage.progress import epoch_rows
 from storage.queue import Queue
-from study.config import StudyConfig, parse_config
+from study.config import StudyConfig
 from study.objective import run_trial
+from study.parsing import parse_config
 from study.plan import lay_down, load_study, prepare
 from study.search import make_pruner
 from study.training.trainer import OnDevice, be_deterministic
@@ -43,8 +44,8 @@ class Bench:
         self.storage = open_storage(url)
         lay_down(self.storage, name, "test", config, prepare(config, None, lambda _: None))
         self.study, self.config = load_study(self.storage, name)
-        self.study.pruner = make_pruner(self.config)
         self.data: OnDevice = load_data(self.study, self.config, None, torch.device("cpu"))
+        self.study.pruner = make_pruner(self.config, len(self.data.train_labels))
         self.said: list[str] = []
         self.aside = Path(tempfile.mkdtemp())
 

@@ -6,7 +6,8 @@ import pytest
 
 from storage.errors import UserError
 from study import space
-from study.config import Range, StudyConfig, differences, load_config, parse_config, preset_names, preset_text
+from study.config import Range, StudyConfig
+from study.parsing import differences, load_config, parse_config, preset_names, preset_text
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -15,11 +15,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "storage": ("storage",),
     "study": ("study", "storage"),
     "study.cli": ("study", "storage", "dashboards"),
-    "study.config": ("storage.errors",),
+    "study.config": (),
+    "study.parsing": ("study.config", "storage.errors"),
     "study.training": ("study.training",),
     "study.space": ("study.config", "storage.errors"),
     "study.search": ("study.config", "study.space"),
-    "study.plan": ("study.config", "study.space", "study.training.data", "storage"),
+    "study.plan": ("study.config", "study.parsing", "study.space", "study.training.data", "storage"),
     "dashboards": ("dashboards", "storage", "study.config", "study.plan", "study.space"),
 }
 THIRD_PARTY_BANS: dict[str, tuple[str, ...]] = {

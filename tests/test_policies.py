@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from study.training.policies import Dynamic, Policy, decide, exchange, make_policy
 from study.training.seeds import generator
 
-POLICIES = ("full", "static", "fresh", "dynamic")
+POLICIES = ("full", "static", "fresh", "dynamic", "infobatch")
 
 
 @st.composite
@@ -42,11 +42,12 @@ def members(policy: Policy) -> set[int]:
 @settings(max_examples=60, deadline=None)
 def test_active_set_always_has_alpha_images_none_twice(name: str, set_up: dict[str, Any], curve: list[float]) -> None:
     policy = make_policy(name, **set_up)
-    size = set_up["total"] if name == "full" else set_up["alpha"]
+    size = set_up["total"] if name in ("full", "infobatch") else set_up["alpha"]
     for epoch, accuracy in enumerate(curve, 1):
         assert len(policy.active) == len(members(policy)) == size
         assert members(policy) <= set(range(set_up["total"]))
-        policy.update(epoch, accuracy)
+        done = policy.update(epoch, accuracy)
+        size = set_up["total"] - done.k if name == "infobatch" else size
     assert len(policy.active) == len(members(policy)) == size
 
 
@@ -146,7 +147,9 @@ def test_a_restored_policy_draws_the_same(
     name: str, set_up: dict[str, Any], before: list[float], after: list[float]
 ) -> None:
     original = make_policy(name, **set_up)
+    losses = torch.linspace(0, 3, set_up["total"])
     for epoch, accuracy in enumerate(before, 1):
+        original.observe(original.active, losses[original.active])
         original.update(epoch, accuracy)
     file = io.BytesIO()
     torch.save(original.state_dict(), file)
@@ -156,6 +159,43 @@ def test_a_restored_policy_draws_the_same(
     for epoch, accuracy in enumerate(after, len(before) + 1):
         assert original.update(epoch, accuracy) == restored.update(epoch, accuracy)
         assert torch.equal(original.active, restored.active)
+        if original.weights is not None:
+            assert torch.equal(original.weights, restored.weights)  # type: ignore[arg-type]
+
+
+@given(total=st.integers(2, 300), ratio=st.floats(0.05, 0.95), seed=st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_infobatch_leaves_out_a_part_of_the_easy_images_and_weighs_the_rest(
+    total: int, ratio: float, seed: int
+) -> None:
+    policy = make_policy("infobatch", total, seed, ratio=ratio, anneal=0.8)
+    losses = torch.rand(total, generator=generator(seed, "test"))
+    assert members(policy) == set(range(total))
+    policy.observe(torch.arange(total), losses)
+    easy = set((losses < losses.mean()).nonzero().squeeze(1).tolist())
+    done = policy.update(1, 0.5, 0.5)
+    left_out = set(range(total)) - members(policy)
+    assert (done.kind, done.k) == ("soft", round(ratio * len(easy)))
+    assert left_out <= easy
+    assert len(left_out) == done.k
+    assert policy.weights is not None
+    for image, weight in zip(policy.active.tolist(), policy.weights.tolist(), strict=True):
+        assert weight == pytest.approx(1 / (1 - ratio) if image in easy else 1.0)
+    assert policy.update(2, 0.5, 0.8).kind == "keep"  # the end of the run: everything, unweighted
+    assert members(policy) == set(range(total))
+    assert policy.weights.tolist() == [1.0] * total
+
+
+def test_infobatch_keeps_the_expected_gradient() -> None:
+    """Mean over many epochs of the sum of weights, for every image: 1, as if nothing were left out."""
+    policy, rounds = make_policy("infobatch", 40, 0, ratio=0.5), 4000
+    policy.observe(torch.arange(40), torch.linspace(0, 1, 40))
+    weight = torch.zeros(40)
+    for epoch in range(1, rounds + 1):
+        policy.update(epoch, 0.5)
+        assert policy.weights is not None
+        weight[policy.active] += policy.weights
+    assert torch.allclose(weight / rounds, torch.ones(40), atol=0.08)  # 5 standard deviations
 
 
 def test_draws_are_uniform() -> None:

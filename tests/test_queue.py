@@ -95,15 +95,15 @@ def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> N
     study, engine = laid(url, 1)
     old, new = (Queue(engine, study._study_id, owner=name) for name in ("old", "new"))
     stale = claimed(old)
-    old.record(stale, epoch(1), 0.5)
+    old.record(stale, epoch(1), {1: 0.5})
     assert new.claim() is None
     expire(engine, stale)
     lease = claimed(new)
     assert (lease.number, lease.token) == (stale.number, stale.token + 1)
 
     for forbidden in (
-        lambda: old.record(stale, epoch(2), 0.6),
-        lambda: old.finish(stale, TrialState.COMPLETE, 0.6),
+        lambda: old.record(stale, epoch(2), {2: 0.6}),
+        lambda: old.finish(stale, TrialState.COMPLETE, [0.6]),
         lambda: checkpoints.save(old, stale, 1, b"old"),
     ):
         with pytest.raises(LeaseLost):
@@ -114,14 +114,14 @@ def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> N
     assert (trial.state, trial.intermediate_values, trial.user_attrs) == (TrialState.RUNNING, {1: 0.5}, {"ticket": 0})
     assert checkpoints.load(new, lease) is None
 
-    new.record(lease, epoch(1, 0.9), 0.9)  # repeated since the checkpoint: the first record stays
-    new.record(lease, epoch(2), 0.7)
-    new.finish(lease, TrialState.COMPLETE, 0.7, {"best_epoch": 2})
+    new.record(lease, epoch(1, 0.9), {1: 0.9})  # repeated since the checkpoint: the first record stays
+    new.record(lease, epoch(2), {2: 0.7})
+    new.finish(lease, TrialState.COMPLETE, [0.7], {"best_epoch": 2})
     trial = state(study, lease)
     assert (trial.value, trial.intermediate_values) == (0.7, {1: 0.5, 2: 0.7})
     assert [row["accuracy"] for row in progress.epoch_rows(engine, study._study_id)[0]] == [0.5, 0.5]
     with pytest.raises(LeaseLost):
-        new.finish(stale, TrialState.FAIL, None)
+        new.finish(stale, TrialState.FAIL, [])
 
 
 @pytest.mark.parametrize("end", [TrialState.COMPLETE, TrialState.PRUNED])
@@ -130,8 +130,8 @@ def test_finishing_leaves_what_stock_optuna_leaves(url: str, end: TrialState) ->
     worker = Queue(engine, study._study_id)
     lease = claimed(worker)
     for n, value in enumerate((0.25, 0.5), 1):
-        worker.record(lease, epoch(n), value)
-    worker.finish(lease, end, 0.5, {"seconds": 1.5})
+        worker.record(lease, epoch(n), {n: value})
+    worker.finish(lease, end, [0.5], {"seconds": 1.5})
     stock = optuna.create_study(study_name="stock", storage=study._storage, direction="maximize")
     stock.add_trial(some_tickets(1)[0])
     trial = stock.ask()
@@ -180,7 +180,7 @@ def test_an_attempt_that_gets_further_starts_the_count_anew(url: str) -> None:
     for attempt in range(10):
         worker = Queue(engine, study._study_id, owner=f"w{attempt}", max_attempts=2)
         lease = claimed(worker)
-        worker.record(lease, epoch(attempt + 1), 0.5)
+        worker.record(lease, epoch(attempt + 1), {attempt + 1: 0.5})
         expire(engine, lease)
     assert study.trials[0].state == TrialState.RUNNING
 
@@ -207,7 +207,7 @@ def test_a_trial_settled_by_hand_is_dropped(url: str) -> None:
     lease = claimed(worker)
     study._storage.set_trial_state_values(lease.trial_id, TrialState.FAIL)
     with pytest.raises(LeaseLost):
-        worker.finish(lease, TrialState.COMPLETE, 0.5)
+        worker.finish(lease, TrialState.COMPLETE, [0.5])
     assert study.trials[0].values is None
 
 
@@ -224,7 +224,7 @@ def test_checkpoints_come_back_whole_or_not_at_all(url: str) -> None:
         assert connection.execute(sa.select(sa.func.count()).select_from(CHECKPOINTS)).scalar_one() == 1
         connection.execute(sa.update(CHECKPOINTS).values(payload=b"altered"))
     assert checkpoints.load(worker, lease) == checkpoints.Found(1, None)
-    worker.finish(lease, TrialState.COMPLETE, 0.5)
+    worker.finish(lease, TrialState.COMPLETE, [0.5])
     with engine.connect() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(CHECKPOINTS)).scalar_one() == 0
 
@@ -234,11 +234,11 @@ def test_progress_counts(url: str) -> None:
     worker = Queue(engine, study._study_id, owner="me")
     for end in (TrialState.COMPLETE, TrialState.PRUNED):
         lease = claimed(worker)
-        worker.record(lease, epoch(1), 0.5)
-        worker.finish(lease, end, 0.5)
+        worker.record(lease, epoch(1), {1: 0.5})
+        worker.finish(lease, end, [0.5])
     lease = claimed(worker)
-    worker.record(lease, epoch(1, 0.25), 0.25)
-    worker.record(lease, epoch(2, 0.75), 0.75)
+    worker.record(lease, epoch(1, 0.25), {1: 0.25})
+    worker.record(lease, epoch(2, 0.75), {2: 0.75})
     now = progress.progress(engine, study._study_id)
     assert now.states == {"waiting": 1, "running": 1, "complete": 1, "pruned": 1, "failed": 0}
     assert (now.total, now.settled, now.epochs, now.best) == (4, 2, 2, 0.5)
@@ -252,7 +252,7 @@ def test_a_new_study_inherits_nothing_of_a_deleted_one(url: str) -> None:
     study, engine = laid(url, 1)
     worker = Queue(engine, study._study_id)
     lease = claimed(worker)
-    worker.record(lease, epoch(1), 0.5)
+    worker.record(lease, epoch(1), {1: 0.5})
     checkpoints.save(worker, lease, 1, b"x")
     optuna.delete_study(study_name="s", storage=study._storage)
     study, engine = laid(url, 1)
@@ -284,8 +284,8 @@ def _run_all(url: str) -> list[int]:
     study, engine = laid(url, 40)
     worker, ran = Queue(engine, study._study_id), []
     while (lease := worker.claim()) is not None:
-        worker.record(lease, epoch(1), 0.5)
-        worker.finish(lease, TrialState.COMPLETE, 0.5)
+        worker.record(lease, epoch(1), {1: 0.5})
+        worker.finish(lease, TrialState.COMPLETE, [0.5])
         ran.append(lease.number)
     return ran
 
@@ -316,5 +316,5 @@ def test_a_reader_does_not_hold_up_the_writers(sqlite_url: str) -> None:
     with reader.engine.connect() as connection:
         connection.execute(sa.select(LEASES)).all()  # its transaction stays open
         started = time.monotonic()
-        worker.record(lease, epoch(1), 0.5)
+        worker.record(lease, epoch(1), {1: 0.5})
         assert time.monotonic() - started < 5

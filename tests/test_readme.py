@@ -10,7 +10,8 @@ import pytest
 import typer
 
 from study.cli import app
-from study.config import StudyConfig, load_config, preset_names
+from study.config import StudyConfig
+from study.parsing import load_config, preset_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -108,7 +108,7 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
     """The same curves, through our queue and through Optuna's ask, report and tell."""
     config = config_of(pruning=pruning, training={"epochs": 9})
     storage = open_storage(url)
-    pruner = make_pruner(config)
+    pruner = make_pruner(config, 200)
     ours = optuna.create_study(study_name="ours", storage=storage, direction="maximize", pruner=pruner)
     lay(
         storage.engine,
@@ -122,20 +122,23 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
         if url.startswith("sqlite")
         else optuna.storages.InMemoryStorage()
     )
-    stock = optuna.create_study(study_name="ours", storage=elsewhere, direction="maximize", pruner=make_pruner(config))
+    stock = optuna.create_study(
+        study_name="ours", storage=elsewhere, direction="maximize", pruner=make_pruner(config, 200)
+    )
     queue = Queue(storage.engine, ours._study_id)
     for curve in CURVES:
         lease = queue.claim()
         assert lease is not None
-        with Scribe(ours, queue, lease, epochs=len(curve)) as scribe:
+        with Scribe(ours, queue, lease) as scribe:
             for n, accuracy in enumerate(curve, 1):
-                scribe.tell(EpochResult(n, accuracy, 0.0, 1, 0.0, 0.0, KEEP), accuracy)
+                result = EpochResult(n, accuracy, 0.0, 1, 0.0, 0.0, 0.0, 1, None, KEEP)
+                scribe.tell(result, {n: accuracy}, last=n == len(curve))
             assert scribe.flush()
         pruned = scribe.pruned
         queue.finish(
             lease,
             TrialState.PRUNED if pruned else TrialState.COMPLETE,
-            curve[pruned - 1] if pruned else max(curve),
+            [curve[pruned - 1] if pruned else max(curve)],
         )
 
         trial = stock.ask()
@@ -170,7 +173,7 @@ def test_samplers_suggest_as_stock_optuna_does(sampler: str, url: str) -> None:
     queue = Queue(storage.engine, ours._study_id)
     while (lease := queue.claim()) is not None:
         chosen, _ = ask(ours, config, lease)
-        queue.finish(lease, TrialState.COMPLETE, value(chosen))
+        queue.finish(lease, TrialState.COMPLETE, [value(chosen)])
     stock = optuna.create_study(direction="maximize")
     for number in range(10):
         stock.sampler = make_sampler(config, number)
@@ -181,7 +184,7 @@ def test_samplers_suggest_as_stock_optuna_does(sampler: str, url: str) -> None:
 
 
 def test_patience_is_counted_in_epochs_without_a_rise() -> None:
-    pruner = make_pruner(config_of(pruning={"kind": "patient", "patience": 2, "min_delta": 0.1}))
+    pruner = make_pruner(config_of(pruning={"kind": "patient", "patience": 2, "min_delta": 0.1}), 200)
     study = optuna.create_study(direction="maximize")
     for reports, pruned in (
         ([0.5], False),

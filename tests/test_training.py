@@ -38,7 +38,7 @@ def epochs(trainer: Trainer) -> list[EpochResult]:
 
 def numbers(results: list[EpochResult]) -> list[tuple[Any, ...]]:
     """All of a result that is not a time."""
-    return [(r.epoch, r.accuracy, r.loss, r.images, r.resampling) for r in results]
+    return [(r.epoch, r.accuracy, r.loss, r.images, r.seen, r.resampling) for r in results]
 
 
 def test_network_walks_the_sizes_of_table_1() -> None:
@@ -114,10 +114,11 @@ def test_same_seed_same_start_whatever_the_policy(digits: OnDevice) -> None:
     assert numbers(epochs(static))[0][:4] == numbers(epochs(dynamic))[0][:4]
 
 
-@pytest.mark.parametrize("policy", ["full", "static", "fresh", "dynamic"])
-@pytest.mark.parametrize("steps", [1, 5, 6, 12])  # in training, before and after validation, in the third epoch
-def test_resume_equals_not_stopping(digits: OnDevice, policy: str, steps: int) -> None:
-    options: dict[str, Any] = {"augment": True, "epochs": 3, "width": 0.125}
+@pytest.mark.parametrize("policy", ["full", "static", "fresh", "dynamic", "infobatch"])
+# In training, before and after validation, in the third epoch; in the cut-off epoch of a budget.
+@pytest.mark.parametrize(("steps", "images"), [(1, None), (5, None), (6, None), (12, None), (15, 750)])
+def test_resume_equals_not_stopping(digits: OnDevice, policy: str, steps: int, images: int | None) -> None:
+    options: dict[str, Any] = {"augment": True, "epochs": 3, "images": images, "width": 0.125}
     whole = trainer(digits, policy, **options)
     epochs(whole)
 
@@ -154,6 +155,48 @@ def test_the_resume_test_can_fail(digits: OnDevice, forgotten: str, steps: int) 
     resumed.load_state_dict(state)
     epochs(resumed)
     assert numbers(resumed.history) != numbers(whole.history)
+
+
+@pytest.mark.parametrize("policy", ["full", "dynamic", "infobatch"])
+@pytest.mark.parametrize("budget", [100, 300, 1000, 3500])
+def test_a_budget_of_images_is_met_exactly(digits: OnDevice, policy: str, budget: int) -> None:
+    trained = trainer(digits, policy, images=budget, width=0.0625)
+    epochs(trained)
+    assert trained.trained == sum(result.images for result in trained.history) == budget
+    assert all(len(trained.policy.active) >= result.images for result in trained.history[:1])
+
+
+def test_what_was_seen_is_counted(digits: OnDevice) -> None:
+    total = len(digits.train_labels)
+    static, fresh = (epochs(trainer(digits, name, width=0.0625)) for name in ("static", "fresh"))
+    assert [result.seen for result in static] == [300] * 4
+    exchanged = [result.resampling.k for result in fresh]
+    assert 300 < fresh[1].seen == 300 + exchanged[0]
+    assert fresh[1].seen < fresh[2].seen < fresh[3].seen <= total
+
+
+def test_the_last_word_is_the_best_epochs(digits: OnDevice) -> None:
+    """The test split is judged by the network of the best epoch, also across a resume, not by the last one's."""
+    split = datasets.split(datasets.load("digits"), "holdout", holdout=0.25)
+    data = OnDevice.of(split, CPU, test=True)
+
+    def fresh(count: int) -> Trainer:
+        return trainer(data, "static", epochs=count, width=0.125, lr=0.03)
+
+    whole = fresh(6)
+    results = epochs(whole)
+    best = max(results, key=lambda r: (r.accuracy, -r.epoch)).epoch
+    assert best < 6  # else this shows nothing
+    stopped, resumed, until_best = fresh(6), fresh(6), fresh(best)
+    for result in stopped.run():
+        if result is not None and result.epoch == best:
+            break
+    resumed.load_state_dict(stopped.state_dict())
+    epochs(resumed)
+    epochs(until_best)
+    word = whole.test()
+    assert word == resumed.test() == until_best.test()
+    assert 0.1 < word < 1
 
 
 def test_a_diverged_trial_says_so(digits: OnDevice) -> None:

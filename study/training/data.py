@@ -54,12 +54,14 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """The images one study trains on, validates on, and (under `holdout`) leaves alone."""
+    """The images one study trains on, validates on, and (under `holdout`) leaves alone until the last word."""
 
     train_images: Images
     train_labels: Labels
     validation_images: Images
     validation_labels: Labels
+    test_images: Images
+    test_labels: Labels
     classes: tuple[str, ...]
 
 
@@ -100,14 +102,12 @@ def split(
     *,
     holdout: float = 0.1,
     train_images: int | None = None,
-    test: bool = False,
 ) -> Split:
-    """Training and validation images under a protocol.
+    """Training, validation and test images under a protocol.
 
     `holdout`: a stratified `holdout` of the training split validates. `paper`: the test split does. `train_images`
-    keeps a stratified part of what is left to train on. With `test`, the same training images are kept and the test
-    split stands in for validation: the last word, once. Which images fall where depends on nothing but the data set
-    and these arguments.
+    keeps a stratified part of what is left to train on. Which images fall where depends on nothing but the data set and
+    these arguments.
 
     Raises:
         DataError: train_images is above the number of images there are.
@@ -129,9 +129,9 @@ def split(
     left, held = np.sort(left), np.sort(held)
     everything = len(left) == len(labels)  # no copy of the largest array where none is needed
     train = (dataset.train_images, labels) if everything else (dataset.train_images[left], labels[left])
-    if test or protocol == "paper":
-        return Split(*train, dataset.test_images, dataset.test_labels, dataset.classes)
-    return Split(*train, dataset.train_images[held], labels[held], dataset.classes)
+    test = dataset.test_images, dataset.test_labels
+    validation = test if protocol == "paper" else (dataset.train_images[held], labels[held])
+    return Split(*train, *validation, *test, dataset.classes)
 
 
 def _stratified(labels: Labels, order: NDArray[np.int64], size: int) -> NDArray[np.int64]:

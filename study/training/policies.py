@@ -1,4 +1,4 @@
-"""Which images the next epoch trains on: `full`, `static`, `fresh` and the paper's `dynamic` (section 3)."""
+"""Which images the next epoch trains on: `full`, `static`, `fresh`, `infobatch` and the paper's `dynamic` policy."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from study.training.seeds import generator
 # Accuracies are multiples of 1/V for V validation images: differences closer than this are rounding, not images.
 ROUNDING = 1e-9
 
-Kind = Literal["type1", "type2", "fresh", "keep"]
+Kind = Literal["type1", "type2", "fresh", "soft", "keep"]
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """What was done to the active set after an epoch: k images exchanged, with the beta that gave k."""
+    """What was done to the active set after an epoch: k images exchanged, with the beta that gave k.
+
+    For `soft` (infobatch): k images left out of the next epoch, a part beta of those below the mean loss.
+    """
 
     kind: Kind
     k: int = 0
@@ -35,8 +38,18 @@ class Policy(Protocol):
     def active(self) -> Tensor:
         """The images of the next epoch: int64 indices, shape [alpha], none twice."""
 
-    def update(self, epoch: int, accuracy: float) -> Resampling:
-        """Choose the next active set after `epoch` (from 1) ended with validation `accuracy` in [0, 1]."""
+    @property
+    def weights(self) -> Tensor | None:
+        """What each image of `active` counts in the loss, float32, shape [alpha]; None: all the same."""
+
+    def observe(self, index: Tensor, losses: Tensor) -> None:
+        """Take note of the losses (shape [batch]) of the images `index`; called each step if there are weights."""
+
+    def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
+        """Choose the next active set after `epoch` (from 1) ended with validation `accuracy` in [0, 1].
+
+        `done` is the part of the whole run that is over, in (0, 1].
+        """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -72,13 +85,20 @@ def decide(accuracy: float, previous: float, delta: float) -> Literal["type1", "
     return "type2" if gain <= delta + ROUNDING else "keep"
 
 
-class Full:
+class _Unweighted:
+    weights: Tensor | None = None
+
+    def observe(self, index: Tensor, losses: Tensor) -> None:
+        pass
+
+
+class Full(_Unweighted):
     """All images, every epoch."""
 
     def __init__(self, total: int) -> None:
         self.active = torch.arange(total)
 
-    def update(self, epoch: int, accuracy: float) -> Resampling:
+    def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
         return KEEP
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,14 +108,14 @@ class Full:
         pass
 
 
-class Static:
+class Static(_Unweighted):
     """A random alpha of the images, the same in every epoch: the control for `less data`."""
 
     def __init__(self, total: int, alpha: int, seed: int) -> None:
         self.total, self.draws = total, generator(seed, "policy")
         self.active = first_subset(total, alpha, self.draws)
 
-    def update(self, epoch: int, accuracy: float) -> Resampling:
+    def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
         return KEEP
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,7 +129,7 @@ class Static:
 class Fresh(Static):
     """A new random alpha every epoch (RS2): the control for `is it the rule, or just fresh data?`."""
 
-    def update(self, epoch: int, accuracy: float) -> Resampling:
+    def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
         before = self.active
         self.active = first_subset(self.total, len(before), self.draws)
         k = len(before) - int(torch.isin(self.active, before).sum())
@@ -140,7 +160,7 @@ class Dynamic(Static):
         self.previous = self.best = float("-inf")
         self.best_active = self.active
 
-    def update(self, epoch: int, accuracy: float) -> Resampling:
+    def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
         kind = decide(accuracy, self.previous, self.delta)
         if accuracy > self.best + ROUNDING:  # ties keep the earlier set
             self.best, self.best_active = accuracy, self.active
@@ -163,6 +183,55 @@ class Dynamic(Static):
         self.previous, self.best, self.best_active = state["previous"], state["best"], state["best_active"]
 
 
+class InfoBatch:
+    """Soft pruning (Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning", ICLR 2024).
+
+    Of the images whose last loss is below the mean of all last losses, a random `ratio` is left out of the next epoch;
+    those that stay in count 1 / (1 - ratio) in the loss, so that the expected gradient is the full one. From the part
+    `anneal` of the run on, all images are trained on, unweighted. Losses stay on the training device.
+    """
+
+    def __init__(self, total: int, seed: int, *, ratio: float, anneal: float) -> None:
+        self.total, self.ratio, self.anneal = total, ratio, anneal
+        self.draws = generator(seed, "policy")
+        self.losses = torch.ones(total)
+        self._all()
+
+    def _all(self) -> None:
+        self.active, self.weights = torch.arange(self.total), torch.ones(self.total)
+
+    def observe(self, index: Tensor, losses: Tensor) -> None:
+        self.losses = self.losses.to(index.device)
+        self.losses[index] = losses.detach().float()
+
+    def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
+        if done >= self.anneal:
+            self._all()
+            return KEEP
+        losses = self.losses.cpu()
+        easy = losses < losses.mean()
+        candidates = easy.nonzero().squeeze(1)
+        k = round(self.ratio * len(candidates))
+        left_out = candidates[torch.randperm(len(candidates), generator=self.draws)[:k]]
+        stays = torch.ones(self.total, dtype=torch.bool)
+        stays[left_out] = False
+        self.active = stays.nonzero().squeeze(1)
+        self.weights = torch.where(easy, 1 / (1 - self.ratio), 1.0)[self.active]
+        return Resampling("soft", k, self.ratio)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "active": self.active,
+            "weights": self.weights,
+            "losses": self.losses,
+            "draws": self.draws.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.active, self.weights, self.losses = state["active"], state["weights"], state["losses"]
+        self.draws.set_state(state["draws"])
+
+
 def make_policy(
     name: str,
     total: int,
@@ -173,6 +242,8 @@ def make_policy(
     delta: float = 0.01,
     gamma: float = 0.97,
     decay: Literal["type2", "both"] = "type2",
+    ratio: float = 0.5,
+    anneal: float = 0.875,
 ) -> Policy:
     """The policy `name` over `total` training images.
 
@@ -181,6 +252,8 @@ def make_policy(
     """
     if name == "full":
         return Full(total)
+    if name == "infobatch":
+        return InfoBatch(total, seed, ratio=ratio, anneal=anneal)
     if alpha is None or not 1 <= alpha <= total:
         raise ValueError(f"alpha must be from 1 to the {total} training images, got {alpha}")
     if name == "static":
@@ -189,4 +262,4 @@ def make_policy(
         return Fresh(total, alpha, seed)
     if name == "dynamic":
         return Dynamic(total, alpha, seed, beta=beta, delta=delta, gamma=gamma, decay=decay)
-    raise ValueError(f"no policy {name!r}; policies: full, static, fresh, dynamic")
+    raise ValueError(f"no policy {name!r}; policies: full, static, fresh, dynamic, infobatch")

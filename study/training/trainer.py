@@ -15,11 +15,14 @@ from torch.nn import functional
 
 from study.training.augment import Jitter, gather
 from study.training.data import Split
+from study.training.energy import EnergyMeter
 from study.training.network import CNN
 from study.training.policies import Policy, Resampling
 from study.training.seeds import generator
 
 VALIDATION_BATCH = 1000
+FORMAT = 2
+"""Of `state_dict`; grows when what it holds changes."""
 
 
 class Diverged(Exception):
@@ -40,6 +43,12 @@ class EpochResult:
     """Images trained on in this epoch (forward and backward)."""
     train_seconds: float
     validation_seconds: float
+    selection_seconds: float
+    """Choosing the images: the policy, the shuffle, the augmentation's draws."""
+    seen: int
+    """Different images trained on so far."""
+    joules: float | None
+    """Energy of the epoch, where the GPU tells."""
     resampling: Resampling
     """What the policy did after this epoch."""
 
@@ -56,9 +65,12 @@ class OnDevice:
     mean: Tensor
     """Per channel of the training images, shape [3], in [0, 255]."""
     std: Tensor
+    test_images: Tensor | None = None
+    test_labels: Tensor | None = None
 
     @staticmethod
-    def of(split: Split, device: torch.device) -> OnDevice:
+    def of(split: Split, device: torch.device, *, test: bool = False) -> OnDevice:
+        """`test`: the test split too, for a last word on it."""
         mean, std = _channel_statistics(split.train_images)
         return OnDevice(
             torch.from_numpy(split.train_images).to(device),
@@ -68,6 +80,8 @@ class OnDevice:
             len(split.classes),
             mean.to(device),
             std.to(device),
+            torch.from_numpy(split.test_images).to(device) if test else None,
+            torch.from_numpy(split.test_labels).to(device) if test else None,
         )
 
 
@@ -133,6 +147,11 @@ class Trainer:
     `run` yields after every step (None) and after every epoch (its EpochResult); whoever iterates decides when to stop.
     Between two yields `state_dict` is everything there is to know: a Trainer made with the same arguments that loads it
     goes on with the very numbers that this one would have produced.
+
+    Args:
+        epochs: how long to train; without effect if `images` is given.
+        images: train until exactly this many images have been trained on, counted with repetition; the last epoch ends
+            short where they are used up.
     """
 
     def __init__(
@@ -141,7 +160,8 @@ class Trainer:
         policy: Policy,
         seed: int,
         *,
-        epochs: int,
+        epochs: int = 200,
+        images: int | None = None,
         batch_size: int = 512,
         lr: float = 0.001,
         weight_decay: float = 0.0,
@@ -151,7 +171,7 @@ class Trainer:
         precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> None:
         self.data, self.policy = data, policy
-        self.epochs, self.batch_size, self.augment = epochs, batch_size, augment
+        self.epochs, self.images, self.batch_size, self.augment = epochs, images, batch_size, augment
         self.device = data.train_images.device
         self.precision = pick_precision(precision, self.device)
         network = CNN(data.classes, generator(seed, "weights"), width=width, norm=norm)
@@ -161,31 +181,53 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
         self.shuffles, self.jitters = generator(seed, "shuffle"), generator(seed, "augment")
         self.history: list[EpochResult] = []
+        self.seen = torch.zeros(len(data.train_labels), dtype=torch.bool)
+        self.best = -1.0
+        self.best_network: dict[str, Tensor] | None = None
+        self.meter = EnergyMeter(self.device)
         self._rest()
 
     def _rest(self) -> None:
         """Between epochs: no plan, nothing counted."""
         self.order: Tensor | None = None
+        self.weights: Tensor | None = None
         self.jitter: Tensor | None = None
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.train_seconds = self.validation_seconds = 0.0
+        self.train_seconds = self.validation_seconds = self.selection_seconds = 0.0
+        self.joules: float | None = 0.0
+        self._metered = self.meter.joules()
+
+    @property
+    def trained(self) -> int:
+        """Images trained on in the epochs done, counted with repetition."""
+        return sum(result.images for result in self.history)
+
+    @property
+    def over(self) -> bool:
+        return len(self.history) >= self.epochs if self.images is None else self.trained >= self.images
 
     def run(self) -> Iterator[EpochResult | None]:
         """Raises:
         Diverged: the loss of an epoch is not finite.
         """
-        while len(self.history) < self.epochs:
+        while not self.over:
             started = time.perf_counter()
-            order, jitter = self._plan()
+            order, weights, jitter = self._plan()
+            self.selection_seconds += time.perf_counter() - started
+            started = time.perf_counter()
             train_steps = math.ceil(len(order) / self.batch_size)
             validation_steps = math.ceil(len(self.data.validation_labels) / VALIDATION_BATCH)
 
             self.network.train()
             while self.step < train_steps:
                 batch = slice(self.step * self.batch_size, (self.step + 1) * self.batch_size)
-                self._train(order[batch], jitter[batch] if jitter is not None else None)
+                self._train(
+                    order[batch],
+                    weights[batch] if weights is not None else None,
+                    jitter[batch] if jitter is not None else None,
+                )
                 self.step += 1
                 self.train_seconds += time.perf_counter() - started
                 yield None
@@ -199,7 +241,8 @@ class Trainer:
                     self.train_seconds += time.perf_counter() - started
                     started = time.perf_counter()
                 done = (self.step - train_steps) * VALIDATION_BATCH
-                self._validate(slice(done, done + VALIDATION_BATCH))
+                part = slice(done, done + VALIDATION_BATCH)
+                self.correct += self._correct(self.data.validation_images[part], self.data.validation_labels[part])
                 self.step += 1
                 if self.step < train_steps + validation_steps:
                     self.validation_seconds += time.perf_counter() - started
@@ -208,44 +251,90 @@ class Trainer:
 
             accuracy = self.correct.item() / len(self.data.validation_labels)
             self.validation_seconds += time.perf_counter() - started
-            epoch = len(self.history) + 1
-            result = EpochResult(
-                epoch,
-                accuracy,
-                self.loss_sum.item() / len(order),
-                len(order),
-                self.train_seconds,
-                self.validation_seconds,
-                self.policy.update(epoch, accuracy),
-            )
-            self.history.append(result)
-            self._rest()
-            yield result
+            started = time.perf_counter()
+            yield self._ended(accuracy, started)
 
-    def _plan(self) -> tuple[Tensor, Tensor | None]:
-        """The epoch's images in their order, and their jitters: drawn once, kept for whoever resumes in mid-epoch."""
+    def _ended(self, accuracy: float, started: float) -> EpochResult:
+        assert self.order is not None
+        epoch, images = len(self.history) + 1, len(self.order)
+        done = epoch / self.epochs if self.images is None else (self.trained + images) / self.images
+        self.seen[self.order] = True
+        resampling = self.policy.update(epoch, accuracy, done)
+        if self.data.test_labels is not None and accuracy > self.best:
+            self.best_network = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        self.best = max(self.best, accuracy)
+        result = EpochResult(
+            epoch,
+            accuracy,
+            self.loss_sum.item() / images,
+            images,
+            self.train_seconds,
+            self.validation_seconds,
+            self.selection_seconds + time.perf_counter() - started,
+            int(self.seen.sum()),
+            self._energy(),
+            resampling,
+        )
+        self.history.append(result)
+        self._rest()
+        return result
+
+    def _energy(self) -> float | None:
+        """Joules of the epoch so far, over all the processes that worked on it."""
+        now = self.meter.joules()
+        if now is None or self._metered is None or self.joules is None:
+            return None
+        return self.joules + now - self._metered
+
+    def test(self) -> float:
+        """Accuracy of the best epoch's network on the test split, in [0, 1]: the last word, asked for once."""
+        assert self.data.test_images is not None and self.data.test_labels is not None  # noqa: PT018
+        assert self.best_network is not None
+        self.network.load_state_dict(self.best_network)
+        self.network.eval()
+        correct, total = 0, len(self.data.test_labels)
+        for start in range(0, total, VALIDATION_BATCH):
+            part = slice(start, start + VALIDATION_BATCH)
+            correct += int(self._correct(self.data.test_images[part], self.data.test_labels[part]))
+        return correct / total
+
+    def _plan(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The epoch's images in their order, their weights and jitters: drawn once, kept for who resumes in it."""
         if self.order is None:
-            active = self.policy.active
-            self.order = active[torch.randperm(len(active), generator=self.shuffles)]
-            self.jitter = Jitter.draw(len(active), self.jitters).draws if self.augment else None
-        jitter = self.jitter.to(self.device, non_blocking=True) if self.jitter is not None else None
-        return self.order.to(self.device, non_blocking=True), jitter
+            active, weights = self.policy.active, self.policy.weights
+            drawn = torch.randperm(len(active), generator=self.shuffles)
+            if self.images is not None:
+                drawn = drawn[: self.images - self.trained]
+            self.order = active[drawn]
+            self.weights = weights[drawn] if weights is not None else None
+            self.jitter = Jitter.draw(len(drawn), self.jitters).draws if self.augment else None
+        plan = self.order, self.weights, self.jitter
+        order, weights, jitter = (x.to(self.device, non_blocking=True) if x is not None else None for x in plan)
+        assert order is not None
+        return order, weights, jitter
 
-    def _train(self, index: Tensor, jitter: Tensor | None) -> None:
+    def _train(self, index: Tensor, weights: Tensor | None, jitter: Tensor | None) -> None:
         images = gather(self.data.train_images, index, jitter)
         labels = self.data.train_labels[index]
         with self._autocast():
-            loss = functional.cross_entropy(self.network(self._normalised(images)), labels)
+            logits = self.network(self._normalised(images))
+            if weights is None:
+                loss = plain = functional.cross_entropy(logits, labels)
+            else:
+                losses = functional.cross_entropy(logits, labels, reduction="none")
+                loss, plain = (losses * weights).mean(), losses.mean()
+                self.policy.observe(index, losses.detach())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.loss_sum += loss.detach() * len(index)
+        self.loss_sum += plain.detach() * len(index)
 
     @torch.inference_mode()
-    def _validate(self, part: slice) -> None:
+    def _correct(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._autocast():
-            logits = self.network(self._normalised(self.data.validation_images[part]))
-        self.correct += (logits.argmax(1) == self.data.validation_labels[part]).sum()
+            logits = self.network(self._normalised(images))
+        correct: Tensor = (logits.argmax(1) == labels).sum()
+        return correct
 
     def _normalised(self, images: Tensor) -> Tensor:
         return ((images - self.data.mean) / self.data.std).permute(0, 3, 1, 2)
@@ -256,18 +345,25 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that later numbers depend on, as tensors, numbers and text (loadable with weights_only=True)."""
         return {
+            "format": FORMAT,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "policy": self.policy.state_dict(),
             "shuffles": self.shuffles.get_state(),
             "jitters": self.jitters.get_state(),
             "order": self.order,
+            "weights": self.weights,
             "jitter": self.jitter,
+            "seen": self.seen,
+            "best": self.best,
+            "best_network": self.best_network,
             "step": self.step,
             "loss_sum": self.loss_sum,
             "correct": self.correct,
             "train_seconds": self.train_seconds,
             "validation_seconds": self.validation_seconds,
+            "selection_seconds": self.selection_seconds,
+            "joules": self._energy(),
             "precision": self.precision,
             "history": [asdict(result) for result in self.history],
         }
@@ -280,9 +376,13 @@ class Trainer:
         self.policy.load_state_dict(state["policy"])
         self.shuffles.set_state(state["shuffles"])
         self.jitters.set_state(state["jitters"])
-        self.order, self.jitter, self.step = state["order"], state["jitter"], state["step"]
+        self.order, self.weights, self.jitter = state["order"], state["weights"], state["jitter"]
+        self.step, self.seen, self.best = state["step"], state["seen"], state["best"]
+        self.best_network = state["best_network"]
         self.loss_sum, self.correct = state["loss_sum"].to(self.device), state["correct"].to(self.device)
         self.train_seconds, self.validation_seconds = state["train_seconds"], state["validation_seconds"]
+        self.selection_seconds, self.joules = state["selection_seconds"], state["joules"]
+        self._metered = self.meter.joules()
         self.history = [
             EpochResult(**(row | {"resampling": Resampling(**row["resampling"])})) for row in state["history"]
         ]
