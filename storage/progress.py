@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage.queue import now
-from storage.tables import EPOCHS, LEASES, TRIAL_VALUES, TRIALS
+from storage.tables import ATTEMPTS, EPOCHS, LEASES, TRIAL_VALUES, TRIALS
 
 STATE_NAMES = {
     TrialState.WAITING: "waiting",
@@ -26,10 +26,17 @@ class Running:
 
     number: int
     owner: str
+    device: str
     epoch: int
+    images: int
+    """Trained on so far, counted with repetition."""
+    seconds: float
+    """Training and validation so far."""
     accuracy: float | None
     """The best so far."""
     lease_seconds_left: float
+    held_seconds: float
+    """Since the worker took it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Progress:
     running: tuple[Running, ...]
     epochs: int
     """Epochs stored for all trials that are not settled."""
+    images: int
+    """Images trained on in them."""
     best: float | None
 
     @property
@@ -55,32 +64,43 @@ def progress(engine: sa.Engine, study_id: int) -> Progress:
     of_study = TRIALS.c.study_id == study_id
     by_state = sa.select(TRIALS.c.state, sa.func.count()).where(of_study).group_by(TRIALS.c.state)
     left = LEASES.c.expires_at - now(engine)
+    age = now(engine) - ATTEMPTS.c.started_at
+    attempt = sa.and_(ATTEMPTS.c.trial_id == LEASES.c.trial_id, ATTEMPTS.c.token == LEASES.c.token)
     held = (
         sa.select(
             TRIALS.c.number,
             LEASES.c.owner,
             left.label("left"),
+            age.label("age"),
+            ATTEMPTS.c.device,
             sa.func.coalesce(sa.func.max(EPOCHS.c.epoch), 0).label("epoch"),
+            sa.func.coalesce(sa.func.sum(EPOCHS.c.images), 0).label("images"),
+            sa.func.coalesce(sa.func.sum(EPOCHS.c.train_seconds + EPOCHS.c.validation_seconds), 0).label("seconds"),
             sa.func.max(EPOCHS.c.accuracy).label("accuracy"),
         )
         .select_from(
-            TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id).outerjoin(
-                EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id
-            )
+            TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id)
+            .outerjoin(ATTEMPTS, attempt)
+            .outerjoin(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id)
         )
         .where(of_study, TRIALS.c.state == TrialState.RUNNING)
-        .group_by(TRIALS.c.number, LEASES.c.owner, LEASES.c.expires_at)
+        .group_by(TRIALS.c.number, LEASES.c.owner, LEASES.c.expires_at, ATTEMPTS.c.device, ATTEMPTS.c.started_at)
         .order_by(TRIALS.c.number)
     )
     complete = sa.and_(of_study, TRIALS.c.state == TrialState.COMPLETE)
-    best = sa.select(sa.func.max(TRIAL_VALUES.c.value)).select_from(TRIALS.join(TRIAL_VALUES)).where(complete)
+    accuracies = sa.select(sa.func.max(TRIAL_VALUES.c.value)).select_from(TRIALS.join(TRIAL_VALUES))
+    best = accuracies.where(complete, TRIAL_VALUES.c.objective == 0)
     with engine.connect() as connection:
         counts = dict.fromkeys(STATE_NAMES.values(), 0)
         counts |= {STATE_NAMES[state]: count for state, count in connection.execute(by_state)}
         rows = connection.execute(held).all()
         value = connection.execute(best).scalar_one()
-    live = tuple(Running(r.number, r.owner, r.epoch, r.accuracy, r.left) for r in rows if (r.left or 0) > 0)
-    return Progress(counts, live, sum(r.epoch for r in rows), value)
+    live = tuple(
+        Running(r.number, r.owner, r.device or "", r.epoch, r.images, r.seconds, r.accuracy, r.left, r.age or 0.0)
+        for r in rows
+        if (r.left or 0) > 0
+    )
+    return Progress(counts, live, sum(r.epoch for r in rows), sum(r.images for r in rows), value)
 
 
 def epoch_rows(engine: sa.Engine, study_id: int) -> dict[int, list[dict[str, Any]]]:
@@ -109,3 +129,30 @@ def last_errors(engine: sa.Engine, study_id: int) -> dict[int, str]:
     )
     with engine.connect() as connection:
         return {row.number: row.last_error for row in connection.execute(query)}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One worker's time with one trial."""
+
+    number: int
+    owner: str
+    device: str
+    started_at: float
+    """Seconds since 1970 on the database's clock."""
+    ended_at: float | None
+    outcome: str | None
+    """settled, released, error or vanished; None: at work, or vanished and not taken over yet."""
+    error: str | None
+
+
+def attempts(engine: sa.Engine, study_id: int) -> list[Attempt]:
+    """All attempts at a study's trials, by their start."""
+    query = (
+        sa.select(TRIALS.c.number, *[column for column in ATTEMPTS.c if column.name not in ("trial_id", "token")])
+        .select_from(TRIALS.join(ATTEMPTS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id))
+        .where(TRIALS.c.study_id == study_id)
+        .order_by(ATTEMPTS.c.started_at)
+    )
+    with engine.connect() as connection:
+        return [Attempt(**row) for row in connection.execute(query).mappings()]

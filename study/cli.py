@@ -6,47 +6,29 @@ Heavy modules are imported by the verbs that need them: `study --help` loads nei
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 from storage.errors import UserError
-
-if TYPE_CHECKING:
-    from dashboards.tables import View
-
-app = typer.Typer(
-    name="study",
-    help="Hyperparameter studies of dynamic training on Optuna: launch, watch, kill, move and resume them.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+from study import moving as moving  # its verbs
+from study.options import (
+    DataRoot,
+    Device,
+    Name,
+    Storage,
+    Workers,
+    app,
+    err,
+    out,
+    root_of,
+    say,
+    shown,
+    storage_url,
+    view,
 )
-# A file or a pipe has no width: tables are as wide as they are.
-out = Console(width=None if sys.stdout.isatty() else 200)
-err = Console(stderr=True)
-
-Storage = Annotated[
-    str | None,
-    typer.Option(help="Database URL. Default: $STUDY_STORAGE, else sqlite:///study.db here.", show_default=False),
-]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of images (imagefolder) or of torchvision's downloads. Default: $STUDY_DATA_ROOT, else a cache.",
-        show_default=False,
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Worker processes. Default: one a device.", show_default=False)
-]
-Name = Annotated[str, typer.Argument(help="Name of the study.")]
-NewName = Annotated[str | None, typer.Option("--name", help="Another name for the copy.", show_default=False)]
 
 
 @app.command()
@@ -74,6 +56,10 @@ def launch(
         typer.Option("--set", metavar="KEY=VALUE", help="Overrides the preset: --set training.epochs=5. Repeatable."),
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Short for --set search.trials=N.", show_default=False)] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="accuracy, or accuracy,images: short for --set search.objective=…", show_default=False),
+    ] = None,
     device: Device = "auto",
     workers: Workers = None,
     data_root: DataRoot = None,
@@ -85,13 +71,14 @@ def launch(
     from study.plan import lay_down, prepare
 
     more = [] if trials is None else [f"search.trials={trials}"]
+    more += [] if objective is None else [f"search.objective={objective}"]
     config = load_config(preset, [*(assignments or []), *more])
-    url, root = _storage(storage), _data_root(data_root)
+    url, root = storage_url(storage), root_of(data_root)
     devices = launching.devices_here(device, workers)
     # Everything that can be wrong is found before the database is touched.
-    dataset = prepare(config, root, _say)
-    new = lay_down(open_storage(url), name or preset, preset, config, dataset)
-    _say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {_shown(url)}")
+    data = prepare(config, root, say)
+    new = lay_down(open_storage(url), name or preset, preset, config, data)
+    say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {shown(url)}")
     _work(name or preset, url, devices, root)
 
 
@@ -109,9 +96,9 @@ def worker(
     from study.worker import work
 
     try:
-        settled = work(name, _storage(storage), device, _data_root(data_root), wait=wait)
+        settled = work(name, storage_url(storage), device, root_of(data_root), wait=wait)
     except DatabaseAway as away:
-        _say(str(away))
+        say(str(away))
         raise typer.Exit(AWAY) from None
     if not settled:
         raise typer.Exit(STOPPED)
@@ -129,9 +116,9 @@ def resume(
     from study import launch as launching
     from study.plan import check_here
 
-    url, root = _storage(storage), _data_root(data_root)
+    url, root = storage_url(storage), root_of(data_root)
     devices = launching.devices_here(device, workers)
-    check_here(url, name, root, _say)
+    check_here(url, name, root, say)
     _work(name, url, devices, root)
 
 
@@ -142,35 +129,80 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """How far a study is."""
-    from dashboards import tables
+    from dashboards import document, terminal
 
-    view = _view(name, storage)
+    found = view(name, storage)
     if as_json:
-        typer.echo(json.dumps(tables.status(view), indent=2))
+        typer.echo(json.dumps(document.status(found), indent=2))
     else:
-        out.print(tables.status_text(view), soft_wrap=True)
+        out.print(terminal.status_text(found), soft_wrap=True)
 
 
 @app.command()
 def report(
-    name: Name,
+    names: Annotated[list[str], typer.Argument(help="Names of the studies.")],
     storage: Storage = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.", show_default=False)] = None,
+    to_json: Annotated[
+        Path | None, typer.Option("--json", help="Write all numbers here, for programs.", show_default=False)
+    ] = None,
+    publish: Annotated[bool, typer.Option("--publish", help="Write figures and notes for optuna-dashboard.")] = False,
 ) -> None:
-    """A study's tables on the terminal, and its figures as a page."""
+    """The tables of one or several studies on the terminal, their figures as a page, their numbers as JSON."""
+    from dashboards import document, terminal
     from dashboards import report as page
-    from dashboards import tables
+    from dashboards.publish import publish as publish_study
 
-    if html is not None and not html.parent.is_dir():
-        raise UserError(f"no folder {html.parent} for the page {html.name}; create it or name another")
-    view = _view(name, storage)
-    out.print(tables.report_text(view))
-    if html is not None:
-        try:
-            page.write(view, html)
-        except OSError as error:
-            raise UserError(f"cannot write {html}: {error.strerror}") from None
-        _say(f"wrote {html}")
+    for file in (html, to_json):
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"no folder {file.parent} for {file.name}; create it or name another")
+    views = [view(name, storage) for name in names]
+    for found in views:
+        out.print(terminal.report_text(found))
+    for file, text in ((html, page.page), (to_json, document.text)):
+        if file is not None:
+            try:
+                file.write_text(text(views), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"cannot write {file}: {error.strerror}") from None
+            say(f"wrote {file}")
+    if publish:
+        for found in views:
+            publish_study(found)
+            say(f"published the figures of {found.name!r}")
+
+
+@app.command()
+def confirm(
+    name: Name,
+    top: Annotated[int, typer.Option(min=1, help="How many of the best settings.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds for each.")] = 5,
+    new_name: Annotated[
+        str | None, typer.Option("--name", help="Name of the confirming study. Default: NAME-confirmed.")
+    ] = None,
+    storage: Storage = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Run the best settings of a study again on fresh seeds, then ask the untouched test split, once."""
+    from storage.connect import open_storage
+    from study import launch as launching
+    from study.confirm import confirmation
+    from study.plan import lay_down, load_study, prepare
+
+    url, root = storage_url(storage), root_of(data_root)
+    opened = open_storage(url, create=False)
+    study, config = load_study(opened, name)
+    again, origin = confirmation(study, config, top, seeds)
+    devices = launching.devices_here(device, workers)
+    data = prepare(again, root, say)
+    if data.fingerprint != study.user_attrs["data_fingerprint"]:
+        raise UserError(f"the data here are not those of the study {name!r}; use the same images (--data-root)")
+    called = new_name or f"{name}-confirmed"
+    lay_down(opened, called, f"confirm {name}", again, data, origin)
+    say(f"confirming {top} settings of {name!r} as {called!r} in {shown(url)}")
+    _work(called, url, devices, root)
 
 
 @app.command()
@@ -182,152 +214,29 @@ def dashboard(
     from dashboards.serve import serve
     from storage.connect import open_storage
 
-    url = _storage(storage)
+    url = storage_url(storage)
     serve(
         open_storage(url, create=False, reading=True),
         "127.0.0.1",
         port,
-        lambda at: _say(f"optuna-dashboard on {at} shows {_shown(url)}; Ctrl-C ends it"),
+        lambda at: say(f"optuna-dashboard on {at} shows {shown(url)}; Ctrl-C ends it"),
     )
-
-
-@app.command()
-def copy(
-    name: Name,
-    source: Annotated[str, typer.Option("--from", help="Database URL of the study.")],
-    target: Annotated[str, typer.Option("--to", help="Database URL of the copy.")],
-    new_name: NewName = None,
-) -> None:
-    """Copy a study, finished or not, to another database: SQLite or PostgreSQL."""
-    from storage.connect import open_storage
-    from storage.transfer import copy as copy_study
-
-    count = copy_study(open_storage(source, create=False, reading=True), open_storage(target), name, new_name)
-    _say(f"copied {count} trials of {name!r} to {_shown(target)}; go on with: study resume {new_name or name}")
-
-
-@app.command()
-def export(
-    name: Name, file: Annotated[Path, typer.Argument(help="A file that is not there yet.")], storage: Storage = None
-) -> None:
-    """Write a study with its checkpoints into one file, to take elsewhere or to keep."""
-    from storage.connect import open_storage
-    from storage.transfer import copy as copy_study
-
-    if file.exists():
-        raise UserError(f"the file {file} is there already; name another")
-    source = open_storage(_storage(storage), create=False, reading=True)
-    target = open_storage(f"sqlite:///{file}")
-    try:
-        count = copy_study(source, target, name)
-    except BaseException:
-        target.engine.dispose()
-        file.unlink(missing_ok=True)
-        raise
-    target.engine.dispose()  # the last connection to close folds SQLite's log into the file
-    _say(f"wrote {count} trials of {name!r} to {file}; back with: study import {file}")
-
-
-@app.command("import")
-def import_(
-    file: Annotated[Path, typer.Argument(help="A file that `study export` wrote.")],
-    storage: Storage = None,
-    new_name: NewName = None,
-) -> None:
-    """Bring an exported study into a storage."""
-    import optuna
-
-    from storage.connect import open_storage
-    from storage.transfer import copy as copy_study
-
-    source = open_storage(f"sqlite:///{file}", create=False, reading=True)
-    names = optuna.get_all_study_names(source)
-    if len(names) != 1:
-        raise UserError(
-            f"{file} holds {len(names)} studies, not one; use: study copy NAME --from sqlite:///{file} --to …"
-        )
-    url = _storage(storage)
-    count = copy_study(source, open_storage(url), names[0], new_name)
-    _say(f"brought {count} trials of {names[0]!r} into {_shown(url)}; go on with: study resume {new_name or names[0]}")
-
-
-@app.command()
-def requeue(
-    name: Name,
-    storage: Storage = None,
-    failed: Annotated[bool, typer.Option("--failed", help="All failed trials.")] = False,
-    trial: Annotated[list[int] | None, typer.Option(help="The number of one failed trial. Repeatable.")] = None,
-) -> None:
-    """Put failed trials back, to be run again from their start."""
-    from storage.connect import open_storage
-    from storage.transfer import requeue as put_back
-
-    if failed == bool(trial):
-        raise UserError("requeue takes --failed or --trial N, one of them")
-    numbers = put_back(open_storage(_storage(storage), create=False), name, trials=None if failed else trial)
-    _say(f"put back {len(numbers)} trials of {name!r}; run them with: study resume {name}")
-
-
-@app.command()
-def delete(
-    name: Name,
-    storage: Storage = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Even while workers hold trials of it.")] = False,
-) -> None:
-    """Delete a study and everything of it. Asks first."""
-    from storage.connect import open_storage
-    from storage.transfer import delete as delete_study
-
-    view = _view(name, storage)
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UserError("delete asks before it deletes, and nobody is here to answer; say --yes")
-        if not typer.confirm(f"Delete {name!r} with its {len(view.rows)} trials from {_shown(_storage(storage))}?"):
-            return
-    delete_study(open_storage(_storage(storage), create=False), name, force=force)
-    _say(f"deleted {name!r}")
-
-
-def _say(text: str) -> None:
-    err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _work(name: str, url: str, devices: list[str], root: str | None) -> None:
     """Work on a study, then show its table, or how to go on."""
-    from dashboards import tables
+    from dashboards import terminal
+    from dashboards.publish import publish
     from study import launch as launching
 
     try:
         launching.run(name, url, devices, root, err)
     except KeyboardInterrupt:
-        _say(f"stopped; nothing is lost: the same command goes on with study {name!r}")
+        say(f"stopped; nothing is lost: the same command goes on with study {name!r}")
         raise
-    out.print(tables.report_text(_view(name, url)))
-
-
-def _view(name: str, storage: str | None) -> View:
-    from dashboards import tables
-    from storage.connect import open_storage
-
-    return tables.read(open_storage(_storage(storage), create=False, reading=True), name)
-
-
-def _storage(option: str | None) -> str:
-    from storage.url import DEFAULT
-
-    return option or os.environ.get("STUDY_STORAGE") or DEFAULT
-
-
-def _shown(url: str) -> str:
-    from storage.url import parse, redact
-
-    return redact(parse(url))
-
-
-def _data_root(option: Path | None) -> str | None:
-    root = option or os.environ.get("STUDY_DATA_ROOT")
-    return str(Path(root).expanduser().resolve()) if root else None
+    found = view(name, url)
+    publish(found)
+    out.print(terminal.report_text(found))
 
 
 def run() -> None:

@@ -23,6 +23,7 @@ from storage import progress, queue
 from storage.connect import open_storage
 from storage.errors import UserError
 from study import space
+from study.config import StudyConfig
 from study.plan import load_study
 
 SUPERVISED = "STUDY_SUPERVISED"
@@ -157,7 +158,7 @@ def run(name: str, storage_url: str, devices: Sequence[str], data_root: str | No
     """
     storage = open_storage(storage_url, create=False, reading=True)
     study, config = load_study(storage, name)
-    display = Display(console, storage, study, space.most_epochs(config))
+    display = Display(console, storage, study, config)
     if display.settled:
         return
     for number in STOP_SIGNALS:
@@ -193,8 +194,11 @@ def _unless_away() -> Iterator[None]:
 class Display:
     """How far a study is: progress bars on a terminal, and everywhere a line for each trial that is settled."""
 
-    def __init__(self, console: Console, storage: RDBStorage, study: optuna.Study, epochs: int) -> None:
-        self.storage, self.study, self.epochs = storage, study, epochs
+    def __init__(self, console: Console, storage: RDBStorage, study: optuna.Study, config: StudyConfig) -> None:
+        self.storage, self.study = storage, study
+        self.by_images = config.training.images is not None
+        self.whole = config.training.images or space.most_epochs(config)
+        """A trial's length, in images or epochs."""
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -210,9 +214,12 @@ class Display:
         now = progress.progress(storage.engine, study._study_id)
         self.told = {trial.number for trial in self._finished()}
         self.settled = now.settled == now.total
-        done = now.settled * epochs + now.epochs
-        self.total = self.bars.add_task(study.study_name, total=now.total * epochs, completed=done, note="")
+        total = now.total * self.whole
+        self.total = self.bars.add_task(study.study_name, total=total, completed=self._done(now), note="")
         self.trials: dict[int, TaskID] = {}
+
+    def _done(self, now: progress.Progress) -> int:
+        return now.settled * self.whole + (now.images if self.by_images else now.epochs)
 
     def _finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=queue.FINISHED)
@@ -222,15 +229,15 @@ class Display:
         now = progress.progress(self.storage.engine, self.study._study_id)
         best = f", best {now.best:.4f}" if now.best is not None else ""
         note = f"{now.settled}/{now.total} trials{best}"
-        self.bars.update(self.total, completed=now.settled * self.epochs + now.epochs, note=note)
+        self.bars.update(self.total, completed=self._done(now), note=note)
         running = {trial.number: trial for trial in now.running}
         for number in self.trials.keys() - running.keys():
             self.bars.remove_task(self.trials.pop(number))
         for number, trial in running.items():
             if number not in self.trials:
-                self.trials[number] = self.bars.add_task(f"  trial {number}", total=self.epochs, note="")
+                self.trials[number] = self.bars.add_task(f"  trial {number}", total=self.whole, note="")
             note = f"epoch {trial.epoch}" + (f", best {trial.accuracy:.4f}" if trial.accuracy is not None else "")
-            self.bars.update(self.trials[number], completed=trial.epoch, note=note)
+            self.bars.update(self.trials[number], completed=trial.images if self.by_images else trial.epoch, note=note)
         if now.settled == len(self.told):
             return False
         good = False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import optuna
 from optuna.storages import RDBStorage
@@ -14,7 +17,7 @@ from storage.connect import open_storage
 from storage.errors import UserError
 from storage.tickets import lay
 from study import space
-from study.config import StudyConfig
+from study.config import Range, StudyConfig
 from study.parsing import differences, parse_config
 from study.training import data as datasets
 
@@ -42,30 +45,56 @@ def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfi
     return study, parse_config(config)
 
 
-def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, dataset: datasets.Dataset) -> bool:
+@dataclass(frozen=True)
+class Prepared:
+    """Data that are here and fit a study."""
+
+    fingerprint: str
+    images: dict[str, int]
+    """By split: train, validation, test."""
+
+
+def lay_down(
+    storage: RDBStorage,
+    name: str,
+    preset: str,
+    config: StudyConfig,
+    data: Prepared,
+    more: Mapping[str, Any] | None = None,
+) -> bool:
     """Create the study and its tickets, or find them; whether there was anything new.
+
+    Args:
+        more: further user attributes of the study.
 
     Raises:
         UserError: the study exists with another config or other data, and what differs.
     """
     existed = name in optuna.get_all_study_names(storage)
-    study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+    both = config.search.objective == "accuracy,images"
+    directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if both else ["maximize"]
+    try:
+        study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
+    except optuna.exceptions.DuplicatedStudyError:  # made by another launch at this moment
+        study = optuna.load_study(study_name=name, storage=storage)
     attributes = {
         "config": config.model_dump(mode="json"),
         "preset": preset,
-        "data_fingerprint": dataset.fingerprint,
+        "data_fingerprint": data.fingerprint,
+        "images": data.images,
         "protocol": PROTOCOLS[config.data.protocol],
+        **(more or {}),
     }
     # In this order: another launch lays trials and config down together, so who sees its trials then sees its config.
     trials = study.get_trials(deepcopy=False)
     found = study.user_attrs
-    ours = study.direction == optuna.study.StudyDirection.MAXIMIZE and not (found or trials)
+    ours = [direction.name.lower() for direction in study.directions] == directions and not (found or trials)
     if "config" not in found and not ours:
         raise UserError(f"the study {name!r} was not laid down by `study launch`; choose another --name")
     if not found:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["validation accuracy"])
+            study.set_metric_names(["validation accuracy", *(["images trained on"] if both else [])])
     found = lay(storage.engine, study._study_id, attributes, space.tickets(config))
     theirs = parse_config(found["config"])
     if theirs != config:
@@ -73,7 +102,7 @@ def lay_down(storage: RDBStorage, name: str, preset: str, config: StudyConfig, d
         raise UserError(
             f"the study {name!r} exists with another config (asked != stored): {changed}; choose another --name"
         )
-    check_fingerprint(study, dataset)
+    check_fingerprint(study, data)
     return not existed
 
 
@@ -87,7 +116,7 @@ def check_here(url: str, name: str, root: str | None, say: Callable[[str], None]
     check_fingerprint(study, datasets.load(config.data.name, root, say))
 
 
-def check_fingerprint(study: optuna.Study, dataset: datasets.Dataset) -> None:
+def check_fingerprint(study: optuna.Study, dataset: datasets.Dataset | Prepared) -> None:
     """Raises:
     UserError: the data are not those that the study was laid down on.
     """
@@ -99,8 +128,8 @@ def check_fingerprint(study: optuna.Study, dataset: datasets.Dataset) -> None:
         )
 
 
-def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -> datasets.Dataset:
-    """The study's data, once they are here and every alpha fits them.
+def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -> Prepared:
+    """The study's data, once they are here and every alpha fits them. Warns of a delta that is less than noise.
 
     Raises:
         UserError, DataError: the data or an alpha cannot be used.
@@ -111,4 +140,21 @@ def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -
     dataset = datasets.load(part.name, root, say)
     split = datasets.split(dataset, part.protocol, holdout=part.holdout, train_images=part.train_images)
     space.check_alpha(config, len(split.train_labels))
-    return dataset
+    parts = {"train": split.train_labels, "validation": split.validation_labels, "test": split.test_labels}
+    images = {name: len(labels) for name, labels in parts.items()}
+    if warning := noise_warning(config, images["validation"]):
+        say(warning)
+    return Prepared(dataset.fingerprint, images)
+
+
+def noise_warning(config: StudyConfig, validation_images: int) -> str | None:
+    """What to know if delta is within the standard deviation (binomial, at 85 %) of the validation accuracy."""
+    names = (config.policy.name,) if isinstance(config.policy.name, str) else config.policy.name
+    delta, spread = config.policy.delta, math.sqrt(0.85 * 0.15 / validation_images)
+    smallest = delta.low if isinstance(delta, Range) else min(delta) if isinstance(delta, tuple) else delta
+    if "dynamic" not in names or smallest >= spread:
+        return None
+    return (
+        f"note: policy.delta {smallest:g} is less than the noise of accuracy on {validation_images:,} validation "
+        f"images (standard deviation {spread:.2g} at 85 %): most stalls will be chance"
+    )

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dashboards import tables
+from dashboards import view as viewing
 from storage.connect import open_storage
 from storage.errors import UserError
 from storage.progress import progress
@@ -42,7 +42,7 @@ def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def outcome(url: str, name: str) -> list[tuple[Any, ...]]:
-    view = tables.read(open_storage(url, create=False, reading=True), name)
+    view = viewing.read(open_storage(url, create=False, reading=True), name)
     timeless = {
         number: [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
         for number, rows in view.curves.items()

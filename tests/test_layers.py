@@ -15,6 +15,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "storage": ("storage",),
     "study": ("study", "storage"),
     "study.cli": ("study", "storage", "dashboards"),
+    "study.options": ("study", "storage", "dashboards"),
     "study.config": (),
     "study.parsing": ("study.config", "storage.errors"),
     "study.training": ("study.training",),

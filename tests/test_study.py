@@ -13,7 +13,7 @@ import torch
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from dashboards import report, tables
+from dashboards import cells, document, report, terminal, view
 from storage import transfer
 from storage.connect import open_storage
 from storage.errors import UserError
@@ -271,21 +271,21 @@ def test_reports_of_the_controls(policy: str | list[str], sqlite_url: str, tmp_p
     """Parameters that a policy does not use are no columns, and no holes in a table."""
     bench = Bench(sqlite_url, config_of(policy={"name": policy}, training={"epochs": 1}))
     bench.work()
-    view = tables.read(bench.storage, "s")
-    assert (tables.grid(view) is not None) is False
-    Console(file=io.StringIO()).print(tables.report_text(view))
-    report.write(view, tmp_path / "page.html")
+    found = view.read(bench.storage, "s")
+    assert cells.grid(found) is None
+    Console(file=io.StringIO()).print(terminal.report_text(found))
+    (tmp_path / "page.html").write_text(report.page([found]))
     expected = {"static": ("alpha",), "full": ()}.get(str(policy), ("policy", "alpha", "beta"))
-    assert view.parameters == expected
+    assert found.parameters == expected
 
 
 def test_reports_before_anything_has_run(sqlite_url: str, tmp_path: Path) -> None:
     bench = Bench(sqlite_url, config_of())
-    view = tables.read(bench.storage, "s")
-    Console(file=io.StringIO()).print(tables.report_text(view))
-    report.write(view, tmp_path / "page.html")
+    found = view.read(bench.storage, "s")
+    Console(file=io.StringIO()).print(terminal.report_text(found))
+    (tmp_path / "page.html").write_text(report.page([found]))
     assert "No trial has finished an epoch yet" in (tmp_path / "page.html").read_text()
-    assert tables.status(view)["best_value"] is None
+    assert document.status(found)["best_value"] is None
 
 
 def test_qmc_draws_what_it_does_not_cover_anew_for_every_trial() -> None:

@@ -1,0 +1,57 @@
+"""Runs the best settings of a study again, on fresh seeds, with the last word of the untouched test split."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from storage.errors import UserError
+from study import space
+from study.config import GridSampler, NoPruner, Range, StudyConfig
+
+FAR = 1_000_000
+"""From a study's first seed to the first of its confirmation: no search gets that far."""
+
+
+def confirmation(study: optuna.Study, config: StudyConfig, top: int, seeds: int) -> tuple[StudyConfig, dict[str, Any]]:
+    """The config of the confirming study, and where its settings come from: the study's name, their values in it.
+
+    A setting's value in the search is the mean over its complete trials (one, unless the search had replicates).
+
+    Raises:
+        UserError: fewer than `top` settings have a complete trial.
+    """
+    found: dict[tuple[tuple[str, Any], ...], list[FrozenTrial]] = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        policy = trial.params.get("policy", config.policy.name)
+        chosen = {name: value for name, value in trial.params.items() if space.relevant(policy, name)}
+        found.setdefault(tuple(chosen.items()), []).append(trial)
+    if len(found) < top:
+        raise UserError(
+            f"--top must be at most the {len(found)} settings of {study.study_name!r} with a complete trial, got {top}"
+        )
+    means = {cell: statistics.fmean(trial.values[0] for trial in trials) for cell, trials in found.items()}
+    best = sorted(found, key=lambda cell: (-means[cell], min(trial.number for trial in found[cell])))[:top]
+    tree = config.model_dump()
+    first = dict(best[0])
+    for section in ("policy", "training"):
+        for name, value in getattr(config, section):
+            if isinstance(value, tuple | Range):  # every cell brings its own; this only stands in
+                stand_in = value.low if isinstance(value, Range) else value[0]
+                tree[section][name] = first.get("policy" if (section, name) == ("policy", "name") else name, stand_in)
+    tree["search"] |= {
+        "sampler": GridSampler(),
+        "trials": None,
+        "replicates": seeds,
+        "seed": (config.search.seed + FAR) % 2**31,
+        "objective": "accuracy",
+        "cells": [dict(cell) for cell in best],
+    }
+    tree["pruning"] = NoPruner()
+    tree["data"]["test"] = config.data.protocol == "holdout"
+    tree["description"] = f"The best {top} settings of {study.study_name!r} again, on {seeds} fresh seeds"
+    origin = {"study": study.study_name, "values": [means[cell] for cell in best]}
+    return StudyConfig.model_validate(tree), {"confirms": origin}

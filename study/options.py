@@ -1,0 +1,71 @@
+"""What all verbs of the command share: the app, its options, where its output goes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from dashboards.view import View
+
+app = typer.Typer(
+    name="study",
+    help="Hyperparameter studies of dynamic training on Optuna: launch, watch, kill, move and resume them.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+# A file or a pipe has no width: tables are as wide as they are.
+out = Console(width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True)
+
+Storage = Annotated[
+    str | None,
+    typer.Option(help="Database URL. Default: $STUDY_STORAGE, else sqlite:///study.db here.", show_default=False),
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of images (imagefolder) or of torchvision's downloads. Default: $STUDY_DATA_ROOT, else a cache.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Worker processes. Default: one a device.", show_default=False)
+]
+Name = Annotated[str, typer.Argument(help="Name of the study.")]
+NewName = Annotated[str | None, typer.Option("--name", help="Another name for the copy.", show_default=False)]
+
+
+def say(text: str) -> None:
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def view(name: str, storage: str | None) -> View:
+    from dashboards import view as viewing
+    from storage.connect import open_storage
+
+    return viewing.read(open_storage(storage_url(storage), create=False, reading=True), name)
+
+
+def storage_url(option: str | None) -> str:
+    from storage.url import DEFAULT
+
+    return option or os.environ.get("STUDY_STORAGE") or DEFAULT
+
+
+def shown(url: str) -> str:
+    from storage.url import parse, redact
+
+    return redact(parse(url))
+
+
+def root_of(option: Path | None) -> str | None:
+    root = option or os.environ.get("STUDY_DATA_ROOT")
+    return str(Path(root).expanduser().resolve()) if root else None
