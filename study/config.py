@@ -42,6 +42,8 @@ def _searchable(kind: type[int] | type[float] | type[str], rule: str, holds: Cal
         return kind(value)
 
     def parse(value: Any) -> Any:
+        if value is None:  # for fields that may be left out; the others refuse it by their type
+            return None
         if isinstance(value, list | tuple):
             parsed = tuple(one(each) for each in value)
             if not parsed or len(set(parsed)) < len(parsed):

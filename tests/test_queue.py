@@ -91,6 +91,46 @@ def test_claim_gives_each_ticket_once_in_order(url: str) -> None:
     assert all(t.datetime_start is not None for t in study.trials)
 
 
+def test_every_attempt_is_logged_with_its_end(url: str) -> None:
+    study, engine = laid(url, 3)
+    first, second = (Queue(engine, study._study_id, owner=name, device=f"gpu {name}") for name in ("a", "b"))
+    gone = claimed(first)
+    expire(engine, gone)
+    retaken = claimed(second)
+    assert retaken.number == gone.number
+    second.release(retaken)
+    third = claimed(second)
+    second.finish(third, TrialState.COMPLETE, [0.5])
+    broken = claimed(second)
+    second.release(broken, error="boom")
+    second.fail(claimed(second), "for good")
+    log = progress.attempts(engine, study._study_id)
+    assert [(a.number, a.owner, a.device, a.outcome, a.error) for a in log] == [
+        (0, "a", "gpu a", "vanished", None),
+        (0, "b", "gpu b", "released", None),
+        (0, "b", "gpu b", "settled", None),
+        (1, "b", "gpu b", "error", "boom"),
+        (2, "b", "gpu b", "error", "for good"),
+    ]
+    assert all(a.ended_at is not None and a.started_at > 1e9 for a in log)
+    assert all(a.ended_at >= a.started_at for a in log[1:] if a.ended_at)
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date(url: str) -> None:
+    study, engine = laid(url, 1)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE trial_attempts")
+        for column in ("selection_seconds", "seen", "joules"):
+            connection.exec_driver_sql(f"ALTER TABLE trial_epochs DROP COLUMN {column}")
+    engine.dispose()
+    later = open_storage(url, create=False)  # as a worker or `study status` would
+    worker = Queue(later.engine, study._study_id)
+    lease = claimed(worker)
+    worker.record(lease, epoch(1) | {"seen": 7}, {1: 0.5})
+    assert progress.epoch_rows(later.engine, study._study_id)[0][0]["seen"] == 7
+    assert len(progress.attempts(later.engine, study._study_id)) == 1
+
+
 def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> None:
     study, engine = laid(url, 1)
     old, new = (Queue(engine, study._study_id, owner=name) for name in ("old", "new"))

@@ -242,7 +242,7 @@ def test_laying_down_again_changes_nothing_and_other_configs_are_refused(sqlite_
     with pytest.raises(UserError, match=r"training\.epochs: 4 != 3"):
         lay_down(bench.storage, "s", "test", config_of(training={"epochs": 4}), data)
     with pytest.raises(UserError, match="are not those of the study"):
-        lay_down(bench.storage, "s", "test", bench.config, dataclasses.replace(data, test_labels=data.test_labels + 1))
+        lay_down(bench.storage, "s", "test", bench.config, dataclasses.replace(data, fingerprint="0" * 64))
     stranger = optuna.create_study(study_name="stranger", storage=bench.storage)
     stranger.ask()
     with pytest.raises(UserError, match="was not laid down by"):
