@@ -24,6 +24,8 @@ def status(view: View) -> dict[str, Any]:
         "best_value": best.value if best else None,
         "best_trial": best.number if best else None,
         "best_params": best.parameters if best else None,
+        "budgets": view.budgets,
+        "spent": view.spent,
         "failures": {row.number: row.error for row in view.rows if row.state == "failed"},
     }
 

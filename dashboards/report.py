@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from dashboards import cells, document, effort, figures, terminal
 from dashboards.verdict import verdict
-from dashboards.view import View, label, percent
+from dashboards.view import View, budget_lines, label, percent
 
 MOST_TRIALS = 500
 STYLE = """
@@ -97,6 +97,7 @@ def _summary(view: View) -> str:
         where = f"trial {best.number}{chosen}, epoch {best.best_epoch}"
         lines.append(f"<p>Best validation accuracy <b>{percent(best.value)}</b>: {escape(where)}.</p>")
     style = ' class="warning"' if view.config.data.protocol == "paper" else ""
+    lines += [f"<p>{escape(line)}.</p>".replace("spent", "Spent", 1) for line in budget_lines(view.budgets, view.spent)]
     lines.append(f"<p{style}>Protocol {escape(view.protocol)}.</p>")
     return "".join(lines)
 

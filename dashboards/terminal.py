@@ -10,7 +10,7 @@ from rich.text import Text
 from dashboards import cells as celling
 from dashboards.cells import Findings, Grid
 from dashboards.verdict import interval, verdict
-from dashboards.view import View, label, percent, shown
+from dashboards.view import View, budget_lines, label, percent, shown
 
 MOST_TRIALS = 60
 
@@ -21,6 +21,7 @@ def status_text(view: View) -> RenderableType:
     if view.best is not None:
         chosen = f", {label(view.best.parameters)}" if view.best.parameters else ""
         lines.append(f"best {percent(view.best.value)}: trial {view.best.number}{chosen}")
+    lines += budget_lines(view.budgets, view.spent)
     lines += [f"trial {row.number} failed: {row.error}" for row in view.rows if row.state == "failed"]
     return Text("\n".join(lines))
 
@@ -29,12 +30,12 @@ def report_text(view: View) -> RenderableType:
     found = celling.findings(view)
     parts: list[RenderableType] = [status_text(view)]
     if any(len(cell.ended) > 1 for cell in found.cells) or "policy" in view.parameters:
-        parts.append(_filled("Settings: mean (95 % interval)", *cells_table(view, found), left=(0,)))
+        parts.append(plain_table("Settings: mean (95 % interval)", *cells_table(view, found), left=(0,)))
     else:
         parts.append(_trials(view))
     if found.comparisons:
         heads, lines = comparisons_table(found)
-        parts.append(_filled("Comparisons, paired by seed (points)", heads, lines, left=(0, len(heads) - 1)))
+        parts.append(plain_table("Comparisons, paired by seed (points)", heads, lines, left=(0, len(heads) - 1)))
     table = celling.grid(view)
     if table is not None and table.values:
         parts.append(_grid(view, table))
@@ -98,7 +99,7 @@ def trials_table(view: View) -> tuple[list[str], list[list[str]]]:
 def _trials(view: View) -> Table:
     heads, lines = trials_table(view)
     more = f" ({MOST_TRIALS} of {len(lines)})" if len(lines) > MOST_TRIALS else ""
-    return _filled(f"Trials, best first{more}", heads, lines[:MOST_TRIALS], left=(len(heads) - 1,))
+    return plain_table(f"Trials, best first{more}", heads, lines[:MOST_TRIALS], left=(len(heads) - 1,))
 
 
 def _grid(view: View, grid: Grid) -> Table:
@@ -114,10 +115,10 @@ def _grid(view: View, grid: Grid) -> Table:
         lines.append(line)
     beside = " / the paper's, where held" if papers else ""
     title = f"Accuracy (%) by alpha, beta{beside}; p: pruned"
-    return _filled(title, ["alpha \\ beta", *(shown(beta) for beta in grid.betas)], lines)
+    return plain_table(title, ["alpha \\ beta", *(shown(beta) for beta in grid.betas)], lines)
 
 
-def _filled(title: str, heads: list[str], lines: list[list[str]], left: tuple[int, ...] = ()) -> Table:
+def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tuple[int, ...] = ()) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )

@@ -10,7 +10,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from storage import progress
+from storage import control, progress
 from storage.progress import Attempt
 from study.config import StudyConfig
 from study.plan import PROTOCOLS, load_study
@@ -71,6 +71,9 @@ class View:
     """Trial number to its rows of `trial_epochs`."""
     attempts: tuple[Attempt, ...]
     study: optuna.Study
+    budgets: dict[str, float]
+    spent: dict[str, float]
+    """By unit, as in `storage.control`."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -136,7 +139,9 @@ def read(storage: RDBStorage, name: str) -> View:
             )
         )
     attempts = tuple(progress.attempts(storage.engine, study._study_id))
-    return View(name, study.user_attrs.get("preset", ""), config, tuple(rows), curves, attempts, study)
+    preset, spent = study.user_attrs.get("preset", ""), control.spent(storage.engine, study._study_id)
+    budgets = control.budgets_of(storage.engine, study._study_id)
+    return View(name, preset, config, tuple(rows), curves, attempts, study, budgets, spent)
 
 
 def shown(value: Any) -> str:
@@ -144,6 +149,10 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def budget_lines(budgets: dict[str, float], spent: dict[str, float]) -> list[str]:
+    return [f"spent {spent[unit]:,.4g} of {limit:,.4g} {unit}" for unit, limit in budgets.items()]
 
 
 def label(parameters: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from storage.errors import Unreachable, UserError
-from storage.tables import EPOCHS, LEASES, METADATA
+from storage.tables import ATTEMPTS, EPOCHS, LEASES, METADATA
 from storage.url import file_of, parse, redact
 
 BUSY_SECONDS = 30
@@ -120,16 +120,19 @@ def _complete(engine: sa.Engine) -> bool:
 
 
 def _missing_columns(engine: sa.Engine) -> list[sa.Column[Any]]:
-    """Columns of `trial_epochs` that an older version did not make."""
-    there = {column["name"] for column in sa.inspect(engine).get_columns(EPOCHS.name)}
-    return [column for column in EPOCHS.c if column.name not in there]
+    """Columns of our tables that an older version did not make."""
+    inspector, missing = sa.inspect(engine), []
+    for table in (EPOCHS, ATTEMPTS):
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        missing += [column for column in table.c if column.name not in there]
+    return missing
 
 
 def _add_columns(engine: sa.Engine) -> None:
     with engine.begin() as connection:
         for column in _missing_columns(engine):
             kind = column.type.compile(engine.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {EPOCHS.name} ADD COLUMN {column.name} {kind}")
+            connection.exec_driver_sql(f"ALTER TABLE {column.table.name} ADD COLUMN {column.name} {kind}")
 
 
 @contextmanager

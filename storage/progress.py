@@ -149,7 +149,7 @@ class Attempt:
 def attempts(engine: sa.Engine, study_id: int) -> list[Attempt]:
     """All attempts at a study's trials, by their start."""
     query = (
-        sa.select(TRIALS.c.number, *[column for column in ATTEMPTS.c if column.name not in ("trial_id", "token")])
+        sa.select(TRIALS.c.number, *[column for column in ATTEMPTS.c if column.name in Attempt.__annotations__])
         .select_from(TRIALS.join(ATTEMPTS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id))
         .where(TRIALS.c.study_id == study_id)
         .order_by(ATTEMPTS.c.started_at)

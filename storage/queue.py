@@ -176,7 +176,7 @@ class Queue:
             if token is None:
                 return True
             connection.execute(vanished)
-            attempt = {"owner": self.owner, "device": self.device, "started_at": clock}
+            attempt = {"owner": self.owner, "device": self.device, "started_at": clock, "images": 0, "joules": 0.0}
             connection.execute(sa.insert(ATTEMPTS).values(trial_id=row.trial_id, token=token, **attempt))
             connection.execute(
                 sa.update(TRIALS)
@@ -238,6 +238,11 @@ class Queue:
             with self.engine.begin() as connection:
                 self.fence(connection, lease)
                 epoch = upsert(self.engine, EPOCHS).values(trial_id=lease.trial_id, **row).on_conflict_do_nothing()
+                this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
+                spent = {"images": ATTEMPTS.c.images + row["images"]}
+                if row.get("joules") is not None:
+                    spent["joules"] = ATTEMPTS.c.joules + row["joules"]
+                connection.execute(sa.update(ATTEMPTS).where(this).values(spent))
                 # Further than any attempt before: the attempts are counted anew.
                 if connection.scalar(epoch.returning(EPOCHS.c.epoch)) is not None:
                     connection.execute(sa.update(LEASES).where(LEASES.c.trial_id == lease.trial_id).values(attempts=0))

@@ -69,6 +69,8 @@ ATTEMPTS = sa.Table(
     sa.Column("ended_at", sa.Double, doc="NULL: at work, or vanished and not taken over yet."),
     sa.Column("outcome", sa.String(8), doc="settled, released, error, or vanished."),
     sa.Column("error", sa.Text),
+    sa.Column("images", sa.Integer, doc="Trained on in this attempt, in whole epochs."),
+    sa.Column("joules", sa.Double, doc="Energy of those epochs, where the device tells."),
 )
 
 # Optuna's own tables, through its models: names and types stay its business.

@@ -15,6 +15,7 @@ import typer
 from storage.errors import UserError
 from study import moving as moving  # its verbs
 from study.options import (
+    Budget,
     DataRoot,
     Device,
     Name,
@@ -60,6 +61,7 @@ def launch(
         str | None,
         typer.Option(help="accuracy, or accuracy,images: short for --set search.objective=…", show_default=False),
     ] = None,
+    budget: Budget = None,
     device: Device = "auto",
     workers: Workers = None,
     data_root: DataRoot = None,
@@ -74,10 +76,12 @@ def launch(
     more += [] if objective is None else [f"search.objective={objective}"]
     config = load_config(preset, [*(assignments or []), *more])
     url, root = storage_url(storage), root_of(data_root)
+    budgets = _budgets(budget)
     devices = launching.devices_here(device, workers)
     # Everything that can be wrong is found before the database is touched.
     data = prepare(config, root, say)
     new = lay_down(open_storage(url), name or preset, preset, config, data)
+    _go_on(name or preset, url, budgets)
     say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {shown(url)}")
     _work(name or preset, url, devices, root)
 
@@ -108,6 +112,7 @@ def worker(
 def resume(
     name: Name,
     storage: Storage = None,
+    budget: Budget = None,
     device: Device = "auto",
     workers: Workers = None,
     data_root: DataRoot = None,
@@ -117,9 +122,38 @@ def resume(
     from study.plan import check_here
 
     url, root = storage_url(storage), root_of(data_root)
+    budgets = _budgets(budget)
     devices = launching.devices_here(device, workers)
     check_here(url, name, root, say)
+    _go_on(name, url, budgets)
     _work(name, url, devices, root)
+
+
+def _budgets(texts: list[str] | None) -> dict[str, float] | None:
+    from storage.control import parse_budgets
+
+    return None if texts is None else parse_budgets(texts)
+
+
+def _go_on(name: str, url: str, budgets: dict[str, float] | None) -> None:
+    from storage.connect import open_storage
+    from storage.control import go_on
+    from study.plan import load_study
+
+    opened = open_storage(url, create=False)
+    go_on(opened.engine, load_study(opened, name)[0]._study_id, budgets)
+
+
+@app.command()
+def stop(name: Name, storage: Storage = None) -> None:
+    """Ask all workers of a study, wherever they are, to give their trials back and end."""
+    from storage.connect import open_storage
+    from storage.control import request_stop
+    from study.plan import load_study
+
+    opened = open_storage(storage_url(storage), create=False)
+    request_stop(opened.engine, load_study(opened, name)[0]._study_id)
+    say(f"asked the workers of {name!r} to stop; go on with: study resume {name}")
 
 
 @app.command()
@@ -127,8 +161,15 @@ def status(
     name: Name,
     storage: Storage = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay until it is settled, and show every change.")] = False,
 ) -> None:
-    """How far a study is."""
+    """How far a study is, and who works on it."""
+    if watch:
+        from dashboards.watch import watch as watch_study
+        from storage.connect import open_storage
+
+        watch_study(open_storage(storage_url(storage), create=False, reading=True), name, out)
+        return
     from dashboards import document, terminal
 
     found = view(name, storage)
@@ -230,7 +271,7 @@ def _work(name: str, url: str, devices: list[str], root: str | None) -> None:
     from study import launch as launching
 
     try:
-        launching.run(name, url, devices, root, err)
+        launching.run(name, url, devices, root, err, lambda: publish(view(name, url)))
     except KeyboardInterrupt:
         say(f"stopped; nothing is lost: the same command goes on with study {name!r}")
         raise

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +35,7 @@ AWAY = 75
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 """Ctrl-C, and what Slurm and spot instances send."""
 POLL_SECONDS = 0.5
+REFRESH_SECONDS = 30.0
 GRACE_SECONDS = 10.0
 MOST_DEATHS_IN_A_ROW = 5
 
@@ -149,8 +150,18 @@ class Fleet:
         self.workers.clear()
 
 
-def run(name: str, storage_url: str, devices: Sequence[str], data_root: str | None, console: Console) -> None:
+def run(
+    name: str,
+    storage_url: str,
+    devices: Sequence[str],
+    data_root: str | None,
+    console: Console,
+    refresh: Callable[[], None] = lambda: None,
+) -> None:
     """Work on a study with this machine's devices until it is settled.
+
+    Args:
+        refresh: called when something has changed, at most every REFRESH_SECONDS and for at most 1 % of the time.
 
     Raises:
         UserError: the study or the data are not to be had.
@@ -164,12 +175,18 @@ def run(name: str, storage_url: str, devices: Sequence[str], data_root: str | No
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     fleet = Fleet(name, storage_url, devices, data_root, console)
+    due = time.monotonic() + REFRESH_SECONDS
     try:
         with display.bars:
             while fleet.tend():
                 with _unless_away():
                     if display.update():
                         fleet.deaths = 0
+                    if display.changed and time.monotonic() >= due:
+                        started = time.monotonic()
+                        refresh()
+                        took = time.monotonic() - started
+                        due, display.changed = started + max(REFRESH_SECONDS, 100 * took), False
                 time.sleep(POLL_SECONDS)
             if AWAY in fleet.ended:
                 raise UserError(f"the database was away for too long; when it is back: study resume {name}")
@@ -217,6 +234,9 @@ class Display:
         total = now.total * self.whole
         self.total = self.bars.add_task(study.study_name, total=total, completed=self._done(now), note="")
         self.trials: dict[int, TaskID] = {}
+        self.changed = True
+        """Whether there is anything new since somebody last said False."""
+        self._last = now
 
     def _done(self, now: progress.Progress) -> int:
         return now.settled * self.whole + (now.images if self.by_images else now.epochs)
@@ -227,6 +247,8 @@ class Display:
     def update(self) -> bool:
         """Show what is new; whether a trial was completed or pruned since the last call."""
         now = progress.progress(self.storage.engine, self.study._study_id)
+        self.changed = self.changed or (now.settled, now.epochs) != (self._last.settled, self._last.epochs)
+        self._last = now
         best = f", best {now.best:.4f}" if now.best is not None else ""
         note = f"{now.settled}/{now.total} trials{best}"
         self.bars.update(self.total, completed=self._done(now), note=note)

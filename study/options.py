@@ -39,6 +39,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker processes. Default: one a device.", show_default=False)
 ]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="20 gpu-hours, 2 h, 500000000 images or 3 kWh, shared by all workers; repeatable; none: no budget.",
+        show_default=False,
+    ),
+]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
 NewName = Annotated[str | None, typer.Option("--name", help="Another name for the copy.", show_default=False)]
 

@@ -6,15 +6,19 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
+import sqlalchemy as sa
 import torch
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError
 
+from storage import control
 from storage.connect import open_storage
 from storage.errors import Unreachable, UserError
 from storage.queue import PATIENCE_SECONDS, LeaseLost, Queue, passing, retrying
@@ -26,9 +30,12 @@ from study.objective import DatabaseAway, run_trial
 from study.plan import check_fingerprint, load_study
 from study.search import make_pruner
 from study.training import data as datasets
+from study.training.energy import EnergyMeter
 from study.training.trainer import OnDevice, be_deterministic, pick_device
 
 WAIT_SECONDS = 2.0
+POLL_SECONDS = 0.5
+"""A budget is overrun by at most this or an epoch, whichever is longer, a worker."""
 MOST_ERRORS_IN_A_ROW = 2
 AWAY = (DBAPIError, optuna.exceptions.StorageInternalError, DatabaseAway)
 
@@ -42,12 +49,30 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self.reason = ""
+        """Why, if it was the database that asked."""
         self.parent = int(os.environ.get(SUPERVISED, 0))
         for number in STOP_SIGNALS:
             signal.signal(number, self._ask)
 
     def _ask(self, *_: object) -> None:
         self.asked = True
+
+    def watch(self, engine: sa.Engine, study_id: int) -> None:
+        """See, from a thread, whether the study is to stop; at once, and then every POLL_SECONDS."""
+        looked = threading.Event()
+
+        def look() -> None:
+            while not self.asked:
+                with suppress(DBAPIError):
+                    reason = control.reason_to_stop(engine, study_id)
+                    if reason is not None:
+                        self.reason, self.asked = reason, True
+                looked.set()
+                time.sleep(POLL_SECONDS)
+
+        threading.Thread(target=look, name="stop", daemon=True).start()
+        looked.wait(POLL_SECONDS)
 
     def __call__(self) -> bool:
         return self.asked or (self.parent != 0 and os.getppid() != self.parent)
@@ -86,6 +111,9 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         device=objective.device_name(device),
         stopping=stop,
     )
+    if "kWh" in control.budgets_of(storage.engine, study._study_id) and EnergyMeter(device).joules() is None:
+        raise UserError(f"the study has a budget in kWh, but {device} does not tell its energy; use another unit")
+    stop.watch(storage.engine, study._study_id)
     aside = _aside(storage_url, study)
     errors = 0
     try:
@@ -114,6 +142,8 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
                 queue.release(lease, error=reason)
                 if broken or errors >= MOST_ERRORS_IN_A_ROW:
                     raise WorkerBroken(f"this worker gives up after: {reason}") from error
+        if stop.reason:
+            say(f"{stop.reason}; go on with: study resume {name}")
         return queue.unfinished() == 0
     except AWAY as error:
         if stop():

@@ -119,7 +119,7 @@ def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -
             rows.append(Row(*what, **costs))
     study = optuna.create_study(direction="maximize")
     study.set_user_attr("images", {"train": 200, "validation": 1000, "test": 1000})
-    return View("made", "test", config, tuple(rows), curves, (), study)
+    return View("made", "test", config, tuple(rows), curves, (), study, {}, {})
 
 
 def with_policies(*names: str, seeds: int = 8) -> StudyConfig:

@@ -1,0 +1,127 @@
+"""Stopping a study wherever its workers are, and budgets that they share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from storage import control
+from storage.errors import UserError
+from storage.tables import ATTEMPTS
+from tests.bench import Bench, config_of
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["20 gpu-hours"], {"gpu-hours": 20.0}),
+        (["2h", "500_000_000 images"], {"hours": 2.0, "images": 5e8}),
+        (["3 kWh", "0.5 GPU-hours"], {"kWh": 3.0, "gpu-hours": 0.5}),
+        (["5e8 images"], {"images": 5e8}),
+        (["none"], {}),
+    ],
+)
+def test_budgets_are_read(texts: list[str], expected: dict[str, float]) -> None:
+    assert control.parse_budgets(texts) == expected
+
+
+@pytest.mark.parametrize("texts", [["20"], ["h"], ["0 h"], ["-1 h"], ["2 weeks"], ["1 h", "2 hours"], ["nan h"], [""]])
+def test_what_is_no_budget_is_refused(texts: list[str]) -> None:
+    with pytest.raises(UserError, match="budget"):
+        control.parse_budgets(texts)
+
+
+def test_a_request_to_stop_holds_until_somebody_goes_on(url: str) -> None:
+    bench = Bench(url, config_of())
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    assert control.reason_to_stop(engine, study_id) is None
+    control.request_stop(engine, study_id)
+    control.request_stop(engine, study_id)
+    assert "study stop" in (control.reason_to_stop(engine, study_id) or "")
+    control.go_on(engine, study_id)
+    assert control.reason_to_stop(engine, study_id) is None
+
+
+def test_what_is_spent_is_counted_over_all_attempts(url: str) -> None:
+    """Two workers side by side, a pause, one more: gpu-hours add up, hours are those in which anybody worked."""
+    bench = Bench(url, config_of())
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    ids = [trial._trial_id for trial in bench.study.trials]
+    rows = [(ids[0], 0, 3600, 100, 3.6e6), (ids[1], 1800, 5400, 200, 0.0), (ids[2], 9000, 10800, 50, 1.8e6)]
+    with engine.begin() as connection:
+        for trial_id, start, end, images, joules in rows:
+            row = {"trial_id": trial_id, "token": 1, "owner": "w", "device": "gpu", "outcome": "settled"}
+            row |= {"started_at": start, "ended_at": end, "images": images, "joules": joules}
+            connection.execute(sa.insert(ATTEMPTS).values(row))
+    assert control.spent(engine, study_id) == pytest.approx({"gpu-hours": 2.5, "hours": 2.0, "images": 350, "kWh": 1.5})
+    control.go_on(engine, study_id, {"hours": 2.1, "images": 350})
+    assert control.reason_to_stop(engine, study_id) == "the budget is spent: 350 of 350 images"
+    control.go_on(engine, study_id, {})
+    assert control.reason_to_stop(engine, study_id) is None
+
+
+# With real workers, from the command line.
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Any:
+    environment = os.environ | {"STUDY_STORAGE": f"sqlite:///{tmp_path / 'study.db'}", "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "study", *arguments],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        )  # fmt: skip
+
+    return start
+
+
+LAUNCH = ("launch", "quick", "--device", "cpu", "--set", "pruning=none", "--set", "network.width=0.125")
+
+
+def test_a_budget_ends_the_work_and_a_larger_one_goes_on(command: Any) -> None:
+    """12 trials of 2 epochs; 3,000 images are spent somewhere in the fourth."""
+    first = command(*LAUNCH, "--set", "training.epochs=2", "--workers", "2", "--budget", "3000 images")
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, said
+    assert "the budget is spent" in said
+    status = command("status", "quick").communicate(timeout=60)[0]
+    spent = float(status.partition("spent ")[2].partition(" of")[0].replace(",", ""))
+    # Two workers; the largest epoch has 600 images, and the smallest is over before anybody looks again.
+    assert 3000 <= spent <= 3000 + 2 * 2 * 600 + 2 * 1000
+    last = command("resume", "quick", "--device", "cpu", "--budget", "none")
+    said, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, said
+    assert "12 complete" in said
+
+
+def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> None:
+    launched = command(*LAUNCH, "--set", "training.epochs=200")
+    database = tmp_path / "study.db"
+    deadline = time.monotonic() + 60
+    while "running" not in (status := command("status", "quick").communicate(timeout=60)[0]):
+        assert time.monotonic() < deadline, status
+        time.sleep(0.2)
+    alone = command("worker", "quick", "--device", "cpu")
+    time.sleep(1)
+    assert command("stop", "quick").wait(60) == 0
+    assert launched.wait(60) == 130
+    assert alone.wait(60) == 130
+    engine = sa.create_engine(f"sqlite:///{database}")
+    with engine.connect() as connection:
+        states = connection.exec_driver_sql("SELECT state, count(*) FROM trials GROUP BY state").all()
+        live = connection.exec_driver_sql("SELECT count(*) FROM trial_leases WHERE expires_at > 0").scalar()
+    assert TrialState.FAIL.name not in dict(states)  # type: ignore[arg-type]
+    assert live == 0
+    refused = command("worker", "quick", "--device", "cpu")
+    said, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 130
+    assert "asked to stop by `study stop`; go on with: study resume quick" in said
