@@ -14,10 +14,13 @@ epochs that had ended when s steps' images had been trained on, so nobody is cre
 from __future__ import annotations
 
 import copy
+import functools
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -210,7 +213,7 @@ def _settle(
         "precision": trainer.precision,
         "device": device_name(trainer.device),
         "host": platform.node(),
-        "versions": {"study": __version__, "torch": str(torch.__version__), "optuna": optuna.__version__},
+        "versions": versions(),
     }
     energy = [result.joules for result in history if result.joules is not None]
     if len(energy) == len(history):
@@ -227,6 +230,21 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of this program (with its commit, where it runs from a clone) and of what its numbers depend on."""
+    found = {"study": __version__, "torch": str(torch.__version__), "optuna": optuna.__version__}
+    clone = Path(__file__).parent.parent
+    if (clone / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            told = subprocess.run(
+                ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                capture_output=True, text=True, timeout=5, check=True,
+            )  # fmt: skip
+            found["commit"] = told.stdout.strip()
+    return found
 
 
 def device_name(device: torch.device) -> str:
