@@ -249,18 +249,36 @@ def confirm(
 @app.command()
 def dashboard(
     storage: Storage = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine's loopback.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8080,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than this machine's own it demands one of the next two.")
+    ] = "127.0.0.1",
+    read_only: Annotated[bool, typer.Option("--read-only", help="Refuse everything that writes.")] = False,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the login's password. Default: $STUDY_DASHBOARD_PASSWORD.", show_default=False),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name that it is reached by, as a proxy's. Repeatable."),
+    ] = None,
 ) -> None:
-    """Watch the studies of a storage in optuna-dashboard."""
-    from dashboards.serve import serve
+    """Watch the studies of a storage in optuna-dashboard, with a login or read-only if wanted."""
+    from dashboards.serve import PASSWORD_VARIABLE, check_open, password_from, serve
     from storage.connect import open_storage
 
     url = storage_url(storage)
+    password = password_from(password_file, os.environ.get(PASSWORD_VARIABLE))
+    check_open(host, password, read_only)
+    how = "".join([", with a login" * (password is not None), ", read-only" * read_only])
     serve(
         open_storage(url, create=False, reading=True),
-        "127.0.0.1",
+        host,
         port,
-        lambda at: say(f"optuna-dashboard on {at} shows {shown(url)}; Ctrl-C ends it"),
+        lambda at: say(f"optuna-dashboard on {at} shows {shown(url)}{how}; Ctrl-C ends it"),
+        password=password,
+        read_only=read_only,
+        allowed=allow_host or (),
     )
 
 
