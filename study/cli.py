@@ -247,6 +247,16 @@ def confirm(
 
 
 @app.command()
+def init(storage: Storage = None) -> None:
+    """Make the tables of a storage, if they are missing: for a database that others only read or join."""
+    from storage.connect import open_storage
+
+    url = _storage(storage)
+    open_storage(url)
+    _say(f"the tables are there: {_shown(url)}")
+
+
+@app.command()
 def dashboard(
     storage: Storage = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8080,

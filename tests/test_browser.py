@@ -33,6 +33,7 @@ def chromium() -> Iterator[Browser]:
     options = ["--host-resolver-rules=MAP evil.example 127.0.0.1"]
     if os.geteuid() == 0:
         options.append("--no-sandbox")
+    expect.set_options(timeout=SLOW)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         yield browser
@@ -85,7 +86,7 @@ def finished(watched: tuple[Dashboard, Page], folder: Path, url: str) -> tuple[D
     expect(page.get_by_text("Trial 3", exact=False).first).to_be_visible()  # waiting: the work is laid down whole
     out, err = launcher.communicate(timeout=100)
     assert launcher.returncode == 0, out + err
-    expect(page.get_by_text("Complete", exact=True)).to_have_count(5, timeout=SLOW)  # four, and the one that is shown
+    expect(page.get_by_text("Complete", exact=True)).to_have_count(5)  # four, and the one that is shown
     return watched
 
 
@@ -130,7 +131,7 @@ def test_the_session_is_out_of_scripts_reach_and_ends(finished: tuple[Dashboard,
     other.goto(f"{served.url}/dashboard/studies/1")
     other.get_by_label("Password").fill(SECRET)
     other.get_by_role("button", name="Log in").click()
-    expect(other.get_by_text("quick").first).to_be_visible(timeout=SLOW)
+    expect(other.get_by_text("quick").first).to_be_visible()
     assert other.url == f"{served.url}/dashboard/studies/1"
     other.close()
 

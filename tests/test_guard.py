@@ -433,9 +433,9 @@ def test_over_http_with_a_login(sqlite_url: str, tmp_path: Path) -> None:
         assert served.terminate() == 0
 
 
-def test_over_http_read_only(url: str, tmp_path: Path) -> None:
-    bench = Bench(url, config_of())
-    with dashboard(url, tmp_path, "--read-only") as served:
+def test_over_http_read_only(sqlite_url: str, tmp_path: Path) -> None:
+    bench = Bench(sqlite_url, config_of())
+    with dashboard(sqlite_url, tmp_path, "--read-only") as served:
         assert "read-only" in served.said
         client = Client(served.port)
         assert client("DELETE", "/api/studies/1", "{}", Content_Type="application/json")[0] == 403
