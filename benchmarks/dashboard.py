@@ -9,6 +9,7 @@ headless Chromium, and `study report --html`. Default: 1,000 and 10,000 trials, 
 from __future__ import annotations
 
 import http.client
+import os
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def write(url: str, trials: int) -> None:
 
 def ask(served: Dashboard, path: str) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), processor_seconds(served.process.pid)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -78,7 +79,14 @@ def ask(served: Dashboard, path: str) -> str:
         return f"no answer in {PATIENCE:.0f} s"
     finally:
         connection.close()
-    return f"{answer.status}, {time.perf_counter() - start:.2f} s, {size / 1e6:.2f} MB"
+    took, spent = time.perf_counter() - start, processor_seconds(served.process.pid) - spent
+    return f"{answer.status}, {took:.2f} s ({spent:.2f} s of processor), {size / 1e6:.2f} MB"
+
+
+def processor_seconds(pid: int) -> float:
+    """What the process has used: on a machine with other work, this is what can be compared."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident(pid: int) -> str:

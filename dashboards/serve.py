@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,6 +57,15 @@ def check_open(host: str, password: str | None, read_only: bool) -> None:
         )
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises:
+    UserError: one that no request could come with.
+    """
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+|\[?[0-9a-f:.]*:[0-9a-f:.]*:[0-9a-f:.]*\]?", name, re.ASCII | re.IGNORECASE):
+            raise UserError(f"--allow-host takes a name or an address, without scheme and port, got {name!r}")
+
+
 def serve(
     storage: RDBStorage,
     host: str,
@@ -74,12 +84,12 @@ def serve(
         UserError: the address cannot be listened on, or is open to all.
     """
     check_open(host, password, read_only)
+    check_names(allowed)
     if read_only:
         write_nothing(storage.engine)
     dashboard = optuna_dashboard.wsgi(optuna.storages.get_storage(storage))
     names = {*LOOPBACK, *allowed} | (set() if is_any(host) else {host})
     guard = Guard(dashboard, names, password=password, read_only=read_only)
-    signal.signal(signal.SIGTERM, _end)
     try:
         server = waitress.create_server(
             guard, host=host, port=port, ident=None, max_request_body_size=LARGEST_REQUEST, threads=8
@@ -90,6 +100,7 @@ def serve(
     # A name with several addresses gets a server each, behind one.
     chosen = server.effective_listen[0][1] if hasattr(server, "effective_listen") else server.effective_port
     shown = "localhost" if is_any(host) else f"[{host}]" if ":" in host else host
+    signal.signal(signal.SIGTERM, _end)
     ready(f"http://{shown}:{chosen}")
     server.run()  # SystemExit and KeyboardInterrupt end it; it then waits 5 s for requests under way
     server.close()

@@ -274,12 +274,13 @@ def dashboard(
     ] = None,
 ) -> None:
     """Watch the studies of a storage in optuna-dashboard, with a login or read-only if wanted."""
-    from dashboards.serve import PASSWORD_VARIABLE, check_open, password_from, serve
+    from dashboards.serve import PASSWORD_VARIABLE, check_names, check_open, password_from, serve
     from storage.connect import open_storage
 
     url = storage_url(storage)
     password = password_from(password_file, os.environ.get(PASSWORD_VARIABLE))
     check_open(host, password, read_only)
+    check_names(allow_host or ())
     how = "".join([", with a login" * (password is not None), ", read-only" * read_only])
     serve(
         open_storage(url, create=False, reading=True),

@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from dashboards.guard import SESSION_SECONDS, Guard, Throttle
-from dashboards.serve import check_open, is_any, is_loopback, password_from, serve, write_nothing
+from dashboards.serve import check_names, check_open, is_any, is_loopback, password_from, serve, write_nothing
 from storage.connect import open_storage
 from storage.errors import UserError
 from tests.bench import Bench, config_of
@@ -314,6 +314,13 @@ def test_beyond_loopback_it_is_closed_or_read_only(host: str) -> None:
         check_open(host, None, False)
     check_open(host, SECRET, False)
     check_open(host, None, True)
+
+
+def test_names_are_names() -> None:
+    check_names(["box", "studies.example", "192.0.2.1", "2001:db8::1", "[::1]"])
+    for name in ("box:8080", "https://studies.example", "studies.example/", "", "a b", "192.0.2.1:80"):
+        with pytest.raises(UserError, match="without scheme and port"):
+            check_names([name])
 
 
 def test_addresses() -> None:

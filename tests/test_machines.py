@@ -118,7 +118,7 @@ class Slurm:
         return done.stdout
 
     def states(self, job: str) -> set[str]:
-        return set(self("squeue", "--noheader", "--array", "--jobs", job, "--format=%T").split())
+        return set(self("squeue", "--noheader", "--states=all", "--array", "--jobs", job, "--format=%T").split())
 
     def stop(self) -> None:
         self("scancel", "--user=root")
@@ -164,7 +164,7 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
     def ended() -> bool:
         # A requeued job waits for two minutes; not here.
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return not slurm.states(job)
+        return slurm.states(job) == {"COMPLETED"}
 
     wait_for(ended, 900)
     assert "DUE TO JOB REQUEUE" in said()  # by the script, before its time was up
@@ -177,6 +177,6 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
     again = slurm("sbatch", "--parsable", "study.sbatch", *launch, "--name", "cancelled", **variables).strip()
     wait_for(lambda: worker_pid(url, "cancelled"), 120)
     slurm("scancel", again)
-    wait_for(lambda: not slurm.states(again), 60)
+    wait_for(lambda: slurm.states(again) == {"CANCELLED"}, 60)
     storage = open_storage(url, create=False, reading=True)
     assert progress(storage.engine, storage.get_study_id_from_name("cancelled")).running == ()  # leases given back
