@@ -6,6 +6,7 @@ Heavy modules are imported by the verbs that need them: `study --help` loads nei
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -251,9 +252,9 @@ def init(storage: Storage = None) -> None:
     """Make the tables of a storage, if they are missing: for a database that others only read or join."""
     from storage.connect import open_storage
 
-    url = _storage(storage)
+    url = storage_url(storage)
     open_storage(url)
-    _say(f"the tables are there: {_shown(url)}")
+    say(f"the tables are there: {shown(url)}")
 
 
 @app.command()
