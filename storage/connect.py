@@ -196,4 +196,5 @@ def _configure(engine: sa.Engine, reading: bool) -> None:
     # IMMEDIATE takes the write lock before anything is read, so that what was read still holds when it is written.
     @sa.event.listens_for(engine, "begin")
     def _on_begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+        only_reads = reading or connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")

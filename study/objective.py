@@ -140,12 +140,8 @@ def run_trial(
 
 def ask(study: optuna.Study, config: StudyConfig, lease: Lease) -> tuple[space.Parameters, int]:
     """What `Study.ask` does, for a trial that exists: its parameters, drawn where it has none, and its seed."""
-    if study._storage.get_trial(lease.trial_id).state.is_finished():
-        # Put back after this process had seen it fail; Optuna's cache takes what is finished for final.
-        study._storage = optuna.storages.get_storage(study._storage._backend)  # type: ignore[attr-defined]
     study.sampler = make_sampler(config, lease.number)
     study._thread_local.cached_all_trials = None  # as ask does: samplers must see what has finished since
-    study.get_trials(deepcopy=False)  # Optuna's cache refuses parameters for a trial that it has never read
     trial = optuna.Trial(study, lease.trial_id)
     return space.suggest(trial, config), int(trial.user_attrs.get("seed", config.search.seed))
 

@@ -15,6 +15,7 @@ from storage import files
 from storage.checkpoints import DATABASE
 from storage.connect import open_storage
 from storage.errors import UserError
+from storage.history import History
 from storage.tickets import lay
 from study import space
 from study.config import Range, StudyConfig
@@ -28,13 +29,13 @@ PROTOCOLS = {
 
 
 def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfig]:
-    """An existing study of ours and its config.
+    """An existing study of ours, read through `History`, and its config.
 
     Raises:
         UserError: no study of that name (with the names there are), or one that this program did not lay down.
     """
     try:
-        study = optuna.load_study(study_name=name, storage=storage)
+        study = optuna.load_study(study_name=name, storage=History(storage))
     except KeyError:
         names = sorted(optuna.get_all_study_names(storage))
         there = f"studies there: {', '.join(names)}" if names else "there are none yet"
@@ -74,9 +75,11 @@ def lay_down(
     both = config.search.objective == "accuracy,images"
     directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if both else ["maximize"]
     try:
-        study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
+        study = optuna.create_study(
+            study_name=name, storage=History(storage), directions=directions, load_if_exists=True
+        )
     except optuna.exceptions.DuplicatedStudyError:  # made by another launch at this moment
-        study = optuna.load_study(study_name=name, storage=storage)
+        study = optuna.load_study(study_name=name, storage=History(storage))
     attributes = {
         "config": config.model_dump(mode="json"),
         "preset": preset,

@@ -20,6 +20,7 @@ import optuna
 import torch
 from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
 
 from storage import checkpoints
 from storage.queue import Lease, Queue, retrying
@@ -43,6 +44,8 @@ class Scribe:
         """Why the last checkpoint could not be stored, if it could not."""
         self.cost = 0.0
         """Seconds that the last checkpoint took."""
+        self._trial: FrozenTrial | None = None
+        """The trial as the pruner sees it: read once, for while we hold its lease nobody else writes to it."""
         self._work: standard.Queue[Callable[[], None] | None] = standard.Queue()
         self._thread = threading.Thread(target=self._run, name=f"scribe-{lease.number}", daemon=True)
 
@@ -92,18 +95,23 @@ class Scribe:
         self.queue.record(self.lease, row(result), reports)
         if isinstance(self.study.pruner, NopPruner) or result.epoch <= self.standing.decided or last:
             return
-        prune, notes = retrying(self._ask_the_pruner) if reports else (False, {})
+        prune, notes = retrying(lambda: self._ask_the_pruner(reports)) if reports else (False, {})
         self.queue.decide(self.lease, result.epoch, prune, notes)
         if prune:
             self.pruned = result.epoch
 
-    def _ask_the_pruner(self) -> tuple[bool, dict[str, Any]]:
+    def _ask_the_pruner(self, reports: Mapping[int, float]) -> tuple[bool, dict[str, Any]]:
         """What `Trial.should_prune` says, and the system attributes that the pruner would have set on the trial."""
         shadow = copy.copy(self.study)
         notes = _Notes(self.study._storage)
         shadow._storage = notes  # type: ignore[assignment]
-        trial = self.study._storage.get_trial(self.lease.trial_id)
-        return self.study.pruner.prune(shadow, trial), notes.taken
+        if self._trial is None:
+            self._trial = self.study._storage.get_trial(self.lease.trial_id)
+        for step, value in reports.items():
+            self._trial.intermediate_values.setdefault(step, value)  # as the database: what is stored stays
+        prune = self.study.pruner.prune(shadow, self._trial)
+        self._trial.system_attrs.update(notes.taken)
+        return prune, notes.taken
 
     def _save(self, epoch: int, state: State) -> None:
         started = time.monotonic()

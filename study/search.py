@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from typing import Any
 
+import numpy as np
 import optuna
 from optuna import pruners, samplers
+from optuna.pruners._percentile import _is_first_in_interval_step
 from optuna.trial import FrozenTrial
 
 from study.config import StudyConfig
@@ -49,15 +52,38 @@ def make_pruner(config: StudyConfig, train_images: int) -> pruners.BasePruner:
             case "none":
                 return pruners.NopPruner()
             case "median":
-                return pruners.MedianPruner(**options)
+                return Percentile(50.0, **options)
             case "percentile":
-                return pruners.PercentilePruner(**options)
+                return Percentile(**options)
             case "successive-halving":
                 return pruners.SuccessiveHalvingPruner(**options)
             case "hyperband":
                 return pruners.HyperbandPruner(max_resource=most_steps(config, train_images), **options)
             case "patient":
                 return Patient(**options)
+
+
+class Percentile(pruners.PercentilePruner):
+    """Optuna's rule for a study that is maximised, on the one step of the other trials that it looks at.
+
+    The study's storage must be a `History`. With 10,000 trials Optuna's own code takes ten times as long on dicts.
+    """
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        step, steps = trial.last_step, trial.intermediate_values.keys()
+        if step is None or step < self._n_warmup_steps:
+            return False
+        if not _is_first_in_interval_step(step, steps, self._n_warmup_steps, self._interval_steps):
+            return False
+        storage: Any = study._storage
+        complete, reports = storage.reports_at(study._study_id, step)
+        if complete == 0 or complete < self._n_startup_trials:
+            return False
+        best = np.nanmax(list(trial.intermediate_values.values()))
+        if np.isnan(best):
+            return True
+        # Fewer than n_min_trials, which is at least 1, or none but NaN: nothing to compare with.
+        return len(reports) >= self._n_min_trials and bool(best < np.nanpercentile(reports, 100 - self._percentile))
 
 
 class Patient(pruners.BasePruner):

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
+from optuna.pruners import BasePruner, MedianPruner, PercentilePruner
 
 from storage.connect import open_storage
 from storage.progress import epoch_rows
@@ -34,6 +36,18 @@ def config_of(**sections: Any) -> StudyConfig:
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section if isinstance(section, dict) else section
     return parse_config(tree)
+
+
+def stock_pruner(config: StudyConfig, train_images: int) -> BasePruner:
+    """Optuna's own, where `make_pruner` gives one of ours with the same rule."""
+    options = config.pruning.model_dump(exclude={"kind", "step"})
+    match config.pruning.kind:
+        case "median":
+            return MedianPruner(**options)
+        case "percentile":
+            return PercentilePruner(**options)
+        case _:
+            return make_pruner(config, train_images)
 
 
 class Bench:
@@ -77,7 +91,7 @@ class Bench:
                 t.user_attrs.get("best_epoch"),
                 untimed.get(t.number, []),
             )
-            for t in self.study.trials
+            for t in optuna.load_study(study_name=self.study.study_name, storage=self.storage).trials
         ]
 
 

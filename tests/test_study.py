@@ -17,6 +17,7 @@ from dashboards import cells, document, report, terminal, view
 from storage import transfer
 from storage.connect import open_storage
 from storage.errors import UserError
+from storage.history import History
 from storage.progress import epoch_rows
 from storage.queue import Queue
 from storage.tickets import lay
@@ -28,7 +29,7 @@ from study.search import make_pruner, make_sampler
 from study.training.policies import KEEP
 from study.training.trainer import EpochResult
 from study.worker import load_data
-from tests.bench import Bench, StopAfter, config_of
+from tests.bench import Bench, StopAfter, config_of, stock_pruner
 
 
 def test_a_finished_trial_keeps_what_the_issue_asks(sqlite_url: str) -> None:
@@ -36,7 +37,7 @@ def test_a_finished_trial_keeps_what_the_issue_asks(sqlite_url: str) -> None:
     bench.work()
     rows = epoch_rows(bench.storage.engine, bench.study._study_id)
     assert len(bench.study.trials) == 4
-    for trial in bench.study.trials:
+    for trial in optuna.load_study(study_name="s", storage=bench.storage).trials:
         assert trial.state == TrialState.COMPLETE
         kept = trial.user_attrs
         assert {"seed", "device", "host", "versions", "precision"} <= kept.keys()
@@ -109,7 +110,7 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
     config = config_of(pruning=pruning, training={"epochs": 9})
     storage = open_storage(url)
     pruner = make_pruner(config, 200)
-    ours = optuna.create_study(study_name="ours", storage=storage, direction="maximize", pruner=pruner)
+    ours = optuna.create_study(study_name="ours", storage=History(storage), direction="maximize", pruner=pruner)
     lay(
         storage.engine,
         ours._study_id,
@@ -123,7 +124,7 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
         else optuna.storages.InMemoryStorage()
     )
     stock = optuna.create_study(
-        study_name="ours", storage=elsewhere, direction="maximize", pruner=make_pruner(config, 200)
+        study_name="ours", storage=elsewhere, direction="maximize", pruner=stock_pruner(config, 200)
     )
     queue = Queue(storage.engine, ours._study_id)
     for curve in CURVES:
@@ -149,7 +150,8 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
                 break
         else:
             stock.tell(trial, max(curve))
-    mine, theirs = ([(t.state, t.value, t.intermediate_values) for t in s.trials] for s in (ours, stock))
+    stored = optuna.load_study(study_name="ours", storage=storage)
+    mine, theirs = ([(t.state, t.value, t.intermediate_values) for t in s.trials] for s in (stored, stock))
     assert mine == theirs
     assert TrialState.PRUNED in {t.state for t in ours.trials}
 
@@ -168,7 +170,7 @@ def test_samplers_suggest_as_stock_optuna_does(sampler: str, url: str) -> None:
         return 1 - (params["beta"] - 0.4) ** 2 - (params["alpha"] / 100 - 0.7) ** 2 - params["lr"]
 
     storage = open_storage(url)
-    ours = optuna.create_study(study_name="ours", storage=storage, direction="maximize")
+    ours = optuna.create_study(study_name="ours", storage=History(storage), direction="maximize")
     lay(storage.engine, ours._study_id, {}, space.tickets(config))
     queue = Queue(storage.engine, ours._study_id)
     while (lease := queue.claim()) is not None:
