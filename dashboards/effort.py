@@ -58,7 +58,7 @@ def _best(found: Findings) -> list[Cell]:
 
 def _by_epoch(view: View, cell: Cell, of: object) -> list[float]:
     """Mean over the cell's trials, epoch by epoch, as far as all of them go."""
-    curves = [view.curves[row.number] for row in cell.rows]
+    curves = [view.curves[row.number] for row in cell.rows if row.number in view.curves]
     return [round(sum(of(epoch) for epoch in epochs) / len(epochs), 3) for epochs in zip(*curves, strict=False)]  # type: ignore[operator]
 
 

@@ -43,9 +43,9 @@ def learning_curves(view: View, found: Findings) -> go.Figure | None:
     if 1 < len(found.cells) <= len(COLOURS) and any(len(cell.rows) > 1 for cell in found.cells):
         ranked = [row for cell in found.cells for row in cell.ended]
         for i, cell in enumerate(sorted(found.cells, key=lambda cell: -cell.accuracy.mean)):
-            for row in cell.ended:
+            for row in (row for row in cell.ended if row.number in view.curves):
                 used |= _add_curve(figure, view, row, COLOURS[i], width=1, opacity=0.35, size=5)
-            curves = [view.curves[row.number] for row in cell.rows]
+            curves = [view.curves[row.number] for row in cell.rows if row.number in view.curves]
             y = [100 * float(np.mean([e["accuracy"] for e in epochs])) for epochs in zip(*curves, strict=False)]
             if y:
                 figure.add_scatter(
@@ -56,7 +56,8 @@ def learning_curves(view: View, found: Findings) -> go.Figure | None:
     else:
         ranked = sorted(rows, key=lambda row: (row.state == "failed", -(row.value or 0.0), row.number))
         if len(rows) > MOST_LINES:
-            _add_band(figure, [view.curves[row.number] for row in ranked[len(COLOURS) :]])
+            left_out = sum(row.epochs > 0 for row in view.rows) - len(rows)
+            _add_band(figure, [view.curves[row.number] for row in ranked[len(COLOURS) :]], sampled=left_out > 0)
             ranked = ranked[: len(COLOURS)]
         for rank, row in reversed(list(enumerate(ranked))):
             if rank < len(COLOURS):
@@ -109,7 +110,7 @@ def _add_curve(
     return {kind for kind, marked in marks.items() if marked}
 
 
-def _add_band(figure: go.Figure, curves: list[list[dict[str, Any]]]) -> None:
+def _add_band(figure: go.Figure, curves: list[list[dict[str, Any]]], *, sampled: bool) -> None:
     longest = max(len(curve) for curve in curves)
     low: list[float] = []
     middle: list[float] = []
@@ -122,7 +123,7 @@ def _add_band(figure: go.Figure, curves: list[list[dict[str, Any]]]) -> None:
     figure.add_scatter(x=x, y=high, mode="lines", line={"width": 0}, showlegend=False, hoverinfo="skip")
     figure.add_scatter(
         x=x, y=low, mode="lines", line={"width": 0}, fill="tonexty", fillcolor="rgba(154,154,154,0.3)",
-        name=f"80 % of the other {len(curves):,}", legendrank=90, hoverinfo="skip",
+        name=f"80 % of {'a sample of ' if sampled else 'the other '}{len(curves):,}", legendrank=90, hoverinfo="skip",
     )  # fmt: skip
     figure.add_scatter(
         x=x, y=middle, mode="lines", line={"color": REST, "width": 2}, name="their median", legendrank=91

@@ -16,6 +16,9 @@ from study.config import StudyConfig
 from study.plan import PROTOCOLS, load_study
 from study.space import relevant, settings
 
+MOST_CURVES = 400
+NOTHING = progress.Totals(0, 0.0, 0, 0, 0.0, 0.0, 0.0, None)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -68,7 +71,7 @@ class View:
     config: StudyConfig
     rows: tuple[Row, ...]
     curves: dict[int, list[dict[str, Any]]]
-    """Trial number to its rows of `trial_epochs`."""
+    """Trial number to its rows of `trial_epochs`; of more than MOST_CURVES trials, the best and a sample."""
     attempts: tuple[Attempt, ...]
     study: optuna.Study
     budgets: dict[str, float]
@@ -109,14 +112,15 @@ def read(storage: RDBStorage, name: str) -> View:
     UserError: no such study.
     """
     study, config = load_study(storage, name)
-    curves = progress.epoch_rows(storage.engine, study._study_id)
+    totals = progress.epoch_totals(storage.engine, study._study_id)
     errors = progress.last_errors(storage.engine, study._study_id)
+    curves = progress.epoch_rows(storage.engine, study._study_id, _chosen(totals))
     rows = []
     for trial in study.get_trials(deepcopy=False):
-        epochs = curves.get(trial.number, [])
-        top = max(epochs, key=lambda epoch: (epoch["accuracy"], -epoch["epoch"]), default=None)
-        failed = trial.state == TrialState.FAIL
-        joules = [epoch["joules"] for epoch in epochs]
+        of = totals.get(trial.number, NOTHING)
+        curve = curves.get(trial.number, [])
+        top = max(curve, key=lambda epoch: (epoch["accuracy"], -epoch["epoch"]), default=None)
+        failed, ran = trial.state == TrialState.FAIL, trial.number in totals
         rows.append(
             Row(
                 trial.number,
@@ -124,15 +128,15 @@ def read(storage: RDBStorage, name: str) -> View:
                 dict(trial.params),
                 settings(config, trial.params),
                 trial.user_attrs.get("seed"),
-                None if failed or top is None else top["accuracy"],
-                None if top is None else top["epoch"],
-                len(epochs),
-                sum(epoch["images"] for epoch in epochs),
-                (epochs[-1]["seen"] or 0) if epochs else 0,
-                sum(epoch["train_seconds"] for epoch in epochs),
-                sum(epoch["validation_seconds"] for epoch in epochs),
-                sum(epoch["selection_seconds"] or 0.0 for epoch in epochs),
-                sum(joules) if joules and None not in joules else None,
+                of.accuracy if ran and not failed else None,
+                trial.user_attrs.get("best_epoch") if top is None else top["epoch"],
+                of.epochs,
+                of.images,
+                of.seen,
+                of.train_seconds,
+                of.validation_seconds,
+                of.selection_seconds,
+                of.joules,
                 trial.user_attrs.get("test_accuracy"),
                 trial.user_attrs.get("error") or errors.get(trial.number),
                 dict(trial.user_attrs),
@@ -149,6 +153,15 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _chosen(totals: dict[int, progress.Totals]) -> list[int] | None:
+    """Whose epochs to read one by one; None: everybody's."""
+    if len(totals) <= MOST_CURVES:
+        return None
+    ranked = sorted(totals, key=lambda number: (-totals[number].accuracy, number))
+    best, others = ranked[: MOST_CURVES // 4], ranked[MOST_CURVES // 4 :]
+    return best + others[:: -(-len(others) // (MOST_CURVES - len(best)))]
 
 
 def budget_lines(budgets: dict[str, float], spent: dict[str, float]) -> list[str]:

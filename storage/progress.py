@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,14 +104,58 @@ def progress(engine: sa.Engine, study_id: int) -> Progress:
     return Progress(counts, live, sum(r.epoch for r in rows), sum(r.images for r in rows), value)
 
 
-def epoch_rows(engine: sa.Engine, study_id: int) -> dict[int, list[dict[str, Any]]]:
-    """The stored epochs of every trial of a study: number to rows of `trial_epochs`, in order."""
+@dataclass(frozen=True)
+class Totals:
+    """A trial's epochs, added up."""
+
+    epochs: int
+    accuracy: float
+    """The best."""
+    images: int
+    seen: int
+    train_seconds: float
+    validation_seconds: float
+    selection_seconds: float
+    joules: float | None
+    """None if any epoch has none."""
+
+
+def epoch_totals(engine: sa.Engine, study_id: int) -> dict[int, Totals]:
+    """Number to totals, of every trial of a study that has an epoch."""
+    count = sa.func.count(EPOCHS.c.epoch)
+    energy = sa.case((sa.func.count(EPOCHS.c.joules) == count, sa.func.sum(EPOCHS.c.joules)))
+    query = (
+        sa.select(
+            TRIALS.c.number,
+            count,
+            sa.func.max(EPOCHS.c.accuracy),
+            sa.func.sum(EPOCHS.c.images),
+            sa.func.coalesce(sa.func.max(EPOCHS.c.seen), 0),
+            sa.func.sum(EPOCHS.c.train_seconds),
+            sa.func.sum(EPOCHS.c.validation_seconds),
+            sa.func.coalesce(sa.func.sum(EPOCHS.c.selection_seconds), 0.0),
+            energy,
+        )
+        .select_from(TRIALS.join(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id))
+        .where(TRIALS.c.study_id == study_id)
+        .group_by(TRIALS.c.number)
+    )
+    with engine.connect() as connection:
+        return {number: Totals(*values) for number, *values in connection.execute(query)}
+
+
+def epoch_rows(
+    engine: sa.Engine, study_id: int, numbers: Collection[int] | None = None
+) -> dict[int, list[dict[str, Any]]]:
+    """The stored epochs of the trials of a study (all, or those with these numbers): number to rows, in order."""
     query = (
         sa.select(TRIALS.c.number, *[column for column in EPOCHS.c if column.name != "trial_id"])
         .select_from(TRIALS.join(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id))
         .where(TRIALS.c.study_id == study_id)
         .order_by(TRIALS.c.number, EPOCHS.c.epoch)
     )
+    if numbers is not None:
+        query = query.where(TRIALS.c.number.in_(numbers))
     found: dict[int, list[dict[str, Any]]] = {}
     with engine.connect() as connection:
         for row in connection.execute(query).mappings():

@@ -28,13 +28,20 @@ from storage.tables import (
 
 
 def lay(
-    engine: sa.Engine, study_id: int, attributes: Mapping[str, Any], tickets: Sequence[FrozenTrial]
+    engine: sa.Engine,
+    study_id: int,
+    attributes: Mapping[str, Any],
+    tickets: Sequence[FrozenTrial],
+    instead_of: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Give a study its attributes and its tickets, all or nothing, once.
 
     Attributes that the study has already stay as they are; if one of them has another value, no ticket is laid. The
     tickets that it has already (user attribute `ticket` below their count) are not laid again, so a longer sequence
     adds work and a repeated call adds none.
+
+    Args:
+        instead_of: attributes that do get their new value, if what is stored is still this.
 
     Returns:
         The study's user attributes.
@@ -51,6 +58,13 @@ def lay(
             if missing:
                 rows = [{"study_id": study_id, "key": k, "value_json": json.dumps(v)} for k, v in missing.items()]
                 connection.execute(sa.insert(STUDY_ATTRS), rows)
+            for key, old in (instead_of or {}).items():
+                if found.get(key) == old:
+                    this = sa.and_(STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key == key)
+                    connection.execute(
+                        sa.update(STUDY_ATTRS).where(this).values(value_json=json.dumps(attributes[key]))
+                    )
+                    found[key] = attributes[key]
             of_study = TRIALS.c.study_id == study_id
             trials = connection.execute(sa.select(sa.func.count()).select_from(TRIALS).where(of_study)).scalar_one()
             laid = connection.execute(

@@ -63,7 +63,7 @@ def lay_down(
     data: Prepared,
     more: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Create the study and its tickets, or find them; whether there was anything new.
+    """Create the study and its tickets, or find them; whether it is new. More trials or replicates are added to it.
 
     Args:
         more: further user attributes of the study.
@@ -98,7 +98,10 @@ def lay_down(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(["validation accuracy", *(["images trained on"] if both else [])])
-    found = lay(storage.engine, study._study_id, attributes, space.tickets(config))
+    stored = found.get("config")
+    more_work = stored is not None and _grows(parse_config(stored), config)
+    instead = {"config": stored} if more_work else None
+    found = lay(storage.engine, study._study_id, attributes, space.tickets(config), instead)
     theirs = parse_config(found["config"])
     if theirs != config:
         changed = "; ".join(differences(config, theirs))
@@ -107,6 +110,16 @@ def lay_down(
         )
     check_fingerprint(study, data)
     return not existed
+
+
+def _grows(old: StudyConfig, new: StudyConfig) -> bool:
+    """Whether the new config is the old one with more trials or replicates."""
+    ours, theirs = new.search, old.search
+    if new.model_copy(update={"search": theirs}) != old:
+        return False
+    if ours.model_copy(update={"trials": theirs.trials, "replicates": theirs.replicates}) != theirs:
+        return False
+    return ours.replicates >= theirs.replicates and (ours.trials or 0) >= (theirs.trials or 0) and ours != theirs
 
 
 def check_here(url: str, name: str, root: str | None, say: Callable[[str], None]) -> None:

@@ -22,8 +22,9 @@ from storage.progress import epoch_rows
 from storage.queue import Queue
 from storage.tickets import lay
 from study import space
+from study.config import StudyConfig
 from study.objective import ask
-from study.plan import lay_down, prepare
+from study.plan import lay_down, load_study, prepare
 from study.scribe import Scribe
 from study.search import make_pruner, make_sampler
 from study.training.policies import KEEP
@@ -249,6 +250,25 @@ def test_laying_down_again_changes_nothing_and_other_configs_are_refused(sqlite_
     stranger.ask()
     with pytest.raises(UserError, match="was not laid down by"):
         lay_down(bench.storage, "stranger", "test", bench.config, data)
+
+
+def test_a_study_grows_and_ends_as_if_it_had_been_so_from_the_start(url: str) -> None:
+    def config(replicates: int) -> StudyConfig:
+        return config_of(search={"replicates": replicates}, training={"epochs": 1})
+
+    bench = Bench(url, config(1))
+    bench.work(most=2)
+    data = prepare(config(3), None, lambda _: None)
+    assert lay_down(bench.storage, "s", "test", config(3), data) is False
+    assert lay_down(bench.storage, "s", "test", config(3), data) is False
+    bench.work()
+    whole = Bench(url, config(3), "whole")
+    whole.work()
+    assert len(whole.study.trials) == 12
+    assert bench.outcome() == whole.outcome()
+    assert load_study(bench.storage, "s")[1] == config(3)
+    with pytest.raises(UserError, match=r"search\.replicates: 2 != 3"):
+        lay_down(bench.storage, "s", "test", config(2), data)
 
 
 def test_a_worker_with_other_data_refuses(sqlite_url: str) -> None:
