@@ -31,6 +31,7 @@ from study.plan import check_fingerprint, load_study
 from study.search import make_pruner
 from study.training import data as datasets
 from study.training.energy import EnergyMeter
+from study.training.memory import keep_freed_memory
 from study.training.trainer import OnDevice, be_deterministic, pick_device
 
 WAIT_SECONDS = 2.0
@@ -97,6 +98,7 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
     storage, study, config = _join(storage_url, name, stop)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     be_deterministic(config.training.deterministic)
+    keep_freed_memory()
     try:
         device = pick_device(device_name)
     except ValueError as error:
