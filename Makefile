@@ -28,6 +28,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]'
 	touch $@
 
+bench: $(INSTALLED)  ## what a study costs around its training, beside stock Optuna; half an hour
+	$(BIN)/python -m benchmarks.overhead
+
 constraints: $(INSTALLED)  ## pin everything anew
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
 		--no-annotate --no-header --no-emit-index-url --quiet --output-file constraints.txt

@@ -1,0 +1,330 @@
+"""What a study costs around its training: shares of wall time, a worker's start, decisions; beside stock Optuna.
+
+    python -m benchmarks.overhead [share] [start] [decisions]
+
+Studies of 21, 1,000 and 10,000 finished trials of 200 epochs, 32 more running, in SQLite and PostgreSQL. The training
+is a pause of 0.15 s an epoch, a GPU's pace; all else is real: the network and its 18 MB of checkpoint, run_trial, the
+scribe, the queue. Every measurement is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+SIZES = (21, 1_000, 10_000)
+EPOCHS, SECONDS, STEPS = 200, 0.15, 30
+RUNNING = 32
+TRIALS_EACH = 2
+PRUNING: dict[str, dict[str, Any]] = {
+    "median": {"kind": "median"},
+    "successive-halving": {"kind": "successive-halving", "min_resource": 1, "reduction_factor": 3},
+    "hyperband": {"kind": "hyperband", "min_resource": 1, "reduction_factor": 3},
+    "patient": {"kind": "patient", "patience": 20},
+}
+
+
+def config(pruning: str = "median", trials: int = 1) -> Any:
+    from study.parsing import parse_config
+
+    return parse_config(
+        {
+            "data": {"name": "digits"},
+            "policy": {
+                "alpha": {"low": 100, "high": 1000, "step": 10},
+                "beta": {"low": 0.1, "high": 1.0},
+                "delta": {"low": 0.001, "high": 0.1, "log": True},
+            },
+            "training": {"epochs": EPOCHS, "lr": {"low": 0.0001, "high": 0.01, "log": True}},
+            "search": {"sampler": "tpe", "trials": trials},
+            "pruning": PRUNING[pruning],
+        }
+    )
+
+
+def fill(url: str, finished: int) -> None:
+    """A study of `finished` trials (two in three complete, the others pruned at the end), RUNNING trials at epoch 100
+    that others hold, and tickets.
+    """
+    import sqlalchemy as sa
+    from optuna.distributions import distribution_to_json
+    from optuna.trial import TrialState
+
+    from storage import tables as t
+    from storage.connect import open_storage
+    from storage.queue import now
+    from study import space
+    from study.plan import lay_down, prepare
+
+    storage, chance = open_storage(url), random.Random(0)
+    settings = config(trials=finished + RUNNING + 100)
+    lay_down(storage, "s", "overhead", settings, prepare(settings, None, lambda _: None))
+    spread = {name: space.distribution(settings, name) for name in settings.searched()}
+    state = sa.case(
+        (t.TRIALS.c.number >= finished, sa.literal(TrialState.RUNNING, t.TRIALS.c.state.type)),
+        (t.TRIALS.c.number % 3 == 0, sa.literal(TrialState.PRUNED, t.TRIALS.c.state.type)),
+        else_=sa.literal(TrialState.COMPLETE, t.TRIALS.c.state.type),
+    )
+    series = sa.select(sa.literal(1).label("n")).cte(recursive=True)
+    series = series.union_all(sa.select(series.c.n + 1).where(series.c.n < EPOCHS))
+    # Curves that rise to a top of the trial's own.
+    curve = (t.TRIALS.c.trial_id * 7919 % 1000) / 1000.0 * series.c.n / (series.c.n + 20.0)
+    worked = t.TRIALS.c.number < finished + RUNNING
+    reached = sa.and_(worked, sa.or_(t.TRIALS.c.number < finished, series.c.n <= EPOCHS // 2))
+    a = dict.fromkeys(("best_epoch", "epochs", "images", "seen", "train_seconds", "validation_seconds"), 200)
+    a |= {"precision": "bf16", "device": "some device", "host": "some host", "versions": {"study": "1", "torch": "2"}}
+    with storage.engine.begin() as connection:
+        connection.execute(
+            sa.update(t.TRIALS).where(worked).values(state=state, datetime_start=sa.func.current_timestamp())
+        )
+        done = sa.update(t.TRIALS).where(t.TRIALS.c.number < finished)
+        connection.execute(done.values(datetime_complete=sa.func.current_timestamp()))
+        every = t.TRIALS.join(series, reached)
+        finite = sa.literal(t.REPORT_TYPE.FINITE, t.REPORTS.c.intermediate_value_type.type)
+        report = sa.select(t.TRIALS.c.trial_id, series.c.n, curve, finite).select_from(every)
+        names = ["trial_id", "step", "intermediate_value", "intermediate_value_type"]
+        connection.execute(sa.insert(t.REPORTS).from_select(names, report))
+        epoch = {c.name: sa.literal(0) for c in t.EPOCHS.c if not c.nullable}
+        epoch |= {"trial_id": t.TRIALS.c.trial_id, "epoch": series.c.n, "accuracy": curve, "kind": sa.literal("keep")}
+        connection.execute(sa.insert(t.EPOCHS).from_select(list(epoch), sa.select(*epoch.values()).select_from(every)))
+        value = sa.select(
+            t.REPORTS.c.trial_id,
+            sa.literal(0),
+            t.REPORTS.c.intermediate_value,
+            sa.literal(t.VALUE_TYPE.FINITE, t.TRIAL_VALUES.c.value_type.type),
+        ).where(t.REPORTS.c.step == EPOCHS)
+        names = ["trial_id", "objective", "value", "value_type"]
+        connection.execute(sa.insert(t.TRIAL_VALUES).from_select(names, value))
+        params, attributes, rungs = [], [], []
+        for id, number in connection.execute(sa.select(t.TRIALS.c.trial_id, t.TRIALS.c.number).where(worked)).all():
+            for name, one in spread.items():
+                drawn = chance.uniform(one.low, one.high)  # type: ignore[attr-defined]
+                drawn = drawn // 10 * 10 if name == "alpha" else drawn
+                text = distribution_to_json(one)
+                params.append({"trial_id": id, "param_name": name, "param_value": drawn, "distribution_json": text})
+            if number < finished:
+                attributes += [{"trial_id": id, "key": key, "value_json": json.dumps(a[key])} for key in a]
+            for rung in range(5):
+                text = json.dumps(chance.random())
+                rungs.append({"trial_id": id, "key": f"completed_rung_{rung}", "value_json": text})
+        for table, rows in ((t.TRIAL_PARAMS, params), (t.TRIAL_ATTRS, attributes), (t.TRIAL_SYSTEM_ATTRS, rungs)):
+            connection.execute(sa.insert(table), rows)
+        held = sa.and_(worked, t.TRIALS.c.number >= finished)
+        lease = {"trial_id": t.TRIALS.c.trial_id, "token": sa.literal(1), "owner": sa.literal("somebody")}
+        lease |= {"expires_at": now(storage.engine) + 86400.0, "attempts": sa.literal(0)}
+        connection.execute(sa.insert(t.LEASES).from_select(list(lease), sa.select(*lease.values()).where(held)))
+    if storage.engine.dialect.name == "postgresql":
+        with storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("ANALYZE")
+
+
+def peak_mb() -> float:
+    """The most memory this process has had; unlike getrusage's, not what its parent had when it forked."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def share(url: str) -> list[dict[str, float]]:
+    """Trials one after the other in one worker; seconds of each by what they went into."""
+    import torch
+
+    from study import objective, worker
+    from study.search import make_pruner
+    from study.training.policies import KEEP
+    from study.training.trainer import EpochResult, Trainer
+
+    clock = {"training": 0.0, "began": 0.0, "ended": 0.0}
+
+    class Simulated(Trainer):
+        """The real state and a pause for an epoch."""
+
+        def run(self) -> Iterator[EpochResult | None]:
+            for parameter in self.network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()  # Adam's part of the checkpoint
+            clock["began"] = time.perf_counter()
+            while not self.over:
+                for _ in range(STEPS):
+                    started = time.perf_counter()
+                    time.sleep(SECONDS / STEPS)
+                    clock["training"] += time.perf_counter() - started
+                    yield None
+                n = len(self.history) + 1
+                self.history.append(EpochResult(n, 0.9 + 0.0001 * n, 0.0, 1, 0.0, 0.0, KEEP))
+                yield self.history[-1]
+            clock["ended"] = time.perf_counter()
+
+    objective.Trainer = Simulated  # type: ignore[misc]
+    storage, study, settings = worker._join(url, "s", worker.Stop())
+    data = worker.load_data(study, settings, None, torch.device("cpu"))
+    study.pruner = make_pruner(settings, len(data.train_labels))
+    queue = worker.Queue(storage.engine, study._study_id)
+    found = []
+    with tempfile.TemporaryDirectory() as aside:
+        for _ in range(TRIALS_EACH):
+            clock["training"] = 0.0
+            started = time.perf_counter()
+            lease = queue.claim()
+            assert lease is not None
+            claimed = time.perf_counter()
+            with queue.renewing(lease):
+                worker.run_trial(study, settings, data, queue, lease, lambda: False, print, Path(aside))
+            over = time.perf_counter()
+            among = clock["ended"] - clock["began"] - clock["training"]
+            parts = {"claim": claimed - started, "ask and build": clock["began"] - claimed, "between steps": among}
+            found.append(parts | {"end": over - clock["ended"], "training": clock["training"], "wall": over - started})
+    return found
+
+
+def start(url: str, stock: bool) -> dict[str, float]:
+    """From an imported program to the first parameters and the first decision."""
+    import optuna
+
+    from storage.connect import open_storage
+    from storage.history import History
+    from study import space
+    from study.search import make_pruner, make_sampler
+    from tests.bench import stock_pruner
+
+    settings = config()
+    before, started = peak_mb(), time.perf_counter()
+    storage = open_storage(url, create=False)
+    study = optuna.load_study(study_name="s", storage=storage if stock else History(storage))
+    study.pruner = (stock_pruner if stock else make_pruner)(settings, 1000)
+    number = max(trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING") + 1
+    trial_id = study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+    storage.set_trial_state_values(trial_id, optuna.trial.TrialState.RUNNING)
+    study.sampler = make_sampler(settings, number)
+    trial = optuna.Trial(study, trial_id)
+    space.suggest(trial, settings)
+    asked, memory = time.perf_counter(), peak_mb()
+    trial.report(0.9, 1)
+    study.pruner.prune(study, study._storage.get_trial(trial_id))
+    decided = time.perf_counter()
+    return {
+        "to the first parameters, s": asked - started,
+        "its memory, MB": memory - before,
+        "first decision, s": decided - asked,
+        "memory then, MB": peak_mb() - before,
+        "imports' memory, MB": before,
+    }
+
+
+def decisions(url: str, stock: bool) -> dict[str, list[float]]:
+    """Milliseconds of the decisions about epochs 1 to 100 of one trial; now and then another trial ends."""
+    import optuna
+    from optuna.trial import TrialState
+
+    from storage.connect import open_storage
+    from storage.history import History
+    from storage.queue import Queue
+    from study.scribe import Scribe
+    from study.search import make_pruner
+    from tests.bench import stock_pruner
+
+    found: dict[str, list[float]] = {}
+    storage = open_storage(url, create=False)
+    study = optuna.load_study(study_name="s", storage=storage if stock else History(storage))
+    queue = Queue(storage.engine, study._study_id)
+    others = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
+    for kind in PRUNING:
+        settings = config(kind)
+        study.pruner = (stock_pruner if stock else make_pruner)(settings, 1000)
+        lease = queue.claim()
+        assert lease is not None
+        scribe, times = Scribe(study, queue, lease), []
+        for epoch in range(1, 101):
+            if epoch % 40 == 0:
+                storage.set_trial_state_values(others.pop(0)._trial_id, TrialState.COMPLETE, [0.5])
+            value = 0.9 + 0.0001 * epoch
+            study._storage.set_trial_intermediate_value(lease.trial_id, epoch, value)
+            began = time.perf_counter()
+            if stock:
+                study.pruner.prune(study, study._storage.get_trial(lease.trial_id))
+            else:
+                scribe._ask_the_pruner({epoch: value})
+            times.append(1000 * (time.perf_counter() - began))
+        found[kind] = times[1:]  # the first reads the study, which is part of the start
+        queue.finish(lease, TrialState.COMPLETE, [0.9])
+    return found
+
+
+def child(*arguments: str) -> Any:
+    command = [sys.executable, "-m", "benchmarks.overhead", "child", *arguments]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def show_share(url: str, title: str) -> None:
+    for i, parts in enumerate(child("share", url)):
+        wall, training = parts.pop("wall"), parts.pop("training")
+        rest = ", ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in parts.items())
+        print(f"| {title} | {i + 1} | {100 * (wall - training) / wall:.2f} % | {rest} ms |", flush=True)
+
+
+def show_start(url: str, title: str) -> None:
+    for stock in (False, True):
+        found = [child("start", url, "stock" * stock) for _ in range(1 if stock and "10,000" in title else 3)]
+        cells = " | ".join(
+            f"{statistics.median(f[key] for f in found):,.1f} ({min(f[key] for f in found):,.1f}–"
+            f"{max(f[key] for f in found):,.1f})"
+            for key in found[0]
+        )
+        print(f"| {title} | {'stock' if stock else 'ours'} | {cells} |", flush=True)
+
+
+def show_decisions(url: str, title: str) -> None:
+    for stock in (False, True):
+        for kind, times in child("decisions", url, "stock" * stock).items():
+            ordered = sorted(times)
+            cells = f"{statistics.median(times):.2f} | {ordered[int(0.9 * len(times))]:.2f} | {ordered[-1]:.1f}"
+            print(f"| {title} | {kind} | {'stock' if stock else 'ours'} | {cells} |", flush=True)
+
+
+SCENES: dict[str, tuple[Callable[[str, str], None], str]] = {
+    "share": (show_share, "| study | its worker's trial | not training | of it |"),
+    "start": (
+        show_start,
+        "| study | | first parameters after, s | for MB | first decision, s | then MB | imports, MB |",
+    ),
+    "decisions": (show_decisions, "| study | pruner | | median, ms | 90 % under, ms | longest, ms |"),
+}
+
+
+def main(names: list[str]) -> None:
+    from tests.postgres import Postgres
+
+    server = Postgres()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for size in SIZES:
+                urls = {"SQLite": f"sqlite:///{folder}/{size}.db", "PostgreSQL": server.new_database()}
+                for kind, url in urls.items():
+                    fill(url, size)
+                    for name in names:
+                        show, heads = SCENES[name]
+                        print(heads + "\n|" + " --- |" * (heads.count("|") - 1), flush=True)
+                        show(url, f"{size:,}, {kind}")
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    if sys.argv[1:2] == ["child"]:
+        scene, url, *kind = sys.argv[2:]
+        if scene == "share":
+            print(json.dumps(share(url)))
+        else:
+            print(json.dumps({"start": start, "decisions": decisions}[scene](url, kind == ["stock"])))
+    else:
+        main(sys.argv[1:] or list(SCENES))
