@@ -22,7 +22,7 @@ from playwright.sync_api import TimeoutError as TooLong
 from playwright.sync_api import sync_playwright
 
 from storage.connect import open_storage
-from study.config import load_config
+from study.parsing import load_config
 from study.plan import lay_down, prepare
 from tests.postgres import Postgres
 from tests.served import Dashboard, dashboard
