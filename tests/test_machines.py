@@ -118,7 +118,11 @@ class Slurm:
         return done.stdout
 
     def states(self, job: str) -> set[str]:
-        return set(self("squeue", "--noheader", "--states=all", "--array", "--jobs", job, "--format=%T").split())
+        return {line.split()[1] for line in self.queue(job)}
+
+    def queue(self, job: str) -> list[str]:
+        options = ("--noheader", "--states=all", "--array", "--format=%i %T")
+        return self("squeue", *options, f"--jobs={job}").splitlines()
 
     def stop(self) -> None:
         self("scancel", "--user=root")
@@ -161,10 +165,18 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
     assert "DUE TO PREEMPTION" in said()
     assert "stopped; nothing is lost" in said()
 
+    pending: dict[str, float] = {}
+
     def ended() -> bool:
-        # A requeued job waits for two minutes; not here.
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return slurm.states(job) == {"COMPLETED"}
+        """A requeued task waits for two minutes. Here it waits for five seconds: in less, its new credential may be of
+        the second in which the old one was revoked, and is refused.
+        """
+        states = dict(line.split() for line in slurm.queue(job))
+        for task, state in states.items():
+            since = pending.setdefault(task, time.monotonic()) if state == "PENDING" else pending.pop(task, None)
+            if state == "PENDING" and since is not None and time.monotonic() - since > 5:
+                slurm("scontrol", "update", f"JobId={task}", "StartTime=now")
+        return set(states.values()) == {"COMPLETED"}
 
     wait_for(ended, 900)
     assert "DUE TO JOB REQUEUE" in said()  # by the script, before its time was up
