@@ -153,7 +153,7 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
     script = script.replace("04:00:00", "00:01:00").replace("USR1@120", "USR1@30")
     (slurm.folder / "study.sbatch").write_text(script)
     variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "STUDY_STORAGE": url}
-    launch = ["launch", "quick", *SMALL, "--set", "training.epochs=200", "--set", "lease.seconds=10"]
+    launch = ["launch", "quick", *SMALL, "--set", "training.epochs=100", "--set", "lease.seconds=10"]
 
     def said() -> str:
         return "".join(path.read_text() for path in slurm.folder.glob("slurm-*.out"))
@@ -169,13 +169,14 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
 
     def ended() -> bool:
         """A requeued task waits for two minutes. Here it waits for five seconds: in less, its new credential may be of
-        the second in which the old one was revoked, and is refused.
+        the second in which the old one was revoked, and is refused. Once has been seen, it gets the time that it needs.
         """
         states = dict(line.split() for line in slurm.queue(job))
+        longer = ["TimeLimit=30"] if "DUE TO JOB REQUEUE" in said() else []
         for task, state in states.items():
             since = pending.setdefault(task, time.monotonic()) if state == "PENDING" else pending.pop(task, None)
             if state == "PENDING" and since is not None and time.monotonic() - since > 5:
-                slurm("scontrol", "update", f"JobId={task}", "StartTime=now")
+                slurm("scontrol", "update", f"JobId={task}", "StartTime=now", *longer)
         return set(states.values()) == {"COMPLETED"}
 
     wait_for(ended, 900)
@@ -186,7 +187,9 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert outcome(url, "quick") == outcome(quiet, "quick")
 
-    again = slurm("sbatch", "--parsable", "study.sbatch", *launch, "--name", "cancelled", **variables).strip()
+    again = slurm(
+        "sbatch", "--parsable", "--time=30", "study.sbatch", *launch, "--name", "cancelled", **variables
+    ).strip()
     wait_for(lambda: worker_pid(url, "cancelled"), 120)
     slurm("scancel", again)
     wait_for(lambda: slurm.states(again) == {"CANCELLED"}, 60)
