@@ -209,7 +209,7 @@ def start(url: str, stock: bool) -> dict[str, float]:
     storage = open_storage(url, create=False)
     study = optuna.load_study(study_name="s", storage=storage if stock else History(storage))
     study.pruner = (stock_pruner if stock else make_pruner)(settings, 1000)
-    number = max(trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING") + 1
+    number = next(trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "WAITING")
     trial_id = study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
     storage.set_trial_state_values(trial_id, optuna.trial.TrialState.RUNNING)
     study.sampler = make_sampler(settings, number)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import optimize, stats
 
 LEVEL = 0.05
 """Two-sided; intervals cover 1 - LEVEL."""
@@ -29,6 +28,8 @@ def summary(values: Sequence[float]) -> Summary:
     """Raises:
     ValueError: no values.
     """
+    from scipy import stats
+
     if not values:
         raise ValueError("a mean needs at least one value")
     n, mean = len(values), float(np.mean(values))
@@ -65,6 +66,8 @@ class Comparison:
 
 def compare(a: str, b: str, ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison | None:
     """`a` against `b`, values by seed; None without a common seed. Not corrected yet: see `holm`."""
+    from scipy import stats
+
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
@@ -97,6 +100,8 @@ def detectable(sd: float, n: int) -> float:
     Raises:
         ValueError: fewer than two pairs.
     """
+    from scipy import optimize, stats
+
     if n < 2:
         raise ValueError(f"a paired test needs at least two pairs, got {n}")
     critical, df = float(stats.t.ppf(1 - LEVEL / 2, n - 1)), n - 1
@@ -114,6 +119,8 @@ def detectable(sd: float, n: int) -> float:
 
 def any_difference(groups: Sequence[Mapping[int, float]]) -> float | None:
     """Friedman's test over settings that share seeds: p of "all are the same"; None below 3 settings or 3 seeds."""
+    from scipy import stats
+
     seeds = sorted(set.intersection(*(set(group) for group in groups))) if groups else []
     if len(groups) < 3 or len(seeds) < 3:
         return None

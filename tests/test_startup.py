@@ -1,0 +1,42 @@
+"""What a verb loads before it answers: nothing heavy that it has no use for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench import Bench, config_of
+
+PROGRAM = """
+import json, sys
+from study.cli import run
+try:
+    run()
+except SystemExit as end:
+    assert not end.code, end.code
+print(json.dumps(sorted(sys.modules)))
+"""
+HEAVY = {"torch", "torchvision", "scipy", "plotly", "sklearn", "PIL"}
+
+
+def loaded(*arguments: str, cwd: Path) -> set[str]:
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, check=True)
+    return set(json.loads(ran.stdout.splitlines()[-1]))
+
+
+def test_help_and_presets_load_no_database_and_no_torch(tmp_path: Path) -> None:
+    for arguments in (("--help",), ("launch", "--help"), ("presets",)):
+        assert not loaded(*arguments, cwd=tmp_path) & (HEAVY | {"optuna", "sqlalchemy", "numpy"})
+
+
+@pytest.mark.parametrize("verb", [("status", "s"), ("status", "s", "--json")])
+def test_status_loads_no_torch(verb: tuple[str, ...], tmp_path: Path) -> None:
+    Bench(f"sqlite:///{tmp_path / 'study.db'}", config_of())
+    found = loaded(*verb, cwd=tmp_path)
+    assert not found & HEAVY
+    assert "optuna" in found  # it did look
