@@ -1,0 +1,385 @@
+"""Images a second: our Trainer beside the loops that people write, on the same network, images and batch size.
+
+    python -m benchmarks.training [--device cuda] [--data-root FOLDER] [--images 5120] [--rounds 7] [--html FILE]
+
+Each contestant is a process of its own (allocator and determinism are settings of a process) and trains one epoch a
+round while the others sleep; rounds interleave them, in turning order, so that whatever else the machine does meets all
+of them. Without --data-root the images are scikit-learn's digits. The floor is what the measured matrix and copy rates
+of the same run would allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from study.training import data as datasets
+from study.training.memory import keep_freed_memory
+from study.training.network import CNN
+from study.training.policies import make_policy
+from study.training.seeds import generator
+from study.training.trainer import OnDevice, Trainer, be_deterministic, pick_device
+
+BATCH = 512
+PASSES = 12
+"""How often each convolution's output, or its gradient, crosses the memory bus with ideal fusion: forward written, read
+and normalised, written, read by the next layer; backward the gradient written, it and the input read twice (sums, then
+gradient), the result written, read with the layer's input by the convolution's backward."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all contestants train on."""
+
+    name: str
+    root: str | None
+    images: int
+    device: torch.device
+    loader_workers: int
+    width: float = 1.0
+
+    def train(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
+        part = datasets.split(datasets.load(self.name, self.root), "paper", train_images=self.images)
+        return part.train_images, part.train_labels, len(part.classes)
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """What torchvision.datasets.CIFAR10 is: arrays, handed out as PIL images through a transform."""
+
+    def __init__(self, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], transform: Any) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def pictures(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Pictures:
+    from torchvision import transforms
+
+    pixels = images[:4096].reshape(-1, 3) / 255
+    normalise = transforms.Normalize(pixels.mean(0).tolist(), pixels.std(0).tolist())
+    return Pictures(images, labels, transforms.Compose([transforms.ToTensor(), normalise]))
+
+
+def standard(task: Task, *, files: bool = False) -> Iterator[None]:
+    """(a) The loop of most tutorials: fp32, contiguous, a DataLoader with workers, the loss read at each step."""
+    images, labels, classes = task.train()
+    pool: Dataset[tuple[Tensor, int]] = pictures(images, labels)
+    if files:
+        from torchvision.datasets import ImageFolder
+
+        assert task.root is not None
+        folder = ImageFolder(os.path.join(task.root, "train"), pool.transform)  # type: ignore[attr-defined]
+        pool = torch.utils.data.Subset(folder, range(0, len(folder), len(folder) // task.images)[: task.images])
+    loader = DataLoader(pool, batch_size=BATCH, shuffle=True, num_workers=task.loader_workers)
+    network = CNN(classes, generator(0, "weights"), width=task.width).to(task.device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
+    while True:
+        total = 0.0
+        for inputs, targets in loader:
+            inputs, targets = inputs.to(task.device), targets.to(task.device)
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(network(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        yield
+
+
+def from_files(task: Task) -> Iterator[None]:
+    """(a) with torchvision's ImageFolder, which decodes each JPEG again in each epoch."""
+    return standard(task, files=True)
+
+
+def tricks(task: Task) -> Iterator[None]:
+    """(b) The same with what the guides advise: pinned memory, bf16 autocast, channels_last, workers kept, no item."""
+    images, labels, classes = task.train()
+    cuda = task.device.type == "cuda"
+    torch.backends.cudnn.benchmark = True
+    loader = DataLoader(
+        pictures(images, labels),
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=task.loader_workers,
+        persistent_workers=True,
+        pin_memory=cuda,
+    )
+    network = CNN(classes, generator(0, "weights"), width=task.width)
+    network = network.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.001, fused=True)
+    while True:
+        total = torch.zeros((), device=task.device)
+        for inputs, targets in loader:
+            inputs = inputs.to(task.device, memory_format=torch.channels_last, non_blocking=True)
+            targets = targets.to(task.device, non_blocking=True)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(task.device.type, dtype=torch.bfloat16):
+                loss = functional.cross_entropy(network(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        yield
+
+
+def resident(task: Task) -> Iterator[None]:
+    """(c) In the manner of airbench: all images on the device, normalised once, bf16 weights, batches by index."""
+    images, labels, classes = task.train()
+    torch.backends.cudnn.benchmark = True
+    pixels = torch.from_numpy(images).to(task.device).float() / 255
+    mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
+    inputs = ((pixels - mean) / std).permute(0, 3, 1, 2).to(torch.bfloat16, memory_format=torch.channels_last)
+    targets = torch.from_numpy(labels).to(task.device)
+    network = CNN(classes, generator(0, "weights"), width=task.width)
+    network = network.to(task.device, torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.001, fused=True)
+    while True:
+        order = torch.randperm(len(targets), device=task.device)
+        for start in range(0, len(order), BATCH):
+            index = order[start : start + BATCH]
+            optimizer.zero_grad(set_to_none=True)
+            functional.cross_entropy(network(inputs[index]).float(), targets[index]).backward()
+            optimizer.step()
+        yield
+
+
+def ours(task: Task) -> Iterator[None]:
+    """The Trainer as a worker sets it up, deterministic; one validation image, for this counts training alone."""
+    be_deterministic(True)
+    keep_freed_memory()
+    images, labels, classes = task.train()
+    names = tuple(map(str, range(classes)))
+    split = datasets.Split(images, labels, images[:1], labels[:1], images[:1], labels[:1], names)
+    policy = make_policy("full", len(labels), 0)
+    trainer = Trainer(OnDevice.of(split, task.device), policy, 0, epochs=10**6, batch_size=BATCH, width=task.width)
+    for result in trainer.run():
+        if result is not None:
+            yield
+
+
+CONTESTANTS: dict[str, tuple[str, Callable[[Task], Iterator[None]]]] = {
+    "files": ("(a) from JPEG files", from_files),
+    "standard": ("(a) standard loop", standard),
+    "tricks": ("(b) with the usual tricks", tricks),
+    "resident": ("(c) resident, bf16 weights", resident),
+    "ours": ("Trainer", ours),
+}
+
+
+def contestant(name: str, task: Task, pipe: Any) -> None:
+    """A process: says how long the first epoch took from nothing, then an epoch's seconds at each request."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    started, spent = time.perf_counter(), cpu_seconds()
+    epochs = CONTESTANTS[name][1](task)
+    while True:
+        next(epochs)
+        synchronize(task.device)
+        pipe.send((time.perf_counter() - started, cpu_seconds() - spent))
+        if not pipe.recv():
+            return
+        started, spent = time.perf_counter(), cpu_seconds()
+
+
+def cpu_seconds() -> float:
+    """Of this process and its DataLoader's: what other users of a busy machine cannot lengthen much."""
+    own = os.times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
+    call()
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def floor(task: Task, classes: int = 10) -> dict[str, float]:
+    """What this device allows at most: arithmetic and memory traffic of a step at the rates measured now."""
+    device = task.device
+    side = 8192 if device.type == "cuda" else 2048
+    rates = {}
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        rates[kind] = 2 * side**3 / median_seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+    size = (1 << 30) if device.type == "cuda" else (1 << 28)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    copy = 2 * size / median_seconds(lambda: target.copy_(source), device)
+
+    network = CNN(classes, generator(0, "weights"), width=task.width)
+    elements = 0
+
+    def count(_: nn.Module, __: Any, output: Tensor) -> None:
+        nonlocal elements
+        elements += output[0].numel()
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter:
+        functional.cross_entropy(network(torch.zeros(2, 3, 32, 32)), torch.zeros(2, dtype=torch.int64)).backward()
+    flops, moved = counter.get_total_flops() / 2, PASSES * 2 * elements
+    return {
+        "flops": flops,
+        "bytes": moved,
+        **rates,
+        "copy": copy,
+        "images_by_flops": rates["bf16"] / flops,
+        "images_by_bytes": copy / moved,
+    }
+
+
+def spread(values: list[float], form: str = ".0f") -> str:
+    ordered = sorted(values)
+    return f"{statistics.median(ordered):{form}} ({ordered[0]:{form}} to {ordered[-1]:{form}})"
+
+
+@dataclass
+class Found:
+    """One contestant's rounds."""
+
+    first_seconds: float
+    rates: list[float]
+    """Images/s."""
+    thrifts: list[float]
+    """Images a second of processor time."""
+
+
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)], ".2f")
+
+
+def measure(task: Task, names: list[str], rounds: int) -> dict[str, Found]:
+    spawn = multiprocessing.get_context("spawn")
+    found, pipes, processes = {}, {}, []
+    for name in names:
+        pipes[name], theirs = spawn.Pipe()
+        # Not daemons: their DataLoaders start processes.
+        processes.append(spawn.Process(target=contestant, args=(name, task, theirs)))
+        processes[-1].start()
+        theirs.close()
+        found[name] = Found(pipes[name].recv()[0], [], [])
+        print(f"{name}: first epoch {found[name].first_seconds:.1f} s", file=sys.stderr, flush=True)
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            pipes[name].send(True)
+            seconds, spent = pipes[name].recv()
+            found[name].rates.append(task.images / seconds)
+            found[name].thrifts.append(task.images / spent)
+            line = f"round {number + 1} {name}: {found[name].rates[-1]:.0f} images/s, {spent:.1f} CPU seconds"
+            print(line, file=sys.stderr, flush=True)
+    for name, process in zip(names, processes, strict=True):
+        pipes[name].send(False)
+        process.join()
+    return found
+
+
+def figure(found: dict[str, Found], title: str) -> str:
+    import plotly.graph_objects as go
+
+    chart = go.Figure()
+    for name, one in found.items():
+        chart.add_trace(
+            go.Box(x=one.rates, name=CONTESTANTS[name][0], boxpoints="all", orientation="h", showlegend=False)
+        )
+    chart.update_layout(
+        title=title, template="plotly_white", margin={"l": 190}, font_size=15, xaxis_title="images/s", width=1000
+    )
+    chart.update_xaxes(rangemode="tozero")
+    return str(chart.to_html(include_plotlyjs=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data-root", help="folder with train/ and test/, one folder of images a class")
+    parser.add_argument("--images", type=int, help="images an epoch (default: 5120 on a CPU, all on a GPU)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--loader-workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--only", nargs="*", choices=list(CONTESTANTS), help="these contestants")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--html", type=Path, help="a plot of the rounds")
+    options = parser.parse_args()
+
+    device = pick_device(options.device)
+    name, root = ("imagefolder", options.data_root) if options.data_root else ("digits", None)
+    decode = time.perf_counter()
+    total = len(datasets.load(name, root, print).train_labels)
+    decode, again = time.perf_counter() - decode, time.perf_counter()
+    datasets.load(name, root)
+    again = time.perf_counter() - again
+    images = min(options.images or (total if device.type == "cuda" else 5120), total)
+    task = Task(name, root, images, device, options.loader_workers, options.width)
+    names = options.only or [each for each in CONTESTANTS if root or each != "files"]
+
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    print(f"{device} ({where}, {platform.machine()}), torch {torch.__version__}, {name}, {images} images a round")
+    print(f"data: {decode:.2f} s at the first call, {again:.2f} s from the cache")
+    before = floor(task)
+    found = measure(task, names, options.rounds)
+    after = floor(task)
+
+    print("\n| contestant | images/s | Trainer over it | images a CPU second | Trainer over it | first epoch, s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for each, one in found.items():
+        mine = found.get("ours", one)
+        print(
+            f"| {CONTESTANTS[each][0]} | {spread(one.rates)} | {ratio(mine.rates, one.rates)} "
+            f"| {spread(one.thrifts)} | {ratio(mine.thrifts, one.thrifts)} | {one.first_seconds:.1f} |"
+        )
+    for moment, bound in (("before", before), ("after", after)):
+        arithmetic = f"{bound['flops'] / 1e6:.0f} MFLOP an image at {bound['bf16'] / 1e9:.0f} GFLOP/s in bf16"
+        traffic = f"{bound['bytes'] / 1e6:.1f} MB an image at {bound['copy'] / 1e9:.0f} GB/s"
+        print(
+            f"floor {moment}: {arithmetic} (fp32: {bound['fp32'] / 1e9:.0f}): {bound['images_by_flops']:.0f} images/s"
+        )
+        print(f"floor {moment}: {traffic}: {bound['images_by_bytes']:.0f} images/s")
+    if options.json:
+        rows = {name: vars(one) for name, one in found.items()}
+        options.json.write_text(json.dumps({"contestants": rows, "before": before, "after": after}))
+    if options.html:
+        options.html.write_text(figure(found, f"Training on {where}, batch {BATCH}, {options.rounds} rounds"))
+
+
+if __name__ == "__main__":
+    main()
