@@ -16,6 +16,7 @@ import typer
 from storage.errors import UserError
 from study import moving as moving  # its verbs
 from study.options import (
+    Assignments,
     Budget,
     DataRoot,
     Device,
@@ -53,10 +54,7 @@ def launch(
         str | None, typer.Option(help="Name of the study. Default: the preset's.", show_default=False)
     ] = None,
     storage: Storage = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Overrides the preset: --set training.epochs=5. Repeatable."),
-    ] = None,
+    assignments: Assignments = None,
     trials: Annotated[int | None, typer.Option(help="Short for --set search.trials=N.", show_default=False)] = None,
     objective: Annotated[
         str | None,
@@ -69,6 +67,7 @@ def launch(
 ) -> None:
     """Start a study, or go on with it where it stopped."""
     from storage.connect import open_storage
+    from study import bench as benching
     from study import launch as launching
     from study.parsing import load_config
     from study.plan import lay_down, prepare
@@ -84,7 +83,33 @@ def launch(
     new = lay_down(open_storage(url), name or preset, preset, config, data)
     _go_on(name or preset, url, budgets)
     say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {shown(url)}")
+    # Only what `study bench` has measured here: measuring now would keep the study waiting.
+    if new and (pace := benching.recall(config, devices[0].partition(":")[0])):
+        told = benching.estimate(config, pace, len(set(devices)), data.sizes)
+        say(f"{told} (paced by `study bench` on {pace.on})")
     _work(name or preset, url, devices, root)
+
+
+@app.command()
+def bench(
+    preset: Annotated[str | None, typer.Argument(help="A preset. Default: all of them.", show_default=False)] = None,
+    assignments: Assignments = None,
+    device: Device = "auto",
+) -> None:
+    """Measure this machine for some seconds and say how long a preset will take on it."""
+    from study import bench as benching
+    from study import launch as launching
+    from study.parsing import load_config, preset_names
+
+    configs = {name: load_config(name, assignments or []) for name in ([preset] if preset else preset_names())}
+    devices = launching.devices_here(device, None)
+    paces: dict[tuple[object, ...], benching.Pace] = {}
+    for name, config in configs.items():
+        key = benching.key(config)
+        if key not in paces:
+            paces[key] = benching.measure(config, devices[0])
+            benching.remember(config, devices[0].partition(":")[0], paces[key])
+        typer.echo(f"{name}: {benching.estimate(config, paces[key], len(devices))}")
 
 
 @app.command()

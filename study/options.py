@@ -39,6 +39,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker processes. Default: one a device.", show_default=False)
 ]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides the preset: --set training.epochs=5. Repeatable."),
+]
 Budget = Annotated[
     list[str] | None,
     typer.Option(

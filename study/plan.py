@@ -52,7 +52,9 @@ class Prepared:
 
     fingerprint: str
     images: dict[str, int]
-    """By split: train, validation, test."""
+    """As the study splits them: train, validation, test."""
+    sizes: tuple[int, int]
+    """Of the data set's training and test split."""
 
 
 def lay_down(
@@ -160,7 +162,7 @@ def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -
     images = {name: len(labels) for name, labels in parts.items()}
     if warning := noise_warning(config, images["validation"]):
         say(warning)
-    return Prepared(dataset.fingerprint, images)
+    return Prepared(dataset.fingerprint, images, (len(dataset.train_labels), len(dataset.test_labels)))
 
 
 def noise_warning(config: StudyConfig, validation_images: int) -> str | None:
