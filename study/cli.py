@@ -330,6 +330,9 @@ def _work(name: str, url: str, devices: list[str], root: str | None) -> None:
     except KeyboardInterrupt:
         say(f"stopped; nothing is lost: the same command goes on with study {name!r}")
         raise
+    except launching.AwayTooLong as away:
+        say(str(away))
+        raise typer.Exit(launching.AWAY) from None
     found = view(name, url)
     publish(found)
     out.print(terminal.report_text(found))

@@ -63,6 +63,10 @@ def devices_here(wanted: str, workers: int | None) -> list[str]:
     return [found[i % len(found)] for i in range(workers or len(found))]
 
 
+class AwayTooLong(Exception):
+    """The workers waited for the database as long as they do, and ended."""
+
+
 @dataclass
 class _Worker:
     device: str
@@ -165,6 +169,7 @@ def run(
 
     Raises:
         UserError: the study or the data are not to be had.
+        AwayTooLong: the database was away, and the workers gave up waiting.
         KeyboardInterrupt: Ctrl-C or SIGTERM, once the workers have given their trials back.
     """
     storage = open_storage(storage_url, create=False, reading=True)
@@ -189,7 +194,7 @@ def run(
                         due, display.changed = started + max(REFRESH_SECONDS, 100 * took), False
                 time.sleep(POLL_SECONDS)
             if AWAY in fleet.ended:
-                raise UserError(f"the database was away for too long; when it is back: study resume {name}")
+                raise AwayTooLong(f"the database was away for too long; when it is back: study resume {name}")
             with _unless_away():
                 display.update()
             if STOPPED in fleet.ended:  # by somebody who signalled the workers, not us

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage import queue as queues
 from storage.connect import open_storage
+from storage.errors import UserError
 from storage.progress import progress
 from storage.queue import Queue
 from study.objective import DatabaseAway
@@ -81,6 +83,38 @@ def test_a_long_absence_keeps_the_checkpoint_on_disk_and_takes_it_up(
     assert "trial 0 goes on after epoch 3" in bench.said
     assert not kept.exists()
     assert bench.outcome() == undisturbed
+
+
+def test_a_launch_ends_with_75_when_the_database_stays_away(restartable: Postgres, tmp_path: Path) -> None:
+    url = restartable.new_database()
+    environment = os.environ | {"STUDY_PATIENCE_SECONDS": "1", "STUDY_STORAGE": url}
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "study", "launch", "quick", "--device", "cpu", "--set", "training.epochs=500"],
+        env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    engine = open_storage_when_there(url)
+    deadline = time.monotonic() + 60
+    while not progress(engine, 1).running:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    engine.dispose()
+    restartable.control("stop", "-m", "immediate")
+    try:
+        _, said = launched.communicate(timeout=60)
+    finally:
+        restartable.control("start")
+    assert launched.returncode == 75, said
+    assert "when it is back: study resume quick" in said
+
+
+def open_storage_when_there(url: str) -> sa.Engine:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return open_storage(url, create=False, reading=True).engine
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
 
 def test_asked_to_stop_while_the_database_is_away(restartable: Postgres, undisturbed: Outcome) -> None:
