@@ -107,7 +107,8 @@ def _opponents(found: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
     """Dynamic training against every other policy in otherwise equal settings."""
     policies = [cell.policy for cell in found]
     first = "dynamic" if "dynamic" in policies else policies[0] if policies else ""
-    return [(a, b) for a in found if a.policy == first for b in found if b.policy != first and _else_equal(a, b)]
+    controls = [cell for cell in found if cell.policy != first]
+    return [(a, b) for b in controls for a in found if a.policy == first and _else_equal(a, b)]
 
 
 def _else_equal(a: Cell, b: Cell) -> bool:
