@@ -308,5 +308,6 @@ def finished(figure: go.Figure, height: int) -> go.Figure:
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK},
         height=height, margin={"l": 60, "r": 20, "t": 30, "b": 50}, font={"color": INK, "size": 13},
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", template="none", hovermode="closest",
+        legend={"traceorder": "normal"},
     )  # fmt: skip
     return figure
