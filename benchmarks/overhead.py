@@ -65,14 +65,17 @@ def fill(url: str, finished: int) -> None:
     from study import space
     from study.plan import lay_down, prepare
 
+    def of(column: sa.Column[Any], value: Any) -> sa.Cast[Any]:
+        return sa.cast(sa.literal(value, column.type), column.type)
+
     storage, chance = open_storage(url), random.Random(0)
     settings = config(trials=finished + RUNNING + 100)
     lay_down(storage, "s", "overhead", settings, prepare(settings, None, lambda _: None))
     spread = {name: space.distribution(settings, name) for name in settings.searched()}
     state = sa.case(
-        (t.TRIALS.c.number >= finished, sa.literal(TrialState.RUNNING, t.TRIALS.c.state.type)),
-        (t.TRIALS.c.number % 3 == 0, sa.literal(TrialState.PRUNED, t.TRIALS.c.state.type)),
-        else_=sa.literal(TrialState.COMPLETE, t.TRIALS.c.state.type),
+        (t.TRIALS.c.number >= finished, of(t.TRIALS.c.state, TrialState.RUNNING)),
+        (t.TRIALS.c.number % 3 == 0, of(t.TRIALS.c.state, TrialState.PRUNED)),
+        else_=of(t.TRIALS.c.state, TrialState.COMPLETE),
     )
     series = sa.select(sa.literal(1).label("n")).cte(recursive=True)
     series = series.union_all(sa.select(series.c.n + 1).where(series.c.n < EPOCHS))
@@ -89,7 +92,7 @@ def fill(url: str, finished: int) -> None:
         done = sa.update(t.TRIALS).where(t.TRIALS.c.number < finished)
         connection.execute(done.values(datetime_complete=sa.func.current_timestamp()))
         every = t.TRIALS.join(series, reached)
-        finite = sa.literal(t.REPORT_TYPE.FINITE, t.REPORTS.c.intermediate_value_type.type)
+        finite = of(t.REPORTS.c.intermediate_value_type, t.REPORT_TYPE.FINITE)
         report = sa.select(t.TRIALS.c.trial_id, series.c.n, curve, finite).select_from(every)
         names = ["trial_id", "step", "intermediate_value", "intermediate_value_type"]
         connection.execute(sa.insert(t.REPORTS).from_select(names, report))
@@ -100,7 +103,7 @@ def fill(url: str, finished: int) -> None:
             t.REPORTS.c.trial_id,
             sa.literal(0),
             t.REPORTS.c.intermediate_value,
-            sa.literal(t.VALUE_TYPE.FINITE, t.TRIAL_VALUES.c.value_type.type),
+            of(t.TRIAL_VALUES.c.value_type, t.VALUE_TYPE.FINITE),
         ).where(t.REPORTS.c.step == EPOCHS)
         names = ["trial_id", "objective", "value", "value_type"]
         connection.execute(sa.insert(t.TRIAL_VALUES).from_select(names, value))

@@ -60,6 +60,8 @@ class History(_CachedStorage):
     def __init__(self, backend: RDBStorage) -> None:
         super().__init__(backend)
         self._engine = backend.engine.execution_options(reading=True)
+        if self._engine.dialect.name == "postgresql":  # one round trip a query, not three: no BEGIN, no ROLLBACK
+            self._engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._pasts: dict[int, _Past] = defaultdict(_Past)
         self._turn = threading.Lock()  # the training thread asks, the scribe's decides
 
