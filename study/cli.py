@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -18,9 +18,14 @@ from study import moving as moving  # its verbs
 from study.options import (
     Assignments,
     Budget,
+    Address,
+    Cpus,
     DataRoot,
+    Detach,
     Device,
+    Gpus,
     Name,
+    On,
     Storage,
     Workers,
     app,
@@ -32,6 +37,9 @@ from study.options import (
     storage_url,
     view,
 )
+
+if TYPE_CHECKING:
+    from study.workforce import Workforce
 
 
 @app.command()
@@ -64,30 +72,35 @@ def launch(
     device: Device = "auto",
     workers: Workers = None,
     data_root: DataRoot = None,
+    on: On = "here",
+    address: Address = None,
+    gpus: Gpus = None,
+    cpus: Cpus = None,
+    detach: Detach = False,
 ) -> None:
     """Start a study, or go on with it where it stopped."""
     from storage.connect import open_storage
     from study import bench as benching
-    from study import launch as launching
     from study.parsing import load_config
     from study.plan import lay_down, prepare
+    from study.workforce import placed
 
     more = [] if trials is None else [f"search.trials={trials}"]
     more += [] if objective is None else [f"search.objective={objective}"]
     config = load_config(preset, [*(assignments or []), *more])
     url, root = storage_url(storage), root_of(data_root)
     budgets = _budgets(budget)
-    devices = launching.devices_here(device, workers)
+    workforce = placed(url, device, workers, on, address, gpus, cpus, detach)
     # Everything that can be wrong is found before the database is touched.
     data = prepare(config, root, say)
     new = lay_down(open_storage(url), name or preset, preset, config, data)
     _go_on(name or preset, url, budgets)
     say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {shown(url)}")
     # Only what `study bench` has measured here: measuring now would keep the study waiting.
-    if new and (pace := benching.recall(config, devices[0].partition(":")[0])):
-        told = benching.estimate(config, pace, len(set(devices)), data.sizes)
+    if new and on == "here" and (pace := benching.recall(config, workforce.devices[0].partition(":")[0])):
+        told = benching.estimate(config, pace, len(set(workforce.devices)), data.sizes)
         say(f"{told} (paced by `study bench` on {pace.on})")
-    _work(name or preset, url, devices, root)
+    _work(name or preset, url, workforce, root)
 
 
 @app.command()
@@ -142,17 +155,23 @@ def resume(
     device: Device = "auto",
     workers: Workers = None,
     data_root: DataRoot = None,
+    on: On = "here",
+    address: Address = None,
+    gpus: Gpus = None,
+    cpus: Cpus = None,
+    detach: Detach = False,
 ) -> None:
-    """Go on with a study with this machine's devices; it needs nothing but its name and its database."""
-    from study import launch as launching
+    """Go on with a study with this machine's devices or a cluster's; it needs nothing but its name and database."""
     from study.plan import check_here
+    from study.workforce import placed
 
     url, root = storage_url(storage), root_of(data_root)
     budgets = _budgets(budget)
-    devices = launching.devices_here(device, workers)
-    check_here(url, name, root, say)
+    workforce = placed(url, device, workers, on, address, gpus, cpus, detach)
+    if on == "here":  # elsewhere the workers look at theirs
+        check_here(url, name, root, say)
     _go_on(name, url, budgets)
-    _work(name, url, devices, root)
+    _work(name, url, workforce, root)
 
 
 def _budgets(texts: list[str] | None) -> dict[str, float] | None:
@@ -254,22 +273,22 @@ def confirm(
 ) -> None:
     """Run the best settings of a study again on fresh seeds, then ask the untouched test split, once."""
     from storage.connect import open_storage
-    from study import launch as launching
     from study.confirm import confirmation
     from study.plan import lay_down, load_study, prepare
+    from study.workforce import placed
 
     url, root = storage_url(storage), root_of(data_root)
     opened = open_storage(url, create=False)
     study, config = load_study(opened, name)
     again, origin = confirmation(study, config, top, seeds)
-    devices = launching.devices_here(device, workers)
+    workforce = placed(url, device, workers)
     data = prepare(again, root, say)
     if data.fingerprint != study.user_attrs["data_fingerprint"]:
         raise UserError(f"the data here are not those of the study {name!r}; use the same images (--data-root)")
     called = new_name or f"{name}-confirmed"
     lay_down(opened, called, f"confirm {name}", again, data, origin)
     say(f"confirming {top} settings of {name!r} as {called!r} in {shown(url)}")
-    _work(called, url, devices, root)
+    _work(called, url, workforce, root)
 
 
 @app.command()
@@ -319,20 +338,25 @@ def dashboard(
     )
 
 
-def _work(name: str, url: str, devices: list[str], root: str | None) -> None:
+def _work(name: str, url: str, workforce: Workforce, root: str | None) -> None:
     """Work on a study, then show its table, or how to go on."""
     from dashboards import terminal
     from dashboards.publish import publish
-    from study import launch as launching
+    from study.launch import AWAY, STOPPED
 
     try:
-        launching.run(name, url, devices, root, err, lambda: publish(view(name, url)))
+        code = workforce(name, root, err, lambda: publish(view(name, url)))
+        if code == STOPPED:
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         say(f"stopped; nothing is lost: the same command goes on with study {name!r}")
         raise
-    except launching.AwayTooLong as away:
-        say(str(away))
-        raise typer.Exit(launching.AWAY) from None
+    if code == AWAY:
+        say(f"the database was away for too long; when it is back: study resume {name}")
+        raise typer.Exit(AWAY)
+    if code is None:
+        say(f"the workers go on without this launcher: study status {name}; the same command without --detach attaches")
+        return
     found = view(name, url)
     publish(found)
     out.print(terminal.report_text(found))

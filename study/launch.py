@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import optuna
 from optuna.storages import RDBStorage
@@ -28,6 +28,8 @@ from study.plan import load_study
 
 SUPERVISED = "STUDY_SUPERVISED"
 """In the environment of a launcher's workers: its process id. They end when it does."""
+REFUSED = 2
+"""A worker's exit code when the input is bad, as its last line says."""
 STOPPED = 130
 """A worker's exit code when it was asked to stop."""
 AWAY = 75
@@ -63,14 +65,68 @@ def devices_here(wanted: str, workers: int | None) -> list[str]:
     return [found[i % len(found)] for i in range(workers or len(found))]
 
 
-class AwayTooLong(Exception):
-    """The workers waited for the database as long as they do, and ended."""
+class Worker:
+    """A worker process on a device of this machine; what it says goes to `say`, its end is for others to see."""
+
+    def __init__(
+        self,
+        name: str,
+        storage_url: str,
+        device: str,
+        data_root: str | None,
+        say: Callable[[str], None],
+        more: Mapping[str, str] | None = None,
+    ) -> None:
+        """`more`: further environment variables."""
+        self.device, self.say = device, say
+        self.last_words: deque[str] = deque(maxlen=20)
+        # The URL, which may hold a password, goes by the environment: arguments are for all to see.
+        environment = os.environ | {"STUDY_STORAGE": storage_url, SUPERVISED: str(os.getpid()), **(more or {})}
+        command = [sys.executable, "-m", "study", "worker", name, "--device", device]
+        if data_root is not None:
+            command += ["--data-root", data_root]
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
+        )
+        self._relaying = threading.Thread(target=self._relay, daemon=True)
+        self._relaying.start()
+
+    def _relay(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.last_words.append(line.rstrip())
+            self.say(line.rstrip())
+
+    def poll(self) -> int | None:
+        """The exit code, once it has ended and its last words are here."""
+        code = self.process.poll()
+        if code is not None:
+            self._relaying.join(timeout=1.0)
+        return code
+
+    def why(self) -> str:
+        """The last line that it said."""
+        return (self.last_words[-1] if self.last_words else "a worker refused to start").removeprefix("study: ")
 
 
-@dataclass
-class _Worker:
-    device: str
-    process: subprocess.Popen[str]
+def end(workers: Sequence[Worker]) -> None:
+    """Ask workers to give their trials back and end; kill those that have not after a while."""
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for worker in workers:
+        try:
+            worker.process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
 
 
 class Fleet:
@@ -83,34 +139,14 @@ class Fleet:
         self.threads = max(1, (os.cpu_count() or 1) // len(devices))
         self.deaths = 0
         self.ended: set[int] = set()
-        self.last_words: list[str] = []
         self.workers = [self._start(device) for device in devices]
 
-    def _start(self, device: str) -> _Worker:
-        # The URL, which may hold a password, goes by the environment: arguments are for all to see.
-        environment = os.environ | {"STUDY_STORAGE": self.storage_url, SUPERVISED: str(os.getpid())}
-        if device == "cpu":
-            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
-        command = [sys.executable, "-m", "study", "worker", self.name, "--device", device]
-        if self.data_root is not None:
-            command += ["--data-root", self.data_root]
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
-        )
-        threading.Thread(target=self._relay, args=(process,), daemon=True).start()
-        return _Worker(device, process)
+    def _start(self, device: str) -> Worker:
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))} if device == "cpu" else {}
+        return Worker(self.name, self.storage_url, device, self.data_root, self._say, threads)
 
-    def _relay(self, process: subprocess.Popen[str]) -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            self.last_words = [*self.last_words[-19:], line.rstrip()]
-            self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True, style="dim")
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True, style="dim")
 
     def tend(self) -> bool:
         """Replace the workers that died; whether any is left.
@@ -119,13 +155,12 @@ class Fleet:
             UserError: a worker refused to work (its line says why), or workers die as fast as they start.
         """
         for worker in list(self.workers):
-            code = worker.process.poll()
+            code = worker.poll()
             if code is None:
                 continue
             self.workers.remove(worker)
-            if code == 2:
-                time.sleep(0.2)  # let its last line arrive
-                raise UserError(next(reversed(self.last_words), "a worker refused to start").removeprefix("study: "))
+            if code == REFUSED:
+                raise UserError(worker.why())
             if code in (0, STOPPED, AWAY):
                 self.ended.add(code)
                 continue
@@ -134,23 +169,13 @@ class Fleet:
             if self.deaths > MOST_DEATHS_IN_A_ROW:
                 raise UserError(
                     f"{self.deaths} workers in a row died before they settled a trial, the last with exit code {code}: "
-                    f"{' | '.join(self.last_words[-3:])}"
+                    f"{' | '.join(list(worker.last_words)[-3:])}"
                 )
             self.workers.append(self._start(worker.device))
         return bool(self.workers)
 
     def stop(self) -> None:
-        """Ask all workers to give their trials back and end; kill those that have not after a while."""
-        for worker in self.workers:
-            if worker.process.poll() is None:
-                worker.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_SECONDS
-        for worker in self.workers:
-            try:
-                worker.process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
+        end(self.workers)
         self.workers.clear()
 
 
@@ -174,28 +199,23 @@ def run(
     """
     storage = open_storage(storage_url, create=False, reading=True)
     study, config = load_study(storage, name)
-    display = Display(console, storage, study, config)
+    display = Display(console, storage, study, config, refresh)
     if display.settled:
         return
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     fleet = Fleet(name, storage_url, devices, data_root, console)
-    due = time.monotonic() + REFRESH_SECONDS
     try:
         with display.bars:
             while fleet.tend():
-                with _unless_away():
+                with unless_away():
                     if display.update():
                         fleet.deaths = 0
-                    if display.changed and time.monotonic() >= due:
-                        started = time.monotonic()
-                        refresh()
-                        took = time.monotonic() - started
-                        due, display.changed = started + max(REFRESH_SECONDS, 100 * took), False
+                    display.refresh_when_due()
                 time.sleep(POLL_SECONDS)
             if AWAY in fleet.ended:
-                raise AwayTooLong(f"the database was away for too long; when it is back: study resume {name}")
-            with _unless_away():
+                raise UserError(f"the database was away for too long; when it is back: study resume {name}")
+            with unless_away():
                 display.update()
             if STOPPED in fleet.ended:  # by somebody who signalled the workers, not us
                 raise KeyboardInterrupt
@@ -204,7 +224,7 @@ def run(
 
 
 @contextmanager
-def _unless_away() -> Iterator[None]:
+def unless_away() -> Iterator[None]:
     """Watching waits for the database like everybody else; only it has nothing to keep."""
     try:
         yield
@@ -216,8 +236,16 @@ def _unless_away() -> Iterator[None]:
 class Display:
     """How far a study is: progress bars on a terminal, and everywhere a line for each trial that is settled."""
 
-    def __init__(self, console: Console, storage: RDBStorage, study: optuna.Study, config: StudyConfig) -> None:
+    def __init__(
+        self,
+        console: Console,
+        storage: RDBStorage,
+        study: optuna.Study,
+        config: StudyConfig,
+        refresh: Callable[[], None] = lambda: None,
+    ) -> None:
         self.storage, self.study = storage, study
+        self.refresh, self.due = refresh, time.monotonic() + REFRESH_SECONDS
         self.by_images = config.training.images is not None
         self.whole = config.training.images or space.most_epochs(config)
         """A trial's length, in images or epochs."""
@@ -248,6 +276,13 @@ class Display:
 
     def _finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=queue.FINISHED)
+
+    def refresh_when_due(self) -> None:
+        if self.changed and time.monotonic() >= self.due:
+            started = time.monotonic()
+            self.refresh()
+            took = time.monotonic() - started
+            self.due, self.changed = started + max(REFRESH_SECONDS, 100 * took), False
 
     def update(self) -> bool:
         """Show what is new; whether a trial was completed or pruned since the last call."""

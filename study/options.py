@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -36,8 +36,24 @@ DataRoot = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def _workers(text: str | int) -> int | None:
+    if text == "max":
+        return None
+    if not str(text).isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"must be a whole number of at least 1, or max; got {text!r}")
+    return int(text)
+
+
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Worker processes. Default: one a device.", show_default=False)
+    int | None,
+    typer.Option(
+        parser=_workers,
+        metavar="N|max",
+        help="Worker processes. max, the default: one a device; on a Ray cluster as many as fit, also when it grows.",
+        show_default=False,
+    ),
 ]
 Assignments = Annotated[
     list[str] | None,
@@ -50,6 +66,27 @@ Budget = Annotated[
         show_default=False,
     ),
 ]
+On = Annotated[Literal["here", "ray"], typer.Option(help="Workers on this machine, or on a Ray cluster.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Default: $RAY_ADDRESS, the one that runs here, or a "
+        "new one on this machine.",
+        show_default=False,
+    ),
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker",
+        min=0,
+        max=1,
+        help="On Ray. Default: 1 where the cluster has GPUs and the device is not cpu.",
+        show_default=False,
+    ),
+]
+Cpus = Annotated[float | None, typer.Option("--cpus-per-worker", min=0, help="On Ray. Default: 1.", show_default=False)]
+Detach = Annotated[bool, typer.Option("--detach", help="On Ray: leave the workers to the cluster and return.")]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
 NewName = Annotated[str | None, typer.Option("--name", help="Another name for the copy.", show_default=False)]
 

@@ -1,0 +1,207 @@
+"""What runs on a Ray cluster: a task a worker, and the crew, an actor that asks Ray for them and outlives its launcher.
+
+A task starts our ordinary `study worker` as a process on its node and passes signals on to it. Ray places the task, and
+places it again when its node is lost; who works on which trial is the database's business, as everywhere.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from pydantic import SecretStr
+from ray.exceptions import RayError, TaskCancelledError
+
+from study.launch import AWAY, MOST_DEATHS_IN_A_ROW, REFUSED, STOPPED, Worker, end
+
+POLL_SECONDS = 0.5
+LINGER_SECONDS = 30.0
+"""How long a crew whose work is over tells so to those who ask."""
+LONG_LIFE_SECONDS = 60.0
+"""A worker that died after this long was not broken from the start: its place is not given up for it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each worker is told. The URL may hold a password: Ray shows names and environments, but no arguments."""
+
+    name: str
+    storage_url: SecretStr
+    data_root: str | None
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Order:
+    """How many workers, and what each needs."""
+
+    workers: int | None
+    """None: as many as fit, also when the cluster grows."""
+    gpus: float
+    cpus: float
+    device: str
+
+    def room(self, nodes: list[dict[str, Any]]) -> int:
+        """How many such workers these nodes hold when nothing else runs there."""
+        needs = {name: need for name, need in (("GPU", self.gpus), ("CPU", self.cpus)) if need}
+        return sum(
+            min(int(node["Resources"].get(name, 0) / need + 1e-9) for name, need in needs.items())
+            for node in nodes
+            if node["Alive"]
+        )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a worker ended."""
+
+    code: int
+    seconds: float
+    host: str
+    why: str
+
+
+@dataclass
+class Place:
+    """A worker that the crew has asked for, running or waiting for resources."""
+
+    task: Any
+    deaths: int = 0
+
+
+@dataclass(frozen=True)
+class News:
+    """What a crew tells its launcher."""
+
+    notes: list[str]
+    code: int | None
+    """The exit code, once all workers have ended."""
+    why: str = ""
+
+
+def work(job: Job, device: str) -> Ended:
+    """One worker for as long as it lives, on whichever node Ray chose."""
+    started = time.monotonic()
+    worker = Worker(job.name, job.storage_url.get_secret_value(), device, job.data_root, _log, job.environment)
+    try:
+        while (code := worker.poll()) is None:
+            time.sleep(POLL_SECONDS)
+    finally:  # a cancelled task is interrupted, one whose node is shut down gets SIGTERM
+        end([worker])
+    return Ended(code, time.monotonic() - started, socket.gethostname(), worker.why())
+
+
+def _log(line: str) -> None:
+    """Into the task's log, which Ray keeps."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+class Crew:
+    """The workers of one study."""
+
+    def __init__(self, job: Job, order: Order) -> None:
+        self.job, self.order = job, order
+        self.places: list[Place] = []
+        self.notes: list[str] = []
+        self.lock = threading.Lock()
+        self._open()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _open(self) -> None:
+        self.closing, self.retired, self.why = False, 0, ""
+        self.codes: set[int] = set()
+
+    def take(self, order: Order) -> None:
+        """Change the number of workers, or what those need that start from now on; begin anew if all have ended."""
+        with self.lock:
+            self.order = order
+            self._open()
+
+    def stop(self) -> None:
+        """Ask all workers to give their trials back and end."""
+        with self.lock:
+            self.codes.add(STOPPED)
+            self._close()
+
+    def news(self, after: int) -> News:
+        """Args: after: how many notes were told already."""
+        with self.lock:
+            over = not self.places and (self.closing or self.retired >= self._wanted())
+            return News(self.notes[after:], self._code() if over else None, self.why)
+
+    def _code(self) -> int:
+        if self.why:
+            return REFUSED
+        return 0 if 0 in self.codes else AWAY if AWAY in self.codes else STOPPED
+
+    def _wanted(self) -> int:
+        return self.order.workers or max(1, self.order.room(ray.nodes()))
+
+    def _run(self) -> None:
+        idle = 0.0
+        while idle < LINGER_SECONDS:
+            time.sleep(POLL_SECONDS)
+            with self.lock:
+                self._tend()
+                idle = 0.0 if self.places else idle + POLL_SECONDS
+        ray.kill(ray.get_runtime_context().current_actor)
+
+    def _tend(self) -> None:
+        for place in list(self.places):
+            if ray.wait([place.task], timeout=0)[0]:
+                self.places.remove(place)
+                self._hear(place)
+        if self.closing:
+            return
+        missing = self._wanted() - self.retired - len(self.places)
+        self.places += [Place(self._start()) for _ in range(missing)]
+        if self.order.workers is not None:
+            for place in self.places[self.order.workers :]:
+                ray.cancel(place.task)
+
+    def _start(self) -> Any:
+        # Without end: Ray counts lost nodes here, and a place that is given up is our decision.
+        task = ray.remote(work).options(
+            name=f"study worker {self.job.name}", num_gpus=self.order.gpus, num_cpus=self.order.cpus, max_retries=-1
+        )
+        return task.remote(self.job, self.order.device)
+
+    def _hear(self, place: Place) -> None:
+        """A worker has ended: the study's end, this worker's alone, or one to start again wherever there is room."""
+        try:
+            ended: Ended = ray.get(place.task)
+        except TaskCancelledError:
+            return
+        except RayError as error:  # our code could not even start there
+            ended = Ended(1, 0.0, "the cluster", str(error).strip().splitlines()[-1])
+        if ended.code == REFUSED:
+            self.why = ended.why
+        if ended.code in (0, REFUSED):
+            self._close()
+        if ended.code in (0, REFUSED, STOPPED, AWAY):
+            self.codes.add(ended.code)
+            self.retired += 1
+            return
+        place.deaths = 1 if ended.seconds > LONG_LIFE_SECONDS else place.deaths + 1
+        if self.closing:
+            return
+        if place.deaths <= MOST_DEATHS_IN_A_ROW:
+            self.notes.append(f"a worker on {ended.host} died (exit code {ended.code}); starting another")
+            self.places.append(Place(self._start(), place.deaths))
+            return
+        self.notes.append(f"{place.deaths} workers in a row died in one place, the last on {ended.host}: {ended.why}")
+        self.retired += 1
+        if not self.places:
+            self.why = self.notes[-1]
+
+    def _close(self) -> None:
+        self.closing = True
+        for place in self.places:
+            ray.cancel(place.task)

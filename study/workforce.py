@@ -1,0 +1,46 @@
+"""Who works on a study: processes of this machine, or what a Ray cluster places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from storage.errors import UserError
+
+Workforce = Callable[[str, str | None, Console, Callable[[], None]], int | None]
+"""Works on the study of this name with the data under this root and shows how far it is; calls the last argument now and
+then when something has changed. Gives the exit code; None if it is left at work."""
+
+
+def placed(
+    url: str,
+    device: str,
+    workers: int | None,
+    on: str = "here",
+    address: str | None = None,
+    gpus: float | None = None,
+    cpus: float | None = None,
+    detach: bool = False,
+) -> Workforce:
+    """The workers that were asked for, if they can be had.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if on == "ray":
+        from study import cluster
+
+        site = cluster.join(address, url, workers, gpus, cpus, device, detach=detach)
+        return lambda name, root, console, refresh: cluster.run(name, url, site, root, console, refresh)
+    if address is not None or gpus is not None or cpus is not None or detach:
+        raise UserError("--address, --gpus-per-worker, --cpus-per-worker and --detach need --on ray")
+    from study import launch
+
+    devices = launch.devices_here(device, workers)
+
+    def here(name: str, root: str | None, console: Console, refresh: Callable[[], None]) -> int:
+        launch.run(name, url, devices, root, console, refresh)
+        return 0
+
+    return here
