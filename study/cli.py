@@ -17,8 +17,8 @@ from storage.errors import UserError
 from study import moving as moving  # its verbs
 from study.options import (
     Assignments,
-    Budget,
     Address,
+    Budget,
     Cpus,
     DataRoot,
     Detach,

@@ -7,6 +7,8 @@ import importlib.util
 import ipaddress
 import os
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -68,6 +70,9 @@ def join(
         raise UserError("--on ray needs Ray, which is not installed; pip install 'dynamic-training-study[ray]'")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"on a Ray cluster Ray chooses the device; --device must be auto, cuda or cpu, got {device!r}")
+    password = parse(storage_url).password
+    if password and any(str(password) in argument for argument in sys.argv):
+        raise UserError("Ray shows a launcher's arguments; put the password into $PGPASSWORD, not into --storage")
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -75,6 +80,7 @@ def join(
     packages = {"py_modules": [str(root / package) for package in OURS], "excludes": ["__pycache__"]}
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": packages}
     lasting = True
+    _check(address)
     try:
         ray.init(address or "auto", **settings)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -88,6 +94,19 @@ def join(
     return Site(
         _order(workers, gpus, 1.0 if cpus is None else cpus, device), secret_url(storage_url, _others()), detach
     )
+
+
+def _check(address: str | None) -> None:
+    """Whether somebody listens there: Ray itself would try for minutes."""
+    if address in (None, "auto"):
+        return
+    host, _, port = str(address).removeprefix("ray://").rpartition(":")
+    try:
+        if not (host and port.isdecimal()):
+            raise OSError("write auto, HOST:PORT or ray://HOST:PORT")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"no Ray cluster at --address {address}: {error}") from None
 
 
 def _order(workers: int | None, gpus: float | None, cpus: float, device: str) -> Order:

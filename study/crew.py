@@ -11,14 +11,19 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from pydantic import SecretStr
 from ray.exceptions import RayError, TaskCancelledError
+from sqlalchemy.exc import DBAPIError
 
+from storage.connect import open_storage
+from storage.control import reason_to_stop
+from storage.errors import UserError
 from study.launch import AWAY, MOST_DEATHS_IN_A_ROW, REFUSED, STOPPED, Worker, end
+from study.plan import load_study
 
 POLL_SECONDS = 0.5
 LINGER_SECONDS = 30.0
@@ -73,6 +78,8 @@ class Place:
 
     task: Any
     deaths: int = 0
+    leaving: bool = False
+    """It was asked to end, once: another interruption would cut its last words short."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,17 @@ def work(job: Job, device: str) -> Ended:
             time.sleep(POLL_SECONDS)
     finally:  # a cancelled task is interrupted, one whose node is shut down gets SIGTERM
         end([worker])
-    return Ended(code, time.monotonic() - started, socket.gethostname(), worker.why())
+    why = _reason_to_stop(job) if code == STOPPED else worker.why()
+    return Ended(code, time.monotonic() - started, socket.gethostname(), why)
+
+
+def _reason_to_stop(job: Job) -> str:
+    """Of the whole study; empty: only this worker was asked to stop, as when its node is to be shut down."""
+    try:
+        storage = open_storage(job.storage_url.get_secret_value(), create=False)
+        return reason_to_stop(storage.engine, load_study(storage, job.name)[0]._study_id) or ""
+    except (UserError, DBAPIError):
+        return ""
 
 
 def _log(line: str) -> None:
@@ -160,11 +177,11 @@ class Crew:
                 self._hear(place)
         if self.closing:
             return
-        missing = self._wanted() - self.retired - len(self.places)
+        staying = [place for place in self.places if not place.leaving]
+        missing = self._wanted() - self.retired - len(staying)
         self.places += [Place(self._start()) for _ in range(missing)]
         if self.order.workers is not None:
-            for place in self.places[self.order.workers :]:
-                ray.cancel(place.task)
+            _dismiss(staying[self.order.workers :])
 
     def _start(self) -> Any:
         # Without end: Ray counts lost nodes here, and a place that is given up is our decision.
@@ -181,19 +198,23 @@ class Crew:
             return
         except RayError as error:  # our code could not even start there
             ended = Ended(1, 0.0, "the cluster", str(error).strip().splitlines()[-1])
-        if ended.code == REFUSED:
-            self.why = ended.why
-        if ended.code in (0, REFUSED):
-            self._close()
-        if ended.code in (0, REFUSED, STOPPED, AWAY):
+        if ended.code == STOPPED and not ended.why:
+            ended = replace(ended, why="it was asked to stop, but not the study")
+        elif ended.code in (0, REFUSED, STOPPED, AWAY):
             self.codes.add(ended.code)
             self.retired += 1
+            if ended.code == REFUSED:
+                self.why = ended.why
+            if ended.code == STOPPED and not self.closing:
+                self.notes.append(ended.why)
+            if ended.code != AWAY:
+                self._close()
+            return
+        if place.leaving:
             return
         place.deaths = 1 if ended.seconds > LONG_LIFE_SECONDS else place.deaths + 1
-        if self.closing:
-            return
         if place.deaths <= MOST_DEATHS_IN_A_ROW:
-            self.notes.append(f"a worker on {ended.host} died (exit code {ended.code}); starting another")
+            self.notes.append(f"a worker on {ended.host} ended (exit code {ended.code}): {ended.why}; starting another")
             self.places.append(Place(self._start(), place.deaths))
             return
         self.notes.append(f"{place.deaths} workers in a row died in one place, the last on {ended.host}: {ended.why}")
@@ -203,5 +224,12 @@ class Crew:
 
     def _close(self) -> None:
         self.closing = True
-        for place in self.places:
+        _dismiss(self.places)
+
+
+def _dismiss(places: list[Place]) -> None:
+    """Those that run get a signal and pass it on; those that wait for resources are gone."""
+    for place in places:
+        if not place.leaving:
+            place.leaving = True
             ray.cancel(place.task)

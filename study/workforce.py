@@ -9,8 +9,8 @@ from rich.console import Console
 from storage.errors import UserError
 
 Workforce = Callable[[str, str | None, Console, Callable[[], None]], int | None]
-"""Works on the study of this name with the data under this root and shows how far it is; calls the last argument now and
-then when something has changed. Gives the exit code; None if it is left at work."""
+"""Works on the study of this name with the data under this root and shows how far it is; calls the last argument when
+something has changed, not too often. Gives the exit code; None if the workers are left at work."""
 
 
 def placed(
