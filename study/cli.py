@@ -16,8 +16,8 @@ import typer
 from storage.errors import UserError
 from study import moving as moving  # its verbs
 from study.options import (
-    Assignments,
     Address,
+    Assignments,
     Budget,
     Cpus,
     DataRoot,
@@ -81,6 +81,7 @@ def launch(
     """Start a study, or go on with it where it stopped."""
     from storage.connect import open_storage
     from study import bench as benching
+    from study.launch import devices_here
     from study.parsing import load_config
     from study.plan import lay_down, prepare
     from study.workforce import placed
@@ -97,9 +98,11 @@ def launch(
     _go_on(name or preset, url, budgets)
     say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {shown(url)}")
     # Only what `study bench` has measured here: measuring now would keep the study waiting.
-    if new and on == "here" and (pace := benching.recall(config, workforce.devices[0].partition(":")[0])):
-        told = benching.estimate(config, pace, len(set(workforce.devices)), data.sizes)
-        say(f"{told} (paced by `study bench` on {pace.on})")
+    if new and on == "here":
+        devices = devices_here(device, workers)
+        if pace := benching.recall(config, devices[0].partition(":")[0]):
+            told = benching.estimate(config, pace, len(set(devices)), data.sizes)
+            say(f"{told} (paced by `study bench` on {pace.on})")
     _work(name or preset, url, workforce, root)
 
 

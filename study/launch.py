@@ -186,22 +186,21 @@ def run(
     data_root: str | None,
     console: Console,
     refresh: Callable[[], None] = lambda: None,
-) -> None:
-    """Work on a study with this machine's devices until it is settled.
+) -> int:
+    """Work on a study with this machine's devices until it is settled (0), or its database was away for too long (AWAY).
 
     Args:
         refresh: called when something has changed, at most every REFRESH_SECONDS and for at most 1 % of the time.
 
     Raises:
         UserError: the study or the data are not to be had.
-        AwayTooLong: the database was away, and the workers gave up waiting.
         KeyboardInterrupt: Ctrl-C or SIGTERM, once the workers have given their trials back.
     """
     storage = open_storage(storage_url, create=False, reading=True)
     study, config = load_study(storage, name)
     display = Display(console, storage, study, config, refresh)
     if display.settled:
-        return
+        return 0
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     fleet = Fleet(name, storage_url, devices, data_root, console)
@@ -214,11 +213,12 @@ def run(
                     display.refresh_when_due()
                 time.sleep(POLL_SECONDS)
             if AWAY in fleet.ended:
-                raise UserError(f"the database was away for too long; when it is back: study resume {name}")
+                return AWAY
             with unless_away():
                 display.update()
             if STOPPED in fleet.ended:  # by somebody who signalled the workers, not us
                 raise KeyboardInterrupt
+            return 0
     finally:
         fleet.stop()
 

@@ -40,7 +40,6 @@ def placed(
     devices = launch.devices_here(device, workers)
 
     def here(name: str, root: str | None, console: Console, refresh: Callable[[], None]) -> int:
-        launch.run(name, url, devices, root, console, refresh)
-        return 0
+        return launch.run(name, url, devices, root, console, refresh)
 
     return here
