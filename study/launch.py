@@ -187,7 +187,7 @@ def run(
     console: Console,
     refresh: Callable[[], None] = lambda: None,
 ) -> int:
-    """Work on a study with this machine's devices until it is settled (0), or its database was away for too long (AWAY).
+    """Work on a study with this machine's devices until it is settled (0), or its database was away too long (AWAY).
 
     Args:
         refresh: called when something has changed, at most every REFRESH_SECONDS and for at most 1 % of the time.
