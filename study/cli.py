@@ -83,7 +83,7 @@ def launch(
     from study import bench as benching
     from study.launch import devices_here
     from study.parsing import load_config
-    from study.plan import lay_down, prepare
+    from study.plan import lay_down, noise_warning, prepare
     from study.workforce import placed
 
     more = [] if trials is None else [f"search.trials={trials}"]
@@ -98,6 +98,8 @@ def launch(
     _go_on(name or preset, url, budgets)
     say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {shown(url)}")
     # Only what `study bench` has measured here: measuring now would keep the study waiting.
+    if new and (warning := noise_warning(config, data.images["validation"])):
+        say(warning)
     if new and on == "here":
         devices = devices_here(device, workers)
         if pace := benching.recall(config, devices[0].partition(":")[0]):

@@ -147,7 +147,7 @@ def check_fingerprint(study: optuna.Study, dataset: datasets.Dataset | Prepared)
 
 
 def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -> Prepared:
-    """The study's data, once they are here and every alpha fits them. Warns of a delta that is less than noise.
+    """The study's data, once they are here and every alpha fits them.
 
     Raises:
         UserError, DataError: the data or an alpha cannot be used.
@@ -160,8 +160,6 @@ def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -
     space.check_alpha(config, len(split.train_labels))
     parts = {"train": split.train_labels, "validation": split.validation_labels, "test": split.test_labels}
     images = {name: len(labels) for name, labels in parts.items()}
-    if warning := noise_warning(config, images["validation"]):
-        say(warning)
     return Prepared(dataset.fingerprint, images, (len(dataset.train_labels), len(dataset.test_labels)))
 
 

@@ -117,6 +117,21 @@ def test_report_shows_every_cell_and_the_grid(finished: Path) -> None:
     assert not any(f'{attribute}="http' in html for attribute in ("src", "href"))  # nothing to fetch
 
 
+def test_the_best_are_confirmed_and_told_beside_what_they_were_found_at(finished: Path) -> None:
+    done = study("confirm", "quick", "--top", "1", "--seeds", "2", "--device", "cpu", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert "points of winner's curse" in done.stdout
+    assert "on the untouched test split" in done.stdout
+    numbers = finished / "report.json"
+    assert study("report", "quick", "quick-confirmed", "--json", str(numbers), cwd=finished).returncode == 0
+    found, confirmed = json.loads(numbers.read_text())
+    assert confirmed["cells"][0]["parameters"] == found["best_params"]
+    assert confirmed["cells"][0]["test"]["n"] == 2
+    refused = study("confirm", "quick", "--top", "99", cwd=finished)
+    assert refused.returncode == 2
+    assert "--top must be at most the 4 settings" in refused.stderr
+
+
 def test_dashboard_serves_the_study_on_loopback(finished: Path) -> None:
     import urllib.request
 
@@ -221,7 +236,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 BAD_INPUT: list[tuple[list[str], str]] = [
-    (["launch", "nope"], "no preset 'nope'; presets: paper-grid, quick, tpe"),
+    (
+        ["launch", "nope"],
+        "no preset 'nope'; presets: paper-augmented, paper-baselines, paper-grid, quick",
+    ),
     (["launch"], "Missing argument"),
     (["lunch"], "No such command"),
     (["launch", "quick", "--sett", "x=1"], "No such option"),
@@ -240,6 +258,13 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["launch", "quick", "--device", "tpu"], "got 'tpu'"),
     (["launch", "quick", "--set", "checkpoint.store=ftpx://a/b"], "checkpoint.store must be 'database', a folder"),
     (["launch", "quick", "--workers", "0"], "--workers"),
+    (["launch", "quick", "--budget", "2 weeks"], "a budget is an amount and a unit"),
+    (["launch", "quick", "--objective", "speed"], "search.objective: must be accuracy or accuracy,images, got 'speed'"),
+    (["launch", "quick", "--set", "training.images=5000"], 'pruning.step must be "images"'),
+    (["launch", "verdict", "--set", "data.protocol=paper"], "test needs the holdout protocol"),
+    (["confirm", "quick"], "no database file study.db"),
+    (["stop", "quick"], "no database file study.db"),
+    (["report", "quick", "--json", "/nowhere/x.json"], "no folder /nowhere"),
     (["status", "quick"], "no database file study.db"),
     (["report", "quick", "--html", "/nowhere/x.html"], "no folder /nowhere"),
 ]
