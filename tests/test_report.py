@@ -12,10 +12,11 @@ import optuna
 import pytest
 from rich.console import Console
 
-from dashboards import cells, document, effort, figures, report, terminal, view
+from dashboards import cells, document, effort, figures, report, terminal, view, watch
 from dashboards.publish import publish
 from dashboards.verdict import verdict
 from dashboards.view import Row, View
+from storage import control, progress
 from storage.errors import UserError
 from study.config import StudyConfig
 from study.confirm import FAR, confirmation
@@ -257,3 +258,31 @@ def test_a_page_is_written_whatever_the_names(controls: View, tmp_path: Path) ->
     nasty = replace(controls, name="<script>alert(1)</script>")
     page = report.page([nasty])
     assert "<script>alert(1)" not in page
+
+
+def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url: str) -> None:
+    bench = Bench(url, config_of())
+    first, second = (bench.queue(owner=f"{host}:7:x", device=f"gpu of {host}") for host in ("here", "there"))
+    broken = first.claim()
+    assert broken is not None
+    first.release(broken, error="CUDA error: out of luck")
+    lease = second.claim()
+    assert lease is not None
+    row = {"epoch": 1, "accuracy": 0.5, "loss": 1.0, "images": 60, "train_seconds": 2.0, "validation_seconds": 1.0}
+    second.record(lease, row | {"kind": "keep", "k": 0, "beta": 0.0}, {1: 0.5})
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    control.go_on(engine, study_id, {"images": 1000})
+    console = Console(file=io.StringIO(), width=200)
+    now = progress.progress(engine, study_id)
+    console.print(watch.page(bench.storage, bench.study, bench.config, now))
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "0 of 4 trials settled" in told
+    assert "spent 60 of 1,000 images" in told
+    assert "last failures:" in told
+    assert "trial 0 on here:7: CUDA error: out of luck" in told
+    (line,) = (line for line in told.splitlines() if "gpu of there" in line)
+    assert [word for word in line.split() if word in ("there:7", "20", "50.00")] == ["there:7", "20", "50.00"]
+    second.release(lease)
+    bench.work()
+    watch.watch(bench.storage, "s", console)  # settled: returns at once
+    assert "4 of 4 trials settled" in console.file.getvalue()  # type: ignore[attr-defined]
