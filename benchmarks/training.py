@@ -38,6 +38,8 @@ from study.training.seeds import generator
 from study.training.trainer import OnDevice, Trainer, be_deterministic, pick_device
 
 BATCH = 512
+FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+"""How DataLoaders start workers on Linux when nobody says otherwise; a spawned process would hand on its own way."""
 PASSES = 12
 """How often each convolution's output, or its gradient, crosses the memory bus with ideal fusion: forward written, read
 and normalised, written, read by the next layer; backward the gradient written, it and the input read twice (sums, then
@@ -93,7 +95,9 @@ def standard(task: Task, *, files: bool = False) -> Iterator[None]:
         assert task.root is not None
         folder = ImageFolder(os.path.join(task.root, "train"), pool.transform)  # type: ignore[attr-defined]
         pool = torch.utils.data.Subset(folder, range(0, len(folder), len(folder) // task.images)[: task.images])
-    loader = DataLoader(pool, batch_size=BATCH, shuffle=True, num_workers=task.loader_workers)
+    loader = DataLoader(
+        pool, batch_size=BATCH, shuffle=True, num_workers=task.loader_workers, multiprocessing_context=FORK
+    )
     network = CNN(classes, generator(0, "weights"), width=task.width).to(task.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
     while True:
@@ -124,6 +128,7 @@ def tricks(task: Task) -> Iterator[None]:
         shuffle=True,
         num_workers=task.loader_workers,
         persistent_workers=True,
+        multiprocessing_context=FORK,
         pin_memory=cuda,
     )
     network = CNN(classes, generator(0, "weights"), width=task.width)
@@ -331,7 +336,10 @@ def figure(found: dict[str, Found], title: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--data-root", help="folder with train/ and test/, one folder of images a class")
+    folder = os.environ.get("STUDY_DATA_ROOT")
+    parser.add_argument(
+        "--data-root", default=folder, help="folder with train/ and test/, one folder of images a class"
+    )
     parser.add_argument("--images", type=int, help="images an epoch (default: 5120 on a CPU, all on a GPU)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--width", type=float, default=1.0)
