@@ -318,19 +318,23 @@ def measure(task: Task, names: list[str], rounds: int) -> dict[str, Found]:
     return found
 
 
-def figure(found: dict[str, Found], title: str) -> str:
+def figure(found: dict[str, Found]) -> str:
     import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
-    chart = go.Figure()
-    for name, one in found.items():
-        chart.add_trace(
-            go.Box(x=one.rates, name=CONTESTANTS[name][0], boxpoints="all", orientation="h", showlegend=False)
-        )
-    chart.update_layout(
-        title=title, template="plotly_white", margin={"l": 190}, font_size=15, xaxis_title="images/s", width=1000
-    )
+    titles = ("Images a second of processor time", "Trainer over it, round by round (wall clock)")
+    chart = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
+    mine = found["ours"].rates
+    for name, one in reversed(found.items()):
+        ratios = [] if name == "ours" else [a / b for a, b in zip(mine, one.rates, strict=True)]
+        colour = "#1f77b4" if name == "ours" else "#7f7f7f"
+        for column, values in ((1, one.thrifts), (2, ratios)):
+            box = go.Box(x=values, name=CONTESTANTS[name][0], orientation="h", boxpoints="all", marker_color=colour)
+            chart.add_trace(box, 1, column)
     chart.update_xaxes(rangemode="tozero")
-    return str(chart.to_html(include_plotlyjs=True))
+    chart.add_vline(x=1, line_dash="dot", col=2)
+    chart.update_layout(template="plotly_white", width=1080, height=400, margin_l=190, font_size=14, showlegend=False)
+    return str(chart.to_html(include_plotlyjs=True, config={"displayModeBar": False}))
 
 
 def main() -> None:
@@ -386,7 +390,7 @@ def main() -> None:
         rows = {name: vars(one) for name, one in found.items()}
         options.json.write_text(json.dumps({"contestants": rows, "before": before, "after": after}))
     if options.html:
-        options.html.write_text(figure(found, f"Training on {where}, batch {BATCH}, {options.rounds} rounds"))
+        options.html.write_text(figure(found))
 
 
 if __name__ == "__main__":
