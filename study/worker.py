@@ -80,8 +80,9 @@ class Stop:
 
 
 def say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # whoever listened may be gone; the trial must still be given back
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def work(name: str, storage_url: str, device_name: str, data_root: str | None, *, wait: bool = True) -> bool:
