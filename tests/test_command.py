@@ -117,17 +117,19 @@ def test_report_shows_every_cell_and_the_grid(finished: Path) -> None:
     assert not any(f'{attribute}="http' in html for attribute in ("src", "href"))  # nothing to fetch
 
 
-def test_the_best_are_confirmed_and_told_beside_what_they_were_found_at(finished: Path) -> None:
-    done = study("confirm", "quick", "--top", "1", "--seeds", "2", "--device", "cpu", cwd=finished)
+def test_the_best_are_confirmed_and_told_beside_what_they_were_found_at(finished: Path, tmp_path: Path) -> None:
+    exported = study("export", "quick", str(tmp_path / "study.db"), cwd=finished)
+    assert exported.returncode == 0, exported.stderr
+    done = study("confirm", "quick", "--top", "1", "--seeds", "2", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "points of winner's curse" in done.stdout
     assert "on the untouched test split" in done.stdout
-    numbers = finished / "report.json"
-    assert study("report", "quick", "quick-confirmed", "--json", str(numbers), cwd=finished).returncode == 0
+    numbers = tmp_path / "report.json"
+    assert study("report", "quick", "quick-confirmed", "--json", str(numbers), cwd=tmp_path).returncode == 0
     found, confirmed = json.loads(numbers.read_text())
     assert confirmed["cells"][0]["parameters"] == found["best_params"]
     assert confirmed["cells"][0]["test"]["n"] == 2
-    refused = study("confirm", "quick", "--top", "99", cwd=finished)
+    refused = study("confirm", "quick", "--top", "99", cwd=tmp_path)
     assert refused.returncode == 2
     assert "--top must be at most the 4 settings" in refused.stderr
 
