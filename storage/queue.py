@@ -177,7 +177,10 @@ class Queue:
                 return True
             connection.execute(vanished)
             attempt = {"owner": self.owner, "device": self.device, "started_at": clock, "images": 0, "joules": 0.0}
-            connection.execute(sa.insert(ATTEMPTS).values(trial_id=row.trial_id, token=token, **attempt))
+            # A database whose leases were emptied by hand counts tokens anew: the later attempt takes the row.
+            logged = upsert(self.engine, ATTEMPTS).values(trial_id=row.trial_id, token=token, **attempt)
+            anew = attempt | {"ended_at": None, "outcome": None, "error": None}
+            connection.execute(logged.on_conflict_do_update(index_elements=["trial_id", "token"], set_=anew))
             connection.execute(
                 sa.update(TRIALS)
                 .where(TRIALS.c.trial_id == row.trial_id, TRIALS.c.state == TrialState.WAITING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import optuna
 import pytest
 from optuna.pruners import HyperbandPruner
 from optuna.trial import TrialState
@@ -60,7 +61,7 @@ def test_trials_meet_at_equal_images_and_survive_interruption(url: str) -> None:
     assert step_images(config) == 25
     quiet = Bench(url, config, "quiet")
     quiet.work()
-    trials = quiet.study.trials
+    trials = optuna.load_study(study_name="quiet", storage=quiet.storage).trials  # with all of their reports
     assert {state.name for state in (t.state for t in trials)} == {"COMPLETE", "PRUNED"}
     for trial in trials:
         step = {"static": trial.params.get("alpha", 0) // 25, "full": 8}[trial.params["policy"]]
