@@ -1,0 +1,293 @@
+"""How many workers one PostgreSQL serves: 1 to 256 simulated trainings, what they say to it and how long they wait.
+
+    python -m benchmarks.scale [workers] [growth] [polls] [checkpoints]
+
+A worker is a forked process with the queue, the sampler, the lease and the stop watch of a real one; its training is a
+pause. It waits for every report, which a real one leaves to a thread, so its idle share is an upper bound.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from storage import checkpoints
+from storage.connect import open_storage
+from storage.control import go_on, reason_to_stop
+from storage.queue import Queue
+from study.objective import ask
+from study.parsing import parse_config
+from study.plan import Prepared, lay_down, load_study
+from study.worker import POLL_SECONDS
+from tests.postgres import Postgres
+
+FORK = multiprocessing.get_context("fork")
+CROWDS = (1, 4, 16, 64, 128, 256)
+EPOCHS, EPOCH_SECONDS, LASTING = 4, 5.0, 40.0
+ROW = {
+    "loss": 1.0, "images": 5000, "train_seconds": 1.5, "validation_seconds": 0.4, "kind": "type1", "k": 500,
+    "beta": 0.1, "selection_seconds": 0.01, "seen": 5000,
+}  # fmt: skip
+
+
+@dataclass
+class Tally:
+    """What a worker did."""
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"claim": [], "report": [], "start": [], "end": []})
+    statements: Counter[str] = field(default_factory=Counter)
+    settled: int = 0
+    trained: float = 0.0
+    lasted: float = 0.0
+
+
+def laid(server: Postgres, trials: int) -> str:
+    url = server.new_database()
+    config = parse_config(
+        {
+            "policy": {"alpha": {"low": 100, "high": 1000}, "beta": {"low": 0.1, "high": 1.0}},
+            "search": {"sampler": "random", "trials": trials},
+            "training": {"epochs": EPOCHS},
+        }
+    )
+    data = Prepared("0" * 64, {"train": 1294, "validation": 144, "test": 359}, (1438, 359))
+    lay_down(open_storage(url), "s", "scale", config, data)
+    return url
+
+
+def worker(url: str, ready: Any, ends: Any, results: Any) -> None:
+    """One simulated worker, until the common end."""
+    doing, tally = threading.local(), Tally()
+    storage = open_storage(url, create=False)
+    engine = storage.engine
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def _count(*_: Any) -> None:
+        tally.statements[getattr(doing, "what", "lease")] += 1  # the renewing thread is not ours to mark
+
+    study, config = load_study(storage, "s")
+    queue = Queue(engine, study._study_id, seconds=config.lease.seconds)
+    over = threading.Event()
+
+    def watch() -> None:
+        doing.what = "stop watch"
+        while not over.wait(POLL_SECONDS):
+            reason_to_stop(engine, study._study_id)
+
+    @contextmanager
+    def timed(what: str) -> Iterator[None]:
+        doing.what, started = what, time.monotonic()
+        yield
+        tally.seconds[what].append(time.monotonic() - started)
+
+    ready.wait()
+    tally.statements.clear()
+    threading.Thread(target=watch, daemon=True).start()
+    time.sleep(random.uniform(0, EPOCH_SECONDS))  # no two clusters' workers start in one second
+    started, end = time.monotonic(), ends.value
+    while time.monotonic() < end:
+        with timed("claim"):
+            lease = queue.claim()
+        assert lease is not None
+        with queue.renewing(lease):
+            with timed("start"):
+                ask(study, config, lease)
+                checkpoints.load(queue, lease)
+                queue.standing(lease.trial_id)
+            for epoch in range(1, EPOCHS + 1):
+                time.sleep(EPOCH_SECONDS)
+                tally.trained += EPOCH_SECONDS
+                with timed("report"):
+                    queue.record(lease, ROW | {"epoch": epoch, "accuracy": 0.1 * epoch}, {epoch: 0.1 * epoch})
+            with timed("end"):
+                queue.finish(lease, TrialState.COMPLETE, [0.5], {"best_epoch": EPOCHS, "epochs": EPOCHS})
+        tally.settled += 1
+    tally.lasted = time.monotonic() - started
+    over.set()
+    results.put(tally)
+    results.close()
+    results.join_thread()
+
+
+def ask_server(url: str, query: str) -> list[Any]:
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        return list(connection.exec_driver_sql(query))
+
+
+def cpu_seconds(server: Postgres) -> float:
+    """Of the server's processes, up to now."""
+    postmaster = (server.server.pgdata / "postmaster.pid").read_text().split()[0]
+    ticks = 0
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            if postmaster in (fields[1], entry.parent.name):  # of those that have ended the postmaster knows
+                ticks += sum(map(int, fields[11:13] if fields[1] == postmaster else fields[11:15]))
+    return ticks / 100
+
+
+def crowd(server: Postgres, workers: int) -> tuple[str, list[Tally]]:
+    url = laid(server, workers * 4 + 20)
+    ready, ends, results = FORK.Barrier(workers + 1), FORK.Value("d", 0.0), FORK.Queue()
+    processes = [FORK.Process(target=worker, args=(url, ready, ends, results), daemon=True) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    while ready.n_waiting < workers:
+        time.sleep(0.1)
+    (before,), cpu = (
+        ask_server(url, "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"),
+        cpu_seconds(server),
+    )
+    ends.value = time.monotonic() + LASTING
+    ready.wait()
+    time.sleep(LASTING * 0.8)
+    (connections,) = ask_server(url, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'study'")
+    used = (cpu_seconds(server) - cpu) / (LASTING * 0.8)
+    tallies = [results.get(timeout=300) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+    time.sleep(1)
+    (after,) = ask_server(url, "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()")
+    lasted = max(tally.lasted for tally in tallies)
+    worked = sum(tally.lasted for tally in tallies)
+    statements = sum((tally.statements for tally in tallies), Counter[str]())
+    line = f"{workers:>7} {sum(t.settled for t in tallies) / lasted:>9.2f} {sum(statements.values()) / worked:>10.2f}"
+    line += f" {(after[0] - before[0]) / lasted:>9.0f} {connections[0] / workers:>6.1f} {used:>6.2f}"
+    for what in ("claim", "report"):
+        each = np.concatenate([tally.seconds[what] for tally in tallies]) * 1000
+        line += f" {np.percentile(each, 50):>7.0f} {np.percentile(each, 99):>7.0f}"
+    print(line + f" {1 - sum(t.trained for t in tallies) / worked:>7.1%} {os.getloadavg()[0]:>5.0f}", flush=True)
+    return url, tallies
+
+
+def workers() -> None:
+    print(f"{EPOCHS} epochs of {EPOCH_SECONDS:g} s a trial, {LASTING:g} s and until the last is settled; times in ms")
+    print("workers settled/s st./worker/s  commits/s conn/w. cores  claim50 claim99  rep.50  rep.99    idle  load")
+    server = Postgres()
+    try:
+        for count in CROWDS:
+            _, tallies = crowd(server, count)
+        statements = sum((tally.statements for tally in tallies), Counter[str]())
+        times = {what: sum(len(t.seconds[what]) for t in tallies) for what in tallies[0].seconds}
+        each = ", ".join(f"{what} {statements[what] / times[what]:.1f}" for what in times)
+        polls = statements["stop watch"] / sum(t.lasted for t in tallies)
+        print(f"statements of the last crowd, each: {each}; stop watch {polls:.2f} a second")
+    finally:
+        server.stop()
+
+
+def growth() -> None:
+    """Rows and bytes of 50 trials of 200 epochs, and what updating leaves behind."""
+    server = Postgres()
+    try:
+        url = laid(server, 50)
+        storage = open_storage(url, create=False)
+        study, _ = load_study(storage, "s")
+        queue = Queue(storage.engine, study._study_id)
+        while (lease := queue.claim()) is not None:
+            for epoch in range(1, 201):
+                queue.record(lease, ROW | {"epoch": epoch, "accuracy": 0.001 * epoch}, {epoch: 0.001 * epoch})
+            queue.finish(lease, TrialState.COMPLETE, [0.2], {"best_epoch": 200, "epochs": 200})
+        storage.engine.dispose()
+        time.sleep(2)  # the server's statistics come late
+        query = """SELECT relname, n_live_tup, n_tup_upd, n_tup_hot_upd, n_dead_tup, autovacuum_count,
+            pg_total_relation_size(relid) FROM pg_stat_user_tables WHERE relname IN
+            ('trial_epochs', 'trial_intermediate_values', 'trial_leases', 'trial_attempts', 'trials') ORDER BY 7 DESC"""
+        print("\n50 trials of 200 epochs: table, live rows, updates (HOT), dead rows, autovacuums, bytes with indexes")
+        for row in ask_server(url, query):
+            print("  ", *row)
+    finally:
+        server.stop()
+
+
+def polls() -> None:
+    """A claim among 1,000 and 10,000 tickets, and one look of the stop watch, with a budget and without."""
+    server = Postgres()
+    try:
+        print("\nA claim, and one look of the stop watch; medians of 30, ms")
+        for attempts in (1_000, 10_000):
+            url = laid(server, attempts)
+            storage = open_storage(url, create=False)
+            study, _ = load_study(storage, "s")
+            queue, took = Queue(storage.engine, study._study_id), []
+            for _ in range(30):
+                started = time.monotonic()
+                queue.release(queue.claim() or sys.exit("nothing to claim"))
+                took.append(time.monotonic() - started)
+            print(f"  {attempts:>6} unfinished trials: a claim and its release {np.median(took) * 1000:.1f}")
+            ask_server_write(
+                url,
+                "INSERT INTO trial_attempts (trial_id, token, owner, device, started_at, ended_at, images) "
+                "SELECT trial_id, 1, 'o', 'd', 1000 + trial_id, 1100 + trial_id, 5 FROM trials ON CONFLICT DO NOTHING",
+            )
+            for budgets in ({}, {"gpu-hours": 1e9}):
+                go_on(storage.engine, study._study_id, budgets)
+                took = []
+                for _ in range(30):
+                    started = time.monotonic()
+                    reason_to_stop(storage.engine, study._study_id)
+                    took.append(time.monotonic() - started)
+                print(
+                    f"  {attempts:>6} attempts, {'a' if budgets else 'no'} budget: {np.median(took) * 1000:.1f}",
+                    flush=True,
+                )
+            storage.engine.dispose()
+    finally:
+        server.stop()
+
+
+def ask_server_write(url: str, statement: str) -> None:
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+
+
+def saving() -> None:
+    """A checkpoint of the whole network (weights and Adam's two moments) into the database."""
+    import torch
+
+    from study.training.network import CNN
+
+    size = 3 * 4 * sum(parameter.numel() for parameter in CNN(10, torch.Generator()).parameters())
+    server = Postgres()
+    try:
+        url = laid(server, 10)
+        storage = open_storage(url, create=False)
+        study, _ = load_study(storage, "s")
+        queue = Queue(storage.engine, study._study_id)
+        lease = queue.claim()
+        assert lease is not None
+        payload, took = np.random.default_rng(0).bytes(size), []
+        for _ in range(10):
+            started = time.monotonic()
+            checkpoints.save(queue, lease, 1, payload)
+            took.append(time.monotonic() - started)
+        (there,) = ask_server(url, "SELECT pg_total_relation_size('trial_checkpoints')")
+        print(
+            f"\nA checkpoint of {size / 1e6:.1f} MB: {np.median(took) * 1000:.0f} ms (median of 10); its table after "
+            f"10 of them: {there[0] / 1e6:.0f} MB"
+        )
+    finally:
+        server.stop()
+
+
+SCENES = {"workers": workers, "growth": growth, "polls": polls, "checkpoints": saving}
+
+if __name__ == "__main__":
+    for scene in sys.argv[1:] or SCENES:
+        SCENES[scene]()
