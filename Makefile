@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Every worker is a process that imports torch: 2.0 s of processor time from byte code, 4.2 s without.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow lint bench constraints clean
 

@@ -40,3 +40,12 @@ def test_status_loads_no_torch(verb: tuple[str, ...], tmp_path: Path) -> None:
     found = loaded(*verb, cwd=tmp_path)
     assert not found & HEAVY
     assert "optuna" in found  # it did look
+
+
+def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
+    """torch.compile is 160 MB and more than a second of every worker's start."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    Bench(url, config_of(training={"epochs": 1}))
+    found = loaded("worker", "s", "--storage", url, "--device", "cpu", cwd=tmp_path)
+    assert "torch.nn" in found
+    assert "torch._dynamo" not in found

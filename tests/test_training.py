@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from study.training import data as datasets
+from study.training.adam import Adam
 from study.training.augment import Jitter, gather
 from study.training.network import CNN
 from study.training.policies import make_policy
@@ -114,11 +116,33 @@ def test_same_seed_same_start_whatever_the_policy(digits: OnDevice) -> None:
     assert numbers(epochs(static))[0][:4] == numbers(epochs(dynamic))[0][:4]
 
 
+def test_adam_is_pytorchs() -> None:
+    """Bit for bit over steps and a resume, with and without weight decay."""
+    for decay in (0.0, 0.1):
+        ours, theirs = (CNN(10, generator(0, "weights"), width=0.125) for _ in range(2))
+        stock = torch.optim.Adam(theirs.parameters(), lr=0.01, weight_decay=decay, fused=True)
+        adam = Adam(ours.parameters(), lr=0.01, weight_decay=decay)
+        images = torch.randn(16, 3, 32, 32, generator=generator(0, "images"))
+        for step in range(4):
+            for network in (ours, theirs):
+                network(images).square().sum().backward()
+            adam.step()
+            stock.step()
+            stock.zero_grad()
+            if step == 1:
+                state = copy.deepcopy(stock.state_dict())  # also what earlier versions of this program stored
+                adam = Adam(ours.parameters(), lr=0.01, weight_decay=decay)
+                adam.load_state_dict(state)
+        assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+        kept = zip(adam.state_dict()["state"].values(), stock.state_dict()["state"].values(), strict=True)
+        assert all(torch.equal(a[name], b[name]) for a, b in kept for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
 @pytest.mark.parametrize("policy", ["full", "static", "fresh", "dynamic", "infobatch"])
 # In training, before and after validation, in the third epoch; in the cut-off epoch of a budget.
 @pytest.mark.parametrize(("steps", "images"), [(1, None), (5, None), (6, None), (12, None), (15, 750)])
 def test_resume_equals_not_stopping(digits: OnDevice, policy: str, steps: int, images: int | None) -> None:
-    options: dict[str, Any] = {"augment": True, "epochs": 3, "images": images, "width": 0.125}
+    options: dict[str, Any] = {"augment": True, "epochs": 3, "images": images, "width": 0.0625}
     whole = trainer(digits, policy, **options)
     epochs(whole)
 
@@ -226,12 +250,13 @@ def test_normalisation_uses_the_exact_statistics(digits: OnDevice) -> None:
 
 @pytest.mark.skipif("STUDY_TEST_IMAGES" not in os.environ, reason="STUDY_TEST_IMAGES names no folder of images")
 def test_it_trains_on_real_images() -> None:
-    """A few steps on photographs, full width: the loss falls, and a resumed copy agrees."""
+    """A few steps on photographs, half as wide: the loss falls, and a resumed copy agrees."""
     dataset = datasets.load("imagefolder", os.environ["STUDY_TEST_IMAGES"])
     data = OnDevice.of(datasets.split(dataset, "holdout", holdout=0.01, train_images=2000), CPU)
 
     def fresh() -> Trainer:
-        return Trainer(data, make_policy("dynamic", 2000, 0, alpha=512), 0, epochs=3, batch_size=128, augment=True)
+        policy = make_policy("dynamic", 2000, 0, alpha=256)
+        return Trainer(data, policy, 0, epochs=3, batch_size=64, augment=True, width=0.5)
 
     whole, stopped, resumed = fresh(), fresh(), fresh()
     results = epochs(whole)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from study.training.adam import Adam
 from study.training.augment import Jitter, gather
 from study.training.data import Split
 from study.training.energy import EnergyMeter
@@ -136,7 +137,8 @@ def pick_precision(wanted: Literal["auto", "bf16", "fp32"], device: torch.device
 
 def be_deterministic(wanted: bool) -> None:
     """Same seed, same kind of device: the same bits. CUDA needs CUBLAS_WORKSPACE_CONFIG in the environment too."""
-    torch.use_deterministic_algorithms(wanted)
+    # Not `use_deterministic_algorithms`, which sets the same and loads torch.compile.
+    torch.set_deterministic_debug_mode("error" if wanted else "default")
     # Filling new memory with NaN finds who reads what nobody wrote, for 6 % of a step. The bits are the same without,
     # and the tests of exact resume hold that.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -180,8 +182,7 @@ class Trainer:
         network = CNN(data.classes, generator(seed, "weights"), width=width, norm=norm)
         # Channels last is the layout of the images (one gather, no transpose) and of the fast kernels.
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fused = self.device.type in ("cuda", "cpu")
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
+        self.optimizer = Adam(self.network.parameters(), lr=lr, weight_decay=weight_decay)
         self.shuffles, self.jitters = generator(seed, "shuffle"), generator(seed, "augment")
         self.history: list[EpochResult] = []
         self.seen = torch.zeros(len(data.train_labels), dtype=torch.bool)
@@ -327,7 +328,6 @@ class Trainer:
                 losses = functional.cross_entropy(logits, labels, reduction="none")
                 loss, plain = (losses * weights).mean(), losses.mean()
                 self.policy.observe(index, losses.detach())
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.loss_sum += plain.detach() * len(index)
