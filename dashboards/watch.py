@@ -46,14 +46,14 @@ def watch(storage: RDBStorage, name: str, console: Console) -> None:
 
 
 def page(storage: RDBStorage, study: optuna.Study, config: StudyConfig, now: progress.Progress) -> RenderableType:
-    spent = control.spent(storage.engine, study._study_id)
+    spent = control.spent(storage.engine, study._study_id).amounts
     states = ", ".join(f"{count} {state}" for state, count in now.states.items() if count)
     best = f"; best {percent(now.best)}" if now.best is not None else ""
     lines = [f"{study.study_name}: {now.settled} of {now.total} trials settled ({states}){best}"]
     left = seconds_left(config, now, spent["hours"] * 3600)
     if left is not None:
         lines.append(f"about {timedelta(seconds=round(left))} left, if the work goes on as so far")
-    lines += budget_lines(control.budgets_of(storage.engine, study._study_id), spent)
+    lines += budget_lines(control.orders(storage.engine, study._study_id).budgets, spent)
     parts: list[RenderableType] = [Text("\n".join(lines))]
     parts.append(_workers(now) if now.running else Text("nobody is at work"))
     failures = [a for a in progress.attempts(storage.engine, study._study_id) if a.error][-MOST_FAILURES:]

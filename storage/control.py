@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,6 +17,7 @@ from storage.tables import ATTEMPTS, LEASES, STUDY_ATTRS, TRIALS
 
 STOP, BUDGETS = "stop", "budgets"
 """Keys of the study's user attributes."""
+ASKED = "asked to stop by `study stop`"
 UNITS = {
     "gpu-hours": ("gpu-hour", "gpu-hours", "gpu-h"),
     "hours": ("h", "hour", "hours"),
@@ -63,54 +66,83 @@ def go_on(engine: sa.Engine, study_id: int, budgets: Mapping[str, float] | None 
         _set(engine, study_id, STOP, False)
 
 
+@dataclass(frozen=True)
+class Orders:
+    """What people want of the workers."""
+
+    stop: bool
+    budgets: dict[str, float]
+
+
+def orders(engine: sa.Engine, study_id: int) -> Orders:
+    found = _attributes(engine, study_id)
+    return Orders(bool(found.get(STOP)), found.get(BUDGETS) or {})
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a study has used so far."""
+
+    amounts: dict[str, float]
+    """In every unit."""
+    workers: int
+    """At work now."""
+
+    def reason_to_stop(self, budgets: Mapping[str, float]) -> str | None:
+        for unit, limit in budgets.items():
+            if self.amounts[unit] >= limit:
+                return f"the budget is spent: {self.amounts[unit]:,.4g} of {limit:,.4g} {unit}"
+        return None
+
+    def seconds_left(self, budgets: Mapping[str, float]) -> float:
+        """Until the first budget is spent, if those now at work go on at the pace so far; 0 if there is none yet."""
+        worked = 3600 * self.amounts["gpu-hours"]
+        found = [math.inf]
+        for unit, limit in budgets.items():
+            pace = 1 / 3600 if unit == "hours" else self.workers * self.amounts[unit] / worked if worked else 0.0
+            found.append((limit - self.amounts[unit]) / pace if pace else 0.0)
+        return max(0.0, min(found))
+
+
 def reason_to_stop(engine: sa.Engine, study_id: int) -> str | None:
     """Why no worker should go on, if so: somebody asked, or a budget is spent."""
-    found = _attributes(engine, study_id)
-    if found.get(STOP):
-        return "asked to stop by `study stop`"
-    budgets: dict[str, float] = found.get(BUDGETS) or {}
-    if not budgets:
-        return None
-    used = spent(engine, study_id)
-    for unit, limit in budgets.items():
-        if used[unit] >= limit:
-            return f"the budget is spent: {used[unit]:,.4g} of {limit:,.4g} {unit}"
-    return None
+    wanted = orders(engine, study_id)
+    if wanted.stop:
+        return ASKED
+    return spent(engine, study_id).reason_to_stop(wanted.budgets) if wanted.budgets else None
 
 
-def budgets_of(engine: sa.Engine, study_id: int) -> dict[str, float]:
-    return _attributes(engine, study_id).get(BUDGETS) or {}
-
-
-def spent(engine: sa.Engine, study_id: int) -> dict[str, float]:
-    """What the study has used so far, in every unit."""
+def spent(engine: sa.Engine, study_id: int) -> Spent:
     clock = now(engine)
     lease = sa.and_(LEASES.c.trial_id == ATTEMPTS.c.trial_id, LEASES.c.token == ATTEMPTS.c.token)
-    # At work until now, or, if it vanished, at most until its lease ran out.
-    open_end = sa.case((LEASES.c.expires_at < clock, LEASES.c.expires_at), else_=clock)
-    query = (
+    # At work until now; if it vanished, at most until its lease ran out; nothing, if its trial was taken from it.
+    live = sa.and_(ATTEMPTS.c.ended_at.is_(None), LEASES.c.expires_at >= clock)
+    open_end = sa.case((live, clock), else_=sa.func.coalesce(LEASES.c.expires_at, 0.0))
+    last_sign = sa.func.coalesce(ATTEMPTS.c.ended_at, open_end)
+    start = ATTEMPTS.c.started_at
+    each = (
         sa.select(
-            ATTEMPTS.c.started_at,
-            sa.func.coalesce(ATTEMPTS.c.ended_at, open_end),
-            sa.func.coalesce(ATTEMPTS.c.images, 0),
-            sa.func.coalesce(ATTEMPTS.c.joules, 0.0),
+            start,
+            sa.case((last_sign > start, last_sign), else_=start).label("end"),
+            ATTEMPTS.c.images,
+            ATTEMPTS.c.joules,
+            sa.case((live, 1), else_=0).label("live"),
         )
         .select_from(TRIALS.join(ATTEMPTS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id).outerjoin(LEASES, lease))
         .where(TRIALS.c.study_id == study_id)
-        .order_by(ATTEMPTS.c.started_at)
+        .cte()
     )
+    # Of each attempt what no earlier one covers: together the time in which anybody worked.
+    covered = sa.func.max(each.c.end).over(order_by=(each.c.started_at, each.c.end), rows=(None, -1))
+    apart = sa.select(each, sa.func.coalesce(covered, each.c.started_at).label("covered")).cte()
+    begin = sa.case((apart.c.covered > apart.c.started_at, apart.c.covered), else_=apart.c.started_at)
+    new = sa.case((apart.c.end > begin, apart.c.end - begin), else_=0.0)
+    sums = (apart.c.end - apart.c.started_at, new, apart.c.images, apart.c.joules, apart.c.live)
     with engine.connect() as connection:
-        rows = connection.execute(query).all()
-    worked = elapsed = images = joules = 0.0
-    reached = float("-inf")
-    for start, end, trained, energy in rows:
-        end = max(end, start)
-        worked += end - start
-        elapsed += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-        images += trained
-        joules += energy
-    return {"gpu-hours": worked / 3600, "hours": elapsed / 3600, "images": images, "kWh": joules / 3.6e6}
+        row = connection.execute(sa.select(*(sa.func.coalesce(sa.func.sum(column), 0) for column in sums))).one()
+    worked, elapsed, images, joules, workers = row
+    amounts = {"gpu-hours": worked / 3600, "hours": elapsed / 3600, "images": int(images), "kWh": joules / 3.6e6}
+    return Spent(amounts, int(workers))
 
 
 def _attributes(engine: sa.Engine, study_id: int) -> dict[str, Any]:

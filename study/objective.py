@@ -33,6 +33,7 @@ from study import __version__, space
 from study.config import StudyConfig
 from study.scribe import Scribe, from_bytes, to_bytes
 from study.search import make_sampler
+from study.stopping import Stop
 from study.training.policies import make_policy
 from study.training.trainer import FORMAT, Diverged, EpochResult, OnDevice, Trainer
 
@@ -77,11 +78,11 @@ def run_trial(
     data: OnDevice,
     queue: Queue,
     lease: Lease,
-    stopping: Callable[[], bool],
+    stop: Stop,
     say: Callable[[str], None],
     aside: Path,
 ) -> None:
-    """Work on the leased trial until it is settled, or given back because `stopping` came true.
+    """Work on the leased trial until it is settled, or given back because it is to `stop`.
 
     Args:
         aside: folder for a checkpoint that could not be brought into the database; looked at before the trial starts.
@@ -90,7 +91,7 @@ def run_trial(
         LeaseLost: another worker has the trial; nothing more was written.
         DatabaseAway: the database was away for too long; the checkpoint lies in `aside`.
     """
-    chosen, seed = retrying(lambda: ask(study, config, lease), stopping=stopping)
+    chosen, seed = retrying(lambda: ask(study, config, lease), stopping=stop)
     trainer = make_trainer(config, data, chosen, seed)
     kept = aside / f"trial-{lease.number}.checkpoint"
     _restore(trainer, queue, lease, kept, say)
@@ -102,16 +103,19 @@ def run_trial(
     with Scribe(study, queue, lease, store=config.checkpoint.store) as scribe:
         for n in range(scribe.told, len(trainer.history)):  # to the checkpoint, but not to the database
             known = trainer.history[: n + 1]
-            scribe.tell(known[-1], reports(known, unit), last=trainer.over and known == trainer.history)
+            scribe.tell(known[-1], reports(known, unit), last=trainer.over and n + 1 == len(trainer.history))
         try:
             for result in trainer.run():
                 if result is not None:
                     scribe.tell(result, reports(trainer.history, unit), last=trainer.over)
+                    if stop.near:  # the budget counts what is stored
+                        scribe.flush(LAST_WORDS_SECONDS)
+                        stop.look()
                 if lease.lost.is_set():
                     raise LeaseLost(f"trial {lease.number} has been taken over")
                 if scribe.fault is not None or (scribe.pruned is not None and len(trainer.history) >= scribe.pruned):
                     break
-                if stopping():
+                if stop():
                     _give_back(trainer, scribe, queue, lease, kept, say)
                     return
                 if not scribe.saving and time.monotonic() - saved >= every:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import optuna
-import sqlalchemy as sa
 import torch
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError
@@ -25,58 +22,22 @@ from storage.queue import PATIENCE_SECONDS, LeaseLost, Queue, passing, retrying
 from storage.url import parse, redact
 from study import objective
 from study.config import StudyConfig
-from study.launch import STOP_SIGNALS, SUPERVISED
 from study.objective import DatabaseAway, run_trial
 from study.plan import check_fingerprint, load_study
 from study.search import make_pruner
+from study.stopping import Stop, launcher_gone, supervisor
 from study.training import data as datasets
 from study.training.energy import EnergyMeter
 from study.training.memory import keep_freed_memory
 from study.training.trainer import OnDevice, be_deterministic, pick_device
 
 WAIT_SECONDS = 2.0
-POLL_SECONDS = 0.5
-"""A budget is overrun by at most this or an epoch, whichever is longer, a worker."""
 MOST_ERRORS_IN_A_ROW = 2
 AWAY = (DBAPIError, optuna.exceptions.StorageInternalError, DatabaseAway)
 
 
 class WorkerBroken(Exception):
     """Attempt after attempt failed in this process: it may be the process or its device, so another goes on."""
-
-
-class Stop:
-    """Whether this worker has been asked to stop: by a signal, or by the end of the launcher that started it."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.reason = ""
-        """Why, if it was the database that asked."""
-        self.parent = int(os.environ.get(SUPERVISED, 0))
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-
-    def watch(self, engine: sa.Engine, study_id: int) -> None:
-        """See, from a thread, whether the study is to stop; at once, and then every POLL_SECONDS."""
-        looked = threading.Event()
-
-        def look() -> None:
-            while not self.asked:
-                with suppress(DBAPIError):
-                    reason = control.reason_to_stop(engine, study_id)
-                    if reason is not None:
-                        self.reason, self.asked = reason, True
-                looked.set()
-                time.sleep(POLL_SECONDS)
-
-        threading.Thread(target=look, name="stop", daemon=True).start()
-        looked.wait(POLL_SECONDS)
-
-    def __call__(self) -> bool:
-        return self.asked or (self.parent != 0 and os.getppid() != self.parent)
 
 
 def say(text: str) -> None:
@@ -95,7 +56,8 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         UserError: no such study, a device that is not there, or data other than the study's.
         DataError: the data cannot be used.
     """
-    stop = Stop()
+    stop = Stop(launcher_gone())
+    stop.on_signals()
     storage, study, config = _join(storage_url, name, stop)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     be_deterministic(config.training.deterministic)
@@ -114,7 +76,7 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         device=objective.device_name(device),
         stopping=stop,
     )
-    if "kWh" in control.budgets_of(storage.engine, study._study_id) and EnergyMeter(device).joules() is None:
+    if "kWh" in control.orders(storage.engine, study._study_id).budgets and EnergyMeter(device).joules() is None:
         raise UserError(f"the study has a budget in kWh, but {device} does not tell its energy; use another unit")
     stop.watch(storage.engine, study._study_id)
     aside = _aside(storage_url, study)
@@ -161,7 +123,7 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
 
 def _join(storage_url: str, name: str, stop: Stop) -> tuple[RDBStorage, optuna.Study, StudyConfig]:
     """The study. A launcher's worker waits for a database that is away when it starts; a person is told at once."""
-    deadline = time.monotonic() + (PATIENCE_SECONDS if stop.parent else 0.0)
+    deadline = time.monotonic() + (PATIENCE_SECONDS if supervisor() else 0.0)
     while True:
         try:
             storage = open_storage(storage_url, create=False)

@@ -20,6 +20,7 @@ from study.objective import run_trial
 from study.parsing import parse_config
 from study.plan import lay_down, load_study, prepare
 from study.search import make_pruner
+from study.stopping import Stop
 from study.training.trainer import OnDevice, be_deterministic
 from study.worker import load_data
 
@@ -67,12 +68,13 @@ class Bench:
         return Queue(self.storage.engine, self.study._study_id, **options)
 
     def work(self, stopping: Callable[[], bool] = lambda: False, most: int = 1000) -> None:
+        stop = stopping if isinstance(stopping, Stop) else Stop(stopping)
         queue = self.queue(max_attempts=self.config.lease.max_attempts)
         for _ in range(most):
             lease = queue.claim()
             if lease is None:
                 return
-            run_trial(self.study, self.config, self.data, queue, lease, stopping, self.said.append, self.aside)
+            run_trial(self.study, self.config, self.data, queue, lease, stop, self.said.append, self.aside)
 
     def outcome(self) -> list[tuple[Any, ...]]:
         """Everything of every trial that is not a time, a place or a count of attempts."""

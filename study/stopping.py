@@ -1,0 +1,92 @@
+"""Whether a worker is to stop: because of a signal, the end of the launcher that started it, or the database."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from storage import control
+from study.launch import STOP_SIGNALS, SUPERVISED
+
+LOOK_SECONDS = 2.0
+"""Between two looks at whether somebody asked the study to stop."""
+NEAR_SECONDS = 0.5
+"""Between two looks at the budgets when one is nearly spent."""
+FAR_SECONDS = 30.0
+PART = 0.1
+"""Of the time that the budgets will last, until they are looked at again."""
+
+
+class Stop:
+    """Call it: whether to stop.
+
+    Args:
+        asked: a further reason.
+    """
+
+    def __init__(self, asked: Callable[[], bool] = lambda: False) -> None:
+        self.reason = ""
+        """Why, if it was the database that asked."""
+        self.near = False
+        """Whether a budget is nearly spent: then `look` after every epoch, before the next begins."""
+        self._asked, self._was_asked = asked, False
+        self._where: tuple[sa.Engine, int] | None = None
+        self._budgets: dict[str, float] = {}
+        self._due = 0.0
+
+    def __call__(self) -> bool:
+        return self._was_asked or self._asked()
+
+    def on_signals(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self._was_asked = True
+
+    def watch(self, engine: sa.Engine, study_id: int) -> None:
+        """Look at once, and from then on in a thread: at a request to stop every LOOK_SECONDS, at budgets as often as
+        what is left of them demands.
+        """
+        self._where = engine, study_id
+        self.look()
+
+        def go_on_looking() -> None:
+            while not self():
+                time.sleep(NEAR_SECONDS if self.near else LOOK_SECONDS)
+                self.look(at_budgets=time.monotonic() >= self._due)
+
+        threading.Thread(target=go_on_looking, name="stop", daemon=True).start()
+
+    def look(self, at_budgets: bool = True) -> None:
+        """Ask the database; if it is away, later."""
+        if self._where is None:
+            return
+        with suppress(DBAPIError):
+            orders = control.orders(*self._where)
+            reason = control.ASKED if orders.stop else None
+            if orders.budgets and reason is None and (at_budgets or orders.budgets != self._budgets):
+                spent = control.spent(*self._where)
+                reason, pause = spent.reason_to_stop(orders.budgets), PART * spent.seconds_left(orders.budgets)
+                self.near, self._due = pause < LOOK_SECONDS, time.monotonic() + min(pause, FAR_SECONDS)
+            self.near, self._budgets = self.near and bool(orders.budgets), orders.budgets
+            if reason is not None:
+                self.reason, self._was_asked = reason, True
+
+
+def launcher_gone() -> Callable[[], bool]:
+    """Whether the launcher that started this process has ended, if it was one."""
+    parent = supervisor()
+    return lambda: parent != 0 and os.getppid() != parent
+
+
+def supervisor() -> int:
+    """The process id of the launcher that started this process; 0: none did."""
+    return int(os.environ.get(SUPERVISED, 0))
