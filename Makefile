@@ -12,7 +12,7 @@ demo: $(INSTALLED)  ## a finished study on the embedded digits, its table, and i
 	$(BIN)/study report quick --html report.html > /dev/null
 
 test: $(INSTALLED)  ## the tests; with STUDY_TEST_IMAGES=FOLDER also on real images
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow --timeout=1800

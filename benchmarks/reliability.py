@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from storage.progress import progress
 from storage.queue import Queue
 from storage.tables import EPOCHS
 from storage.tickets import lay
+from tests.hosts import Database, Hosts
 from tests.postgres import Postgres
 
 FORK = multiprocessing.get_context("fork")
@@ -201,10 +202,10 @@ STUDY = [
 """12 real trainings of 24 epochs, some seconds each."""
 
 
-def start(url: str, *arguments: str, inside: str = "") -> subprocess.Popen[str]:
+def start(url: str, *arguments: str, inside: Sequence[str] = ()) -> subprocess.Popen[str]:
     """`study` with arguments, in the network namespace `inside` if one is named."""
     environment = os.environ | {"STUDY_STORAGE": url, "OMP_NUM_THREADS": "1"}
-    command = [*(["ip", "netns", "exec", inside] if inside else []), sys.executable, "-m", "study", *arguments]
+    command = [*inside, sys.executable, "-m", "study", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -297,59 +298,24 @@ def restarts() -> None:
 
 
 def hosts() -> None:
-    """Needs root: three network namespaces, one for the database and one for each of two workers, on loopback wires."""
+    """Needs root."""
     print("\nTwo hosts and a database in network namespaces; the first host's cable out for 60 s")
-    names = ("study-db", "study-w1", "study-w2")
-
-    def ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True)
-
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Hosts("db", "w1", "w2") as net:
         launch(quiet := f"sqlite:///{folder}/quiet.db")
-        for name in names:
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
+        server = Database(net, "db")
         try:
-            for i in (1, 2):
-                ip(
-                    "-n",
-                    "study-db",
-                    "link",
-                    "add",
-                    f"to-w{i}",
-                    "type",
-                    "veth",
-                    "peer",
-                    "name",
-                    "eth",
-                    "netns",
-                    f"study-w{i}",
-                )
-                for name, device, host in (("study-db", f"to-w{i}", 1), (f"study-w{i}", "eth", 2)):
-                    ip("-n", name, "address", "add", f"10.99.{i}.{host}/30", "dev", device)
-                    ip("-n", name, "link", "set", device, "up")
-            code = (
-                "from tests.postgres import Postgres; p = Postgres('0.0.0.0', '10.99.0.0/16'); "
-                "print(p.port, p.new_database().rpartition('/')[2], flush=True); input(); p.stop()"
-            )
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            command = ["ip", "netns", "exec", "study-db", sys.executable, "-c", code]
-            server: subprocess.Popen[str] = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
-            assert server.stdout is not None
-            port, database = server.stdout.readline().split()
-            urls = [f"postgresql://postgres@10.99.{i}.1:{port}/{database}" for i in (1, 2)]
-            lease = ("--set", "lease.seconds=10")
-            first = start(urls[0], "launch", "quick", *STUDY, *lease, inside="study-w1")
+            url = server.new_database()
+            first = start(url, "launch", "quick", *STUDY, "--set", "lease.seconds=10", inside=net.at("w1"))
             time.sleep(12)
-            second = start(urls[1], "worker", "quick", "--device", "cpu", inside="study-w2")
+            second = start(url, "worker", "quick", "--device", "cpu", inside=net.at("w2"))
             time.sleep(8)
-            ip("-n", "study-db", "link", "set", "to-w1", "down")
+            net.cut("w1")
             time.sleep(60)
-            ip("-n", "study-db", "link", "set", "to-w1", "up")
+            net.mend("w1")
             (_, said), (_, other) = first.communicate(timeout=300), second.communicate(timeout=300)
             lost = said.count("has been taken over; this worker drops it")
             check = "from benchmarks.reliability import outcome; import sys; print(outcome(sys.argv[1]))"
-            inside = ["ip", "netns", "exec", "study-w2", sys.executable, "-c", check, urls[1]]
+            inside = [*net.at("w2"), sys.executable, "-c", check, url]
             found = subprocess.run(inside, capture_output=True, text=True, check=True).stdout.strip()
             print(
                 f"  exit codes {first.returncode} and {second.returncode}; trials that the cut-off host lost to the "
@@ -357,10 +323,8 @@ def hosts() -> None:
                 f"table equal to a quiet run's: {found == str(outcome(quiet))}",
                 flush=True,
             )
-            server.communicate("\n")
         finally:
-            for name in names:
-                ip("netns", "del", name)
+            server.stop()
 
 
 SCENES: dict[str, Callable[[], None]] = {

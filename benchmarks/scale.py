@@ -1,6 +1,6 @@
 """How many workers one PostgreSQL serves: 1 to 256 simulated trainings, what they say to it and how long they wait.
 
-    python -m benchmarks.scale [workers] [growth] [polls] [checkpoints]
+    python -m benchmarks.scale [workers] [nodes] [growth] [polls] [checkpoints]
 
 A worker is a forked process with the queue, the sampler, the lease and the stop watch of a real one; its training is a
 pause. It waits for every report, which a real one leaves to a thread, so its idle share is an upper bound.
@@ -32,11 +32,13 @@ from storage.queue import Queue
 from study.objective import ask
 from study.parsing import parse_config
 from study.plan import Prepared, lay_down, load_study
-from study.worker import POLL_SECONDS
+from study.stopping import Stop
+from tests.hosts import NETWORK, Hosts
 from tests.postgres import Postgres
 
 FORK = multiprocessing.get_context("fork")
 CROWDS = (1, 4, 16, 64, 128, 256)
+CROWDS_OF_HOSTS = (3, 15, 63, 126)
 EPOCHS, EPOCH_SECONDS, LASTING = 4, 5.0, 40.0
 ROW = {
     "loss": 1.0, "images": 5000, "train_seconds": 1.5, "validation_seconds": 0.4, "kind": "type1", "k": 500,
@@ -69,24 +71,21 @@ def laid(server: Postgres, trials: int) -> str:
     return url
 
 
-def worker(url: str, ready: Any, ends: Any, results: Any) -> None:
+def worker(url: str, ready: Any, ends: Any, results: Any, net: Hosts | None = None, host: str = "") -> None:
     """One simulated worker, until the common end."""
+    if net is not None:
+        net.enter(host)
     doing, tally = threading.local(), Tally()
     storage = open_storage(url, create=False)
     engine = storage.engine
 
     @sa.event.listens_for(engine, "before_cursor_execute")
     def _count(*_: Any) -> None:
-        tally.statements[getattr(doing, "what", "lease")] += 1  # the renewing thread is not ours to mark
+        thread = threading.current_thread().name
+        tally.statements["stop watch" if thread == "stop" else getattr(doing, "what", "lease")] += 1
 
     study, config = load_study(storage, "s")
     queue = Queue(engine, study._study_id, seconds=config.lease.seconds)
-    over = threading.Event()
-
-    def watch() -> None:
-        doing.what = "stop watch"
-        while not over.wait(POLL_SECONDS):
-            reason_to_stop(engine, study._study_id)
 
     @contextmanager
     def timed(what: str) -> Iterator[None]:
@@ -96,7 +95,7 @@ def worker(url: str, ready: Any, ends: Any, results: Any) -> None:
 
     ready.wait()
     tally.statements.clear()
-    threading.Thread(target=watch, daemon=True).start()
+    Stop().watch(engine, study._study_id)
     time.sleep(random.uniform(0, EPOCH_SECONDS))  # no two clusters' workers start in one second
     started, end = time.monotonic(), ends.value
     while time.monotonic() < end:
@@ -117,7 +116,6 @@ def worker(url: str, ready: Any, ends: Any, results: Any) -> None:
                 queue.finish(lease, TrialState.COMPLETE, [0.5], {"best_epoch": EPOCHS, "epochs": EPOCHS})
         tally.settled += 1
     tally.lasted = time.monotonic() - started
-    over.set()
     results.put(tally)
     results.close()
     results.join_thread()
@@ -141,10 +139,14 @@ def cpu_seconds(server: Postgres) -> float:
     return ticks / 100
 
 
-def crowd(server: Postgres, workers: int) -> tuple[str, list[Tally]]:
+def crowd(server: Postgres, workers: int, net: Hosts | None = None) -> list[Tally]:
     url = laid(server, workers * 4 + 20)
+    from_there = url if net is None else url.replace("127.0.0.1", net.address("db"))
     ready, ends, results = FORK.Barrier(workers + 1), FORK.Value("d", 0.0), FORK.Queue()
-    processes = [FORK.Process(target=worker, args=(url, ready, ends, results), daemon=True) for _ in range(workers)]
+    processes = [
+        FORK.Process(target=worker, args=(from_there, ready, ends, results, net, f"w{i % 3 + 1}"), daemon=True)
+        for i in range(workers)
+    ]
     for process in processes:
         process.start()
     while ready.n_waiting < workers:
@@ -172,16 +174,36 @@ def crowd(server: Postgres, workers: int) -> tuple[str, list[Tally]]:
         each = np.concatenate([tally.seconds[what] for tally in tallies]) * 1000
         line += f" {np.percentile(each, 50):>7.0f} {np.percentile(each, 99):>7.0f}"
     print(line + f" {1 - sum(t.trained for t in tallies) / worked:>7.1%} {os.getloadavg()[0]:>5.0f}", flush=True)
-    return url, tallies
+    return tallies
+
+
+def heads() -> None:
+    print(f"{EPOCHS} epochs of {EPOCH_SECONDS:g} s a trial, {LASTING:g} s and until the last is settled; times in ms")
+    print("workers settled/s st./worker/s  commits/s conn/w. cores  claim50 claim99  rep.50  rep.99    idle  load")
+
+
+def nodes() -> None:
+    """The crowd spread over three hosts, the server on a fourth: network namespaces, so needs root."""
+    print("\nOn three hosts:", end=" ")
+    heads()
+    with Hosts("db", "w1", "w2", "w3") as net:
+        here = os.open("/proc/self/ns/net", os.O_RDONLY)
+        net.enter("db")
+        server = Postgres("0.0.0.0", NETWORK)
+        try:
+            for count in CROWDS_OF_HOSTS:
+                crowd(server, count, net)
+        finally:
+            server.stop()
+            Hosts.move(here)
 
 
 def workers() -> None:
-    print(f"{EPOCHS} epochs of {EPOCH_SECONDS:g} s a trial, {LASTING:g} s and until the last is settled; times in ms")
-    print("workers settled/s st./worker/s  commits/s conn/w. cores  claim50 claim99  rep.50  rep.99    idle  load")
+    heads()
     server = Postgres()
     try:
         for count in CROWDS:
-            _, tallies = crowd(server, count)
+            tallies = crowd(server, count)
         statements = sum((tally.statements for tally in tallies), Counter[str]())
         times = {what: sum(len(t.seconds[what]) for t in tallies) for what in tallies[0].seconds}
         each = ", ".join(f"{what} {statements[what] / times[what]:.1f}" for what in times)
@@ -286,7 +308,7 @@ def saving() -> None:
         server.stop()
 
 
-SCENES = {"workers": workers, "growth": growth, "polls": polls, "checkpoints": saving}
+SCENES = {"workers": workers, "nodes": nodes, "growth": growth, "polls": polls, "checkpoints": saving}
 
 if __name__ == "__main__":
     for scene in sys.argv[1:] or SCENES:

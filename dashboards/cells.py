@@ -15,9 +15,12 @@ from dashboards.inference import (
     binomial_noise,
     compare,
     holm,
+    holm_corrected,
     summary,
 )
-from dashboards.view import Row, View, label
+from dashboards.view import Row, View
+from dashboards.words import label
+from study import space
 from study.space import DATA_PARAMETERS
 
 PAPER_IMAGES = 50_000
@@ -130,8 +133,13 @@ def _ratios(found: Sequence[Cell]) -> dict[str, Summary]:
 
 
 def _effects(found: Sequence[Cell], view: View, measure: str) -> dict[str, float]:
-    """Of each parameter of a grid: its levels, each the mean over all that was crossed with it, compared by seed."""
+    """Of each parameter of a grid: its levels, each the mean over all that was crossed with it, compared by seed.
+
+    Only of whole grids: of half a one, a level's mean is over other cells than its neighbour's.
+    """
     if view.config.search.sampler.kind != "grid" or view.config.search.cells or "policy" in view.parameters:
+        return {}
+    if len(found) < len(space.cells(view.config)):
         return {}
     raw: dict[str, float] = {}
     for name in view.parameters:
@@ -142,11 +150,7 @@ def _effects(found: Sequence[Cell], view: View, measure: str) -> dict[str, float
         p = any_difference(groups)
         if p is not None:
             raw[name] = p
-    ordered, floor, corrected = sorted(raw, key=lambda name: raw[name]), 0.0, {}
-    for rank, name in enumerate(ordered):
-        floor = max(floor, min(1.0, (len(ordered) - rank) * raw[name]))
-        corrected[name] = floor
-    return corrected
+    return holm_corrected(raw)
 
 
 def _mean_by_seed(group: Iterable[dict[int, float]]) -> dict[int, float]:
@@ -167,7 +171,8 @@ class Grid:
 def grid(view: View) -> Grid | None:
     """The table, if the study is a grid over alpha and beta and nothing else."""
     searched = view.config.searched()
-    if set(view.parameters) != {"alpha", "beta"} or view.config.search.sampler.kind != "grid" or not searched:
+    crossed = view.config.search.sampler.kind == "grid" and view.config.search.cells is None
+    if set(view.parameters) != {"alpha", "beta"} or not crossed:
         return None
     return Grid(
         tuple(sorted(searched["alpha"])),

@@ -1,4 +1,4 @@
-"""A study as plain data, for programs: its progress, its findings, and the manifest that lets anyone repeat it."""
+"""A study as plain data, for programs: its status, its findings, and the manifest that lets anyone repeat it."""
 
 from __future__ import annotations
 
@@ -8,32 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dashboards import cells, verdict
+from dashboards import cells, status, verdict
 from dashboards.view import Row, View
-
-
-def status(view: View) -> dict[str, Any]:
-    """What `study status --json` prints."""
-    best = view.best
-    return {
-        "name": view.name,
-        "preset": view.preset,
-        "protocol": view.config.data.protocol,
-        "tickets": len(view.rows),
-        "states": view.states(),
-        "best_value": best.value if best else None,
-        "best_trial": best.number if best else None,
-        "best_params": best.parameters if best else None,
-        "budgets": view.budgets,
-        "spent": view.spent,
-        "failures": {row.number: row.error for row in view.rows if row.state == "failed"},
-    }
 
 
 def report(view: View) -> dict[str, Any]:
     """What `study report --json` writes. Accuracies are in [0, 1], times in seconds."""
     found = cells.findings(view)
-    return status(view) | {
+    return status.document(view.status) | {
         "verdict": verdict.verdict(view, found),
         "measure": found.measure,
         "cells": [_cell(view, cell, found) for cell in found.cells],

@@ -16,7 +16,8 @@ from plotly.subplots import make_subplots
 
 from dashboards import cells as celling
 from dashboards.cells import Cell, Findings, Grid
-from dashboards.view import Row, View, label, shown
+from dashboards.view import Row, View
+from dashboards.words import label, shown
 
 # Okabe and Ito's palette without its yellow, which is lost on white. The eighth is grey: everyone else.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A6FDF")

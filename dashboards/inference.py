@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 LEVEL = 0.05
 """Two-sided; intervals cover 1 - LEVEL."""
 POWER = 0.8
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,16 @@ def compare(a: str, b: str, ours: Mapping[int, float], theirs: Mapping[int, floa
 
 def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The comparisons as one family: `p_holm` by Holm's step-down procedure (1979)."""
-    tested = sorted((i for i, c in enumerate(comparisons) if c.p_t is not None), key=lambda i: comparisons[i].p_t or 0)
-    corrected, floor = list(comparisons), 0.0
-    for rank, i in enumerate(tested):
-        floor = max(floor, min(1.0, (len(tested) - rank) * (comparisons[i].p_t or 0.0)))
-        corrected[i] = replace(comparisons[i], p_holm=floor)
+    corrected = holm_corrected({i: c.p_t for i, c in enumerate(comparisons) if c.p_t is not None})
+    return [replace(c, p_holm=corrected.get(i)) for i, c in enumerate(comparisons)]
+
+
+def holm_corrected(ps: Mapping[Key, float]) -> dict[Key, float]:
+    """A family of p-values, each corrected."""
+    corrected, floor = {}, 0.0
+    for rank, key in enumerate(sorted(ps, key=lambda key: ps[key])):
+        floor = max(floor, min(1.0, (len(ps) - rank) * ps[key]))
+        corrected[key] = floor
     return corrected
 
 

@@ -6,6 +6,7 @@ import warnings
 
 import optuna
 import plotly.graph_objects as go
+from optuna.storages import RDBStorage
 from optuna_dashboard import save_note, save_plotly_graph_object
 
 from dashboards import cells, effort, figures
@@ -16,8 +17,13 @@ MOST_POINTS = 5_000
 """Figures travel with every poll of the dashboard, so larger ones stay on the report page."""
 
 
-def publish(view: View) -> None:
-    """Write the study's note and figures, replacing those of an earlier call."""
+def publish(view: View, storage: RDBStorage) -> None:
+    """Write the study's note and figures, replacing those of an earlier call.
+
+    Args:
+        storage: where to write; not one opened for reading, whose transactions may not turn into writing ones.
+    """
+    study = optuna.load_study(study_name=view.name, storage=storage)
     found = cells.findings(view)
     table = cells.grid(view)
     drawn = {
@@ -31,17 +37,17 @@ def publish(view: View) -> None:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         for name, figure in drawn.items():
             if figure is not None and _points(figure) <= MOST_POINTS:
-                save_plotly_graph_object(view.study, figure, graph_object_id=f"study-{name}")
-        save_note(view.study, note(view, found))
+                save_plotly_graph_object(study, figure, graph_object_id=f"study-{name}")
+        save_note(study, note(view, found))
 
 
 def note(view: View, found: cells.Findings) -> str:
     """Markdown: what the study is, how far, what it shows, how to go on with it."""
-    states = ", ".join(f"{count} {name}" for name, count in view.states().items() if count)
+    states = ", ".join(f"{count} {name}" for name, count in view.status.states.items() if count)
     lines = [
         f"# {view.name}",
         view.config.description,
-        f"Preset `{view.preset}`; {len(view.rows)} trials: {states}. Protocol {view.protocol}.",
+        f"Preset `{view.preset}`; {len(view.rows)} trials: {states}. Protocol {view.status.protocol}.",
         f"Go on with it: `study resume {view.name}`. All tables and figures: `study report {view.name} --html FILE`.",
         *verdict(view, found),
     ]

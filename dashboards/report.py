@@ -12,7 +12,8 @@ from plotly.offline import get_plotlyjs
 
 from dashboards import cells, document, effort, figures, terminal
 from dashboards.verdict import verdict
-from dashboards.view import View, budget_lines, label, percent
+from dashboards.view import View
+from dashboards.words import budget_lines, label, percent
 
 MOST_TRIALS = 500
 STYLE = """
@@ -89,7 +90,7 @@ def _section(title: str, content: str, note: str = "") -> str:
 
 
 def _summary(view: View) -> str:
-    states = ", ".join(f"{count} {name}" for name, count in view.states().items() if count)
+    states = ", ".join(f"{count} {name}" for name, count in view.status.states.items() if count)
     lines = [f"<p>{len(view.rows)} trials: {escape(states)}.</p>"]
     best = view.best
     if best is not None:
@@ -97,8 +98,11 @@ def _summary(view: View) -> str:
         where = f"trial {best.number}{chosen}, epoch {best.best_epoch}"
         lines.append(f"<p>Best validation accuracy <b>{percent(best.value)}</b>: {escape(where)}.</p>")
     style = ' class="warning"' if view.config.data.protocol == "paper" else ""
-    lines += [f"<p>{escape(line)}.</p>".replace("spent", "Spent", 1) for line in budget_lines(view.budgets, view.spent)]
-    lines.append(f"<p{style}>Protocol {escape(view.protocol)}.</p>")
+    lines += [
+        f"<p>{escape(line)}.</p>".replace("spent", "Spent", 1)
+        for line in budget_lines(view.status.budgets, view.status.spent)
+    ]
+    lines.append(f"<p{style}>Protocol {escape(view.status.protocol)}.</p>")
     return "".join(lines)
 
 
@@ -109,7 +113,7 @@ def _side_by_side(views: Sequence[View]) -> str:
         best = percent(view.best.value if view.best else None)
         hours = sum(row.seconds for row in view.rows) / 3600
         images = sum(row.images for row in view.rows)
-        complete = view.states()["complete"]
+        complete = view.status.states["complete"]
         numbers = [str(len(view.rows)), str(complete), best, f"{images:,}", f"{hours:.2f}"]
         lines.append([view.name, *numbers, view.config.data.protocol])
     figure = figures.cost(views)

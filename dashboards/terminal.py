@@ -1,34 +1,24 @@
-"""A study on a terminal: how far it is, its cells with intervals, the paper's tables, comparisons, trials."""
+"""A study's report on a terminal: its cells with intervals, the paper's tables, comparisons, trials."""
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from dashboards import cells as celling
 from dashboards.cells import Findings, Grid
+from dashboards.status import heading
 from dashboards.verdict import interval, verdict
-from dashboards.view import View, budget_lines, label, percent, shown
+from dashboards.view import View
+from dashboards.words import percent, plain_table, shown
 
 MOST_TRIALS = 60
 
 
-def status_text(view: View) -> RenderableType:
-    states = ", ".join(f"{count} {name}" for name, count in view.states().items() if count)
-    lines = [f"{view.name} ({view.preset}): {len(view.rows)} trials: {states}", f"protocol {view.protocol}"]
-    if view.best is not None:
-        chosen = f", {label(view.best.parameters)}" if view.best.parameters else ""
-        lines.append(f"best {percent(view.best.value)}: trial {view.best.number}{chosen}")
-    lines += budget_lines(view.budgets, view.spent)
-    lines += [f"trial {row.number} failed: {row.error}" for row in view.rows if row.state == "failed"]
-    return Text("\n".join(lines))
-
-
 def report_text(view: View) -> RenderableType:
     found = celling.findings(view)
-    parts: list[RenderableType] = [status_text(view)]
+    parts: list[RenderableType] = [Text("\n".join(heading(view.status)))]
     if any(len(cell.ended) > 1 for cell in found.cells) or "policy" in view.parameters:
         parts.append(plain_table("Settings: mean (95 % interval)", *cells_table(view, found), left=(0,)))
     else:
@@ -116,14 +106,3 @@ def _grid(view: View, grid: Grid) -> Table:
     beside = " / the paper's, where held" if papers else ""
     title = f"Accuracy (%) by alpha, beta{beside}; p: pruned"
     return plain_table(title, ["alpha \\ beta", *(shown(beta) for beta in grid.betas)], lines)
-
-
-def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tuple[int, ...] = ()) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i in left else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    return table

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dashboards import paper
 from dashboards.cells import Findings, noise
 from dashboards.inference import Comparison, Summary
-from dashboards.view import View, percent
+from dashboards.view import View
+from dashboards.words import percent
 
 FEW = 5
 

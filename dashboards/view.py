@@ -10,10 +10,12 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from storage import control, progress
+from dashboards import status
+from dashboards.status import Status
+from storage import progress
 from storage.progress import Attempt
 from study.config import StudyConfig
-from study.plan import PROTOCOLS, load_study
+from study.plan import load_study
 from study.space import relevant, settings
 
 MOST_CURVES = 400
@@ -74,23 +76,13 @@ class View:
     """Trial number to its rows of `trial_epochs`; of more than MOST_CURVES trials, the best and a sample."""
     attempts: tuple[Attempt, ...]
     study: optuna.Study
-    budgets: dict[str, float]
-    spent: dict[str, float]
-    """By unit, as in `storage.control`."""
+    status: Status
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """What its trials differ in, in the config's order."""
-        if self.config.search.cells is not None:
-            found = {name for row in self.rows for name in row.parameters}
-            return tuple(name for name in self.config.searchable() if name in found)
-        policy = self.config.policy.name
-        searched = self.config.searched()
-        return tuple(name for name in searched if not isinstance(policy, str) or relevant(policy, name))
-
-    @property
-    def protocol(self) -> str:
-        return PROTOCOLS[self.config.data.protocol]
+        policies = self.config.policies()
+        return tuple(name for name in self.config.searched() if any(relevant(policy, name) for policy in policies))
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -101,10 +93,6 @@ class View:
     def best(self) -> Row | None:
         done = [row for row in self.rows if row.state == "complete" and row.value is not None]
         return max(done, key=lambda row: (row.value or 0.0, -row.number), default=None)
-
-    def states(self) -> dict[str, int]:
-        names = progress.STATE_NAMES.values()
-        return {name: sum(row.state == name for row in self.rows) for name in names}
 
 
 def read(storage: RDBStorage, name: str) -> View:
@@ -143,16 +131,8 @@ def read(storage: RDBStorage, name: str) -> View:
             )
         )
     attempts = tuple(progress.attempts(storage.engine, study._study_id))
-    preset, spent = study.user_attrs.get("preset", ""), control.spent(storage.engine, study._study_id)
-    budgets = control.budgets_of(storage.engine, study._study_id)
-    return View(name, preset, config, tuple(rows), curves, attempts, study, budgets, spent)
-
-
-def shown(value: Any) -> str:
-    """A parameter as people write it: 0.1, not 0.1000; 15,000."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    found = status.read(storage.engine, name)
+    return View(name, found.preset, config, tuple(rows), curves, attempts, study, found)
 
 
 def _chosen(totals: dict[int, progress.Totals]) -> list[int] | None:
@@ -162,18 +142,3 @@ def _chosen(totals: dict[int, progress.Totals]) -> list[int] | None:
     ranked = sorted(totals, key=lambda number: (-totals[number].accuracy, number))
     best, others = ranked[: MOST_CURVES // 4], ranked[MOST_CURVES // 4 :]
     return best + others[:: -(-len(others) // (MOST_CURVES - len(best)))]
-
-
-def budget_lines(budgets: dict[str, float], spent: dict[str, float]) -> list[str]:
-    return [f"spent {spent[unit]:,.4g} of {limit:,.4g} {unit}" for unit, limit in budgets.items()]
-
-
-def label(parameters: dict[str, Any]) -> str:
-    """`dynamic, alpha 5,000, beta 0.7`: a policy speaks for itself."""
-    return ", ".join(
-        shown(value) if name == "policy" else f"{name} {shown(value)}" for name, value in parameters.items()
-    )
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f} %"

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from optuna.distributions import json_to_distribution
 from optuna.trial import TrialState
 
+from storage.errors import UserError
 from storage.queue import now
-from storage.tables import ATTEMPTS, EPOCHS, LEASES, TRIAL_VALUES, TRIALS
+from storage.tables import (
+    ATTEMPTS,
+    EPOCHS,
+    LEASES,
+    STUDIES,
+    STUDY_ATTRS,
+    TRIAL_ATTRS,
+    TRIAL_PARAMS,
+    TRIAL_VALUES,
+    TRIALS,
+)
 
 STATE_NAMES = {
     TrialState.WAITING: "waiting",
@@ -50,6 +63,8 @@ class Progress:
     images: int
     """Images trained on in them."""
     best: float | None
+    """The highest value of a complete trial; of two the lower number."""
+    best_trial: int | None
 
     @property
     def total(self) -> int:
@@ -58,6 +73,30 @@ class Progress:
     @property
     def settled(self) -> int:
         return self.states["complete"] + self.states["pruned"] + self.states["failed"]
+
+
+def find(engine: sa.Engine, name: str) -> tuple[int, dict[str, Any]]:
+    """A study of ours: its id and its attributes.
+
+    Raises:
+        UserError: no study of that name (with the names there are), or one that this program did not lay down.
+    """
+    attributes = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(
+        STUDY_ATTRS.c.study_id == STUDIES.c.study_id
+    )
+    with engine.connect() as connection:
+        study_id = connection.scalar(sa.select(STUDIES.c.study_id).where(STUDIES.c.study_name == name))
+        if study_id is None:
+            names = connection.scalars(sa.select(STUDIES.c.study_name).order_by(STUDIES.c.study_name)).all()
+            there = f"studies there: {', '.join(names)}" if names else "there are none yet"
+            raise UserError(f"no study {name!r} in this storage; {there}")
+        found = {
+            key: json.loads(value)
+            for key, value in connection.execute(attributes.where(STUDIES.c.study_id == study_id))
+        }
+    if "config" not in found:
+        raise UserError(f"the study {name!r} was not laid down by `study launch`: it has no config")
+    return study_id, found
 
 
 def progress(engine: sa.Engine, study_id: int) -> Progress:
@@ -88,20 +127,24 @@ def progress(engine: sa.Engine, study_id: int) -> Progress:
         .group_by(TRIALS.c.number, LEASES.c.owner, LEASES.c.expires_at, ATTEMPTS.c.device, ATTEMPTS.c.started_at)
         .order_by(TRIALS.c.number)
     )
-    complete = sa.and_(of_study, TRIALS.c.state == TrialState.COMPLETE)
-    accuracies = sa.select(sa.func.max(TRIAL_VALUES.c.value)).select_from(TRIALS.join(TRIAL_VALUES))
-    best = accuracies.where(complete, TRIAL_VALUES.c.objective == 0)
+    best = (
+        sa.select(TRIAL_VALUES.c.value, TRIALS.c.number)
+        .select_from(TRIALS.join(TRIAL_VALUES))
+        .where(of_study, TRIALS.c.state == TrialState.COMPLETE, TRIAL_VALUES.c.objective == 0)
+        .order_by(TRIAL_VALUES.c.value.desc(), TRIALS.c.number)
+        .limit(1)
+    )
     with engine.connect() as connection:
         counts = dict.fromkeys(STATE_NAMES.values(), 0)
         counts |= {STATE_NAMES[state]: count for state, count in connection.execute(by_state)}
         rows = connection.execute(held).all()
-        value = connection.execute(best).scalar_one()
+        value, number = connection.execute(best).one_or_none() or (None, None)
     live = tuple(
         Running(r.number, r.owner, r.device or "", r.epoch, r.images, r.seconds, r.accuracy, r.left, r.age or 0.0)
         for r in rows
         if (r.left or 0) > 0
     )
-    return Progress(counts, live, sum(r.epoch for r in rows), sum(r.images for r in rows), value)
+    return Progress(counts, live, sum(r.epoch for r in rows), sum(r.images for r in rows), value, number)
 
 
 @dataclass(frozen=True)
@@ -164,6 +207,36 @@ def epoch_rows(
     return found
 
 
+def parameters(engine: sa.Engine, study_id: int, number: int) -> dict[str, Any]:
+    """What was chosen for a trial."""
+    query = (
+        sa.select(TRIAL_PARAMS.c.param_name, TRIAL_PARAMS.c.param_value, TRIAL_PARAMS.c.distribution_json)
+        .select_from(TRIALS.join(TRIAL_PARAMS))
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.number == number)
+        .order_by(TRIAL_PARAMS.c.param_id)
+    )
+    with engine.connect() as connection:
+        return {
+            name: json_to_distribution(text).to_external_repr(value) for name, value, text in connection.execute(query)
+        }
+
+
+def failures(engine: sa.Engine, study_id: int) -> dict[int, str]:
+    """Trial number to error, of the trials that failed for good."""
+    told = sa.and_(TRIAL_ATTRS.c.trial_id == TRIALS.c.trial_id, TRIAL_ATTRS.c.key == "error")
+    query = (
+        sa.select(TRIALS.c.number, TRIAL_ATTRS.c.value_json, LEASES.c.last_error)
+        .select_from(TRIALS.outerjoin(TRIAL_ATTRS, told).outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.FAIL)
+        .order_by(TRIALS.c.number)
+    )
+    with engine.connect() as connection:
+        return {
+            number: json.loads(text) if text else error or "no reason is known"
+            for number, text, error in connection.execute(query)
+        }
+
+
 def last_errors(engine: sa.Engine, study_id: int) -> dict[int, str]:
     """Trial number to the error of its last failed attempt, where there is one."""
     query = (
@@ -191,13 +264,17 @@ class Attempt:
     error: str | None
 
 
-def attempts(engine: sa.Engine, study_id: int) -> list[Attempt]:
-    """All attempts at a study's trials, by their start."""
+def attempts(engine: sa.Engine, study_id: int, *, failed: int | None = None) -> list[Attempt]:
+    """All attempts at a study's trials, by their start; or the last `failed` of those that ended in an error."""
     query = (
         sa.select(TRIALS.c.number, *[column for column in ATTEMPTS.c if column.name in Attempt.__annotations__])
         .select_from(TRIALS.join(ATTEMPTS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id))
         .where(TRIALS.c.study_id == study_id)
-        .order_by(ATTEMPTS.c.started_at)
     )
+    if failed is None:
+        query = query.order_by(ATTEMPTS.c.started_at)
+    else:
+        query = query.where(ATTEMPTS.c.error.is_not(None)).order_by(ATTEMPTS.c.started_at.desc()).limit(failed)
     with engine.connect() as connection:
-        return [Attempt(**row) for row in connection.execute(query).mappings()]
+        found = [Attempt(**row) for row in connection.execute(query).mappings()]
+    return found if failed is None else found[::-1]

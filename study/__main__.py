@@ -2,8 +2,13 @@
 
 
 def main() -> None:
+    import atexit
+    import gc
+
     from study.cli import run
 
+    # The interpreter's last search for garbage would take 0.3 s, of the 1.0 s of `study status`.
+    atexit.register(gc.freeze)
     run()
 
 

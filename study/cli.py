@@ -5,16 +5,14 @@ Heavy modules are imported by the verbs that need them: `study --help` loads nei
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from storage.errors import UserError
-from study import moving as moving  # its verbs
+from study import looking as looking  # their verbs
+from study import moving as moving
 from study.options import (
     Address,
     Assignments,
@@ -35,10 +33,11 @@ from study.options import (
     say,
     shown,
     storage_url,
-    view,
 )
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from study.workforce import Workforce
 
 
@@ -186,81 +185,27 @@ def _budgets(texts: list[str] | None) -> dict[str, float] | None:
 
 
 def _go_on(name: str, url: str, budgets: dict[str, float] | None) -> None:
-    from storage.connect import open_storage
     from storage.control import go_on
+
+    go_on(*_found(name, url), budgets)
+
+
+def _found(name: str, url: str) -> tuple[Engine, int]:
+    """An existing study: its database and its id there."""
+    from storage.connect import open_storage
     from study.plan import load_study
 
     opened = open_storage(url, create=False)
-    go_on(opened.engine, load_study(opened, name)[0]._study_id, budgets)
+    return opened.engine, load_study(opened, name)[0]._study_id
 
 
 @app.command()
 def stop(name: Name, storage: Storage = None) -> None:
     """Ask all workers of a study, wherever they are, to give their trials back and end."""
-    from storage.connect import open_storage
     from storage.control import request_stop
-    from study.plan import load_study
 
-    opened = open_storage(storage_url(storage), create=False)
-    request_stop(opened.engine, load_study(opened, name)[0]._study_id)
+    request_stop(*_found(name, storage_url(storage)))
     say(f"asked the workers of {name!r} to stop; go on with: study resume {name}")
-
-
-@app.command()
-def status(
-    name: Name,
-    storage: Storage = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay until it is settled, and show every change.")] = False,
-) -> None:
-    """How far a study is, and who works on it."""
-    if watch:
-        from dashboards.watch import watch as watch_study
-        from storage.connect import open_storage
-
-        watch_study(open_storage(storage_url(storage), create=False, reading=True), name, out)
-        return
-    from dashboards import document, terminal
-
-    found = view(name, storage)
-    if as_json:
-        typer.echo(json.dumps(document.status(found), indent=2))
-    else:
-        out.print(terminal.status_text(found), soft_wrap=True)
-
-
-@app.command()
-def report(
-    names: Annotated[list[str], typer.Argument(help="Names of the studies.")],
-    storage: Storage = None,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.", show_default=False)] = None,
-    to_json: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers here, for programs.", show_default=False)
-    ] = None,
-    publish: Annotated[bool, typer.Option("--publish", help="Write figures and notes for optuna-dashboard.")] = False,
-) -> None:
-    """The tables of one or several studies on the terminal, their figures as a page, their numbers as JSON."""
-    from dashboards import document, terminal
-    from dashboards import report as page
-    from dashboards.publish import publish as publish_study
-
-    for file in (html, to_json):
-        if file is not None and not file.parent.is_dir():
-            raise UserError(f"no folder {file.parent} for {file.name}; create it or name another")
-    views = [view(name, storage) for name in names]
-    for found in views:
-        out.print(terminal.report_text(found))
-    for file, text in ((html, page.page), (to_json, document.text)):
-        if file is not None:
-            try:
-                file.write_text(text(views), encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"cannot write {file}: {error.strerror}") from None
-            say(f"wrote {file}")
-    if publish:
-        for found in views:
-            publish_study(found)
-            say(f"published the figures of {found.name!r}")
 
 
 @app.command()
@@ -306,51 +251,24 @@ def init(storage: Storage = None) -> None:
     say(f"the tables are there: {shown(url)}")
 
 
-@app.command()
-def dashboard(
-    storage: Storage = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8080,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; other than this machine's own it demands one of the next two.")
-    ] = "127.0.0.1",
-    read_only: Annotated[bool, typer.Option("--read-only", help="Refuse everything that writes.")] = False,
-    password_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the login's password. Default: $STUDY_DASHBOARD_PASSWORD.", show_default=False),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Another name that it is reached by, as a proxy's. Repeatable."),
-    ] = None,
-) -> None:
-    """Watch the studies of a storage in optuna-dashboard, with a login or read-only if wanted."""
-    from dashboards.serve import PASSWORD_VARIABLE, check_names, check_open, password_from, serve
-    from storage.connect import open_storage
-
-    url = storage_url(storage)
-    password = password_from(password_file, os.environ.get(PASSWORD_VARIABLE))
-    check_open(host, password, read_only)
-    check_names(allow_host or ())
-    how = "".join([", with a login" * (password is not None), ", read-only" * read_only])
-    serve(
-        open_storage(url, create=False, reading=True),
-        host,
-        port,
-        lambda at: say(f"optuna-dashboard on {at} shows {shown(url)}{how}; Ctrl-C ends it"),
-        password=password,
-        read_only=read_only,
-        allowed=allow_host or (),
-    )
-
-
 def _work(name: str, url: str, workforce: Workforce, root: str | None) -> None:
     """Work on a study, then show its table, or how to go on."""
     from dashboards import terminal
+    from dashboards import view as viewing
     from dashboards.publish import publish
+    from storage.connect import open_storage
     from study.launch import AWAY, STOPPED
 
+    reading, writing = open_storage(url, create=False, reading=True), open_storage(url, create=False)
+
+    def renew() -> None:
+        try:
+            publish(viewing.read(reading, name), writing)
+        except Exception as error:  # noqa: BLE001 — pictures must not end a study
+            say(f"the dashboard's figures were not renewed: {type(error).__name__}: {error}")
+
     try:
-        code = workforce(name, root, err, lambda: publish(view(name, url)))
+        code = workforce(name, root, err, renew)
         if code == STOPPED:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -362,9 +280,8 @@ def _work(name: str, url: str, workforce: Workforce, root: str | None) -> None:
     if code is None:
         say(f"the workers go on without this launcher: study status {name}; the same command without --detach attaches")
         return
-    found = view(name, url)
-    publish(found)
-    out.print(terminal.report_text(found))
+    renew()
+    out.print(terminal.report_text(viewing.read(reading, name)))
 
 
 def run() -> None:

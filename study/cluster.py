@@ -249,8 +249,8 @@ def _crew(name: str, site: Site, data_root: str | None) -> tuple[Any, bool]:
     # The same name in another database is another study.
     key = hashlib.sha256(f"{redact(parse(site.secret.get_secret_value()))} {name}".encode()).hexdigest()[:12]
     called, namespace = f"crew of {name}", f"study-{key}"
-    certificates = {key: value for key, value in os.environ.items() if key.startswith("PGSSL")}
-    job = Job(name, site.secret, data_root, certificates)
+    along = {k: v for k, v in os.environ.items() if k.startswith("PGSSL") or k == "STUDY_PATIENCE_SECONDS"}
+    job = Job(name, site.secret, data_root, along)
     actor = ray.remote(Crew).options(
         name=called,
         namespace=namespace,

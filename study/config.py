@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+PROTOCOLS = {
+    "paper": "paper: the test split validates, so it chose the best epoch too",
+    "holdout": "holdout: part of the training split validates, the test split is untouched",
+}
 
 
 class Part(BaseModel):
@@ -273,8 +278,7 @@ class StudyConfig(Part):
     def _fits_together(self) -> StudyConfig:
         faults = []
         searched = self.searched()
-        names = (self.policy.name,) if isinstance(self.policy.name, str) else self.policy.name
-        if self.policy.alpha is None and not {"full", "infobatch"}.issuperset(names):
+        if self.policy.alpha is None and not {"full", "infobatch"}.issuperset(self.policies()):
             faults.append("policy.alpha is needed: the number of images an epoch trains on")
         if self.training.images is not None and "epochs" in searched:
             faults.append("training.images takes the place of training.epochs, so epochs cannot be searched")
@@ -287,8 +291,10 @@ class StudyConfig(Part):
                 faults.append('training.images makes epochs unequal: pruning.step must be "images"')
         if self.search.objective != "accuracy" and self.search.sampler.kind == "cma-es":
             faults.append('sampler "cma-es" has one objective: search.objective must be "accuracy"')
-        if self.search.cells is not None and (searched or self.search.sampler.kind != "grid"):
-            faults.append('search.cells takes the place of lists and ranges, and is for sampler "grid"')
+        if self.search.cells is not None:
+            if self._listed() or self.search.sampler.kind != "grid":
+                faults.append('search.cells takes the place of lists and ranges, and is for sampler "grid"')
+            faults += [fault for cell in self.search.cells for fault in self._faults_of(cell)]
         if self.search.sampler.kind == "grid":
             ranges = [name for name, value in searched.items() if isinstance(value, Range)]
             if ranges:
@@ -305,6 +311,19 @@ class StudyConfig(Part):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _faults_of(self, cell: Mapping[str, Any]) -> list[str]:
+        """What is wrong with one of `search.cells`, by the rules of the settings that it stands for."""
+        faults = [f"search.cells: no parameter {name!r}" for name in cell if name not in self.searchable()]
+        policy = {"name" if key == "policy" else key: value for key, value in cell.items()}
+        for part, values in ((self.policy, policy), (self.training, cell)):
+            given = {key: value for key, value in values.items() if key in type(part).model_fields}
+            try:
+                type(part).model_validate(part.model_dump() | given)
+            except ValidationError as error:
+                told = [str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors()]
+                faults.append(f"search.cells: {', '.join(given)}: {'; '.join(told)}")
+        return faults
 
     def searchable(self) -> dict[str, Any]:
         """Every parameter that a trial may vary: its short name and its value, list or Range."""
@@ -323,4 +342,18 @@ class StudyConfig(Part):
 
     def searched(self) -> dict[str, Any]:
         """Those of them that this study does vary."""
+        if self.search.cells is not None:
+            return {
+                name: tuple(dict.fromkeys(cell.get(name, fixed) for cell in self.search.cells))
+                for name, fixed in self.searchable().items()
+                if any(name in cell for cell in self.search.cells)
+            }
+        return self._listed()
+
+    def policies(self) -> tuple[str, ...]:
+        """All that its trials are trained under."""
+        found = self.searched().get("policy", self.policy.name)
+        return (found,) if isinstance(found, str) else tuple(found)
+
+    def _listed(self) -> dict[str, Any]:
         return {name: value for name, value in self.searchable().items() if isinstance(value, tuple | Range)}

@@ -16,16 +16,12 @@ from storage.checkpoints import DATABASE
 from storage.connect import open_storage
 from storage.errors import UserError
 from storage.history import History
+from storage.progress import find
 from storage.tickets import lay
 from study import space
-from study.config import Range, StudyConfig
+from study.config import PROTOCOLS, Range, StudyConfig
 from study.parsing import differences, parse_config
 from study.training import data as datasets
-
-PROTOCOLS = {
-    "paper": "paper: the test split validates, so it chose the best epoch too",
-    "holdout": "holdout: part of the training split validates, the test split is untouched",
-}
 
 
 def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfig]:
@@ -34,16 +30,9 @@ def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfi
     Raises:
         UserError: no study of that name (with the names there are), or one that this program did not lay down.
     """
-    try:
-        study = optuna.load_study(study_name=name, storage=History(storage))
-    except KeyError:
-        names = sorted(optuna.get_all_study_names(storage))
-        there = f"studies there: {', '.join(names)}" if names else "there are none yet"
-        raise UserError(f"no study {name!r} in this storage; {there}") from None
-    config = study.user_attrs.get("config")
-    if config is None:
-        raise UserError(f"the study {name!r} was not laid down by `study launch`: it has no config")
-    return study, parse_config(config)
+    _, attributes = find(storage.engine, name)
+    study = optuna.load_study(study_name=name, storage=History(storage))
+    return study, parse_config(attributes["config"])
 
 
 @dataclass(frozen=True)
@@ -76,12 +65,7 @@ def lay_down(
     existed = name in optuna.get_all_study_names(storage)
     both = config.search.objective == "accuracy,images"
     directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if both else ["maximize"]
-    try:
-        study = optuna.create_study(
-            study_name=name, storage=History(storage), directions=directions, load_if_exists=True
-        )
-    except optuna.exceptions.DuplicatedStudyError:  # made by another launch at this moment
-        study = optuna.load_study(study_name=name, storage=History(storage))
+    study = optuna.create_study(study_name=name, storage=History(storage), directions=directions, load_if_exists=True)
     attributes = {
         "config": config.model_dump(mode="json"),
         "preset": preset,
@@ -165,10 +149,9 @@ def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -
 
 def noise_warning(config: StudyConfig, validation_images: int) -> str | None:
     """What to know if delta is within the standard deviation (binomial, at 85 %) of the validation accuracy."""
-    names = (config.policy.name,) if isinstance(config.policy.name, str) else config.policy.name
     delta, spread = config.policy.delta, math.sqrt(0.85 * 0.15 / validation_images)
     smallest = delta.low if isinstance(delta, Range) else min(delta) if isinstance(delta, tuple) else delta
-    if "dynamic" not in names or smallest >= spread:
+    if "dynamic" not in config.policies() or smallest >= spread:
         return None
     return (
         f"note: policy.delta {smallest:g} is less than the noise of accuracy on {validation_images:,} validation "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import optuna
@@ -32,12 +33,15 @@ def relevant(policy: str, name: str) -> bool:
 
 def cells(config: StudyConfig) -> list[Parameters]:
     """Every combination of the listed values, the last parameter turning fastest, none twice."""
-    if config.search.cells is not None:
-        return [dict(cell) for cell in config.search.cells]
     searched = config.searched()
     found: dict[tuple[tuple[str, Any], ...], Parameters] = {}
-    for values in itertools.product(*searched.values()):
-        cell = dict(zip(searched, values, strict=True))
+    listed: Iterable[Parameters] = (
+        dict(zip(searched, values, strict=True)) for values in itertools.product(*searched.values())
+    )
+    if config.search.cells is not None:  # what a cell leaves out is as the config fixes it
+        fixed = config.searchable()
+        listed = ({name: cell.get(name, fixed[name]) for name in searched} for cell in config.search.cells)
+    for cell in listed:
         policy = cell.get("policy", config.policy.name)
         cell = {name: value for name, value in cell.items() if relevant(policy, name)}
         found.setdefault(tuple(cell.items()), cell)
@@ -55,7 +59,7 @@ def tickets(config: StudyConfig) -> list[FrozenTrial]:
     if config.search.sampler.kind != "grid":
         return [_ticket(i, {}, {}, {"seed": seed + i}) for i in range(config.search.trials or 0)]
     grid = cells(config)
-    told = {name: distribution(config, name) for name in {name for cell in grid for name in cell}}
+    told = {name: distribution(config, name) for name in config.searched()}
     return [
         _ticket(
             replicate * len(grid) + i,
@@ -80,11 +84,7 @@ def distribution(config: StudyConfig, name: str) -> BaseDistribution:
 
     A list of numbers in a grid is told as the interval it spans, so that importances and contours see its order.
     """
-    if config.search.cells is not None:
-        values = sorted({cell[name] for cell in config.search.cells if name in cell})
-        value = tuple(values)
-    else:
-        value = config.searched()[name]
+    value = config.searched()[name]
     whole = name in WHOLE
     if isinstance(value, Range):
         if whole:
@@ -99,8 +99,6 @@ def distribution(config: StudyConfig, name: str) -> BaseDistribution:
 def suggest(trial: optuna.Trial, config: StudyConfig) -> Parameters:
     """The trial's searched parameters: those it has stay, the others are drawn by the study's sampler."""
     chosen: Parameters = {}
-    if config.search.cells is not None:
-        return dict(trial.params)
     for name in config.searched():
         if not relevant(chosen.get("policy", config.policy.name), name):
             continue
@@ -138,13 +136,12 @@ def most_steps(config: StudyConfig, train_images: int) -> int:
         return most_epochs(config)
     if config.training.images is not None:
         return config.training.images // unit
-    names = (config.policy.name,) if isinstance(config.policy.name, str) else config.policy.name
-    whole = any("alpha" not in USES[name] for name in names)
+    whole = any("alpha" not in USES[name] for name in config.policies())
     return most_epochs(config) * (train_images if whole else largest_alpha(config)) // unit
 
 
 def largest_alpha(config: StudyConfig) -> int:
-    alpha = config.policy.alpha
+    alpha = config.searched().get("alpha", config.policy.alpha)
     return int(alpha.high) if isinstance(alpha, Range) else max(alpha) if isinstance(alpha, tuple) else alpha or 0
 
 
@@ -161,5 +158,5 @@ def check_alpha(config: StudyConfig, train_images: int) -> None:
 
 
 def most_epochs(config: StudyConfig) -> int:
-    epochs = config.training.epochs
+    epochs = config.searched().get("epochs", config.training.epochs)
     return int(epochs.high) if isinstance(epochs, Range) else max(epochs) if isinstance(epochs, tuple) else epochs

@@ -18,14 +18,17 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+import sqlalchemy as sa
 
+from storage.connect import open_engine
 from storage.errors import UserError
-from storage.progress import Running, attempts, progress
+from storage.progress import Running, attempts, find, progress
 from study.cluster import secret_url
 from tests.bench import Bench, config_of
 from tests.postgres import Postgres
 from tests.test_command import study
 from tests.test_command import wait_for as wait
+from tests.test_data import folder
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 from ray._private.state import GlobalState  # noqa: E402
@@ -275,6 +278,67 @@ def test_two_studies_share_a_cluster(cluster: Cluster, postgres: Postgres, tmp_p
 
 def bench_url(bench: Bench) -> str:
     return str(bench.storage.engine.url)
+
+
+@pytest.mark.slow
+def test_each_node_decodes_its_images_once(cluster: Cluster, postgres: Postgres, tmp_path: Path) -> None:
+    """Two workers start at once on a node whose cache is empty."""
+    root, cache, url = folder(tmp_path / "images", {"a": 60, "b": 60}), tmp_path / "cache", postgres.new_database()
+    node = cluster.add_node(**NODE, env_vars={"STUDY_CACHE": str(cache)})
+    decoded = "decoding 122 images"
+    asked = ["launch", "quick", "--set", "data.name=imagefolder", "--data-root", str(root), "--storage", url]
+    asked += ["--set", "policy.alpha=[50]", "--set", "training.epochs=2000", "--set", "pruning=none"]
+    asked += ["--on", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
+    launcher = subprocess.Popen([sys.executable, "-m", "study", *asked], stderr=subprocess.PIPE, text=True)
+    try:
+        engine = wait_for(lambda: opened(url))
+        study_id, _ = wait_for(lambda: there(engine, "quick"))
+        wait_for(lambda: len(progress(engine, study_id).running) == 4)
+        launcher.send_signal(signal.SIGINT)
+        _, err = launcher.communicate(timeout=100)
+    finally:
+        launcher.kill()
+        cluster.remove_node(node)
+    assert launcher.returncode == 130, err
+    assert err.count(decoded) == 1  # the launcher itself, for the head's machine
+    assert len(list(cache.glob("*.npz"))) == 1
+    session = Path(cluster.head_node.get_session_dir_path())
+    told = [file.read_text(errors="replace").count(decoded) for file in session.rglob("worker-*.err")]
+    assert sum(told) == 1
+
+
+def opened(url: str) -> sa.Engine | None:
+    with suppress(UserError):  # not made yet
+        return open_engine(url)
+    return None
+
+
+def there(engine: sa.Engine, name: str) -> tuple[int, Any] | None:
+    with suppress(UserError):
+        return find(engine, name)
+    return None
+
+
+@pytest.mark.slow
+def test_a_database_that_stays_away_ends_a_launch_with_75(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is lost: the trial's checkpoint waits on the node's disk."""
+    server = Postgres()
+    try:
+        bench = Bench(url := server.new_database(), config_of(**LONG))
+        monkeypatch.setenv("STUDY_PATIENCE_SECONDS", "5")
+        launcher = started(cluster, url, tmp_path, "--workers", "1")
+        wait_for(lambda: running(bench, 3))
+        server.control("stop", "-m", "immediate")
+        _, err = launcher.communicate(timeout=200)
+        assert launcher.returncode == 75, err
+        server.control("start")
+        done = study(*command(cluster, url, "--workers", "2"), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert bench.outcome() == quiet(tmp_path, **LONG)
+    finally:
+        server.stop()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from storage.errors import UserError
 from study import space
 from study.config import Range, StudyConfig
 from study.parsing import differences, load_config, parse_config, preset_names, preset_text
+from tests import bench
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -150,3 +151,22 @@ def test_alpha_must_fit_the_data() -> None:
         space.check_alpha(config, 101)
         with pytest.raises(UserError, match=r"at most the 100 training images of 'digits'.*got 101"):
             space.check_alpha(config, 100)
+
+
+def test_cells_are_run_as_written_and_filled_from_the_config() -> None:
+    chosen = [
+        {"policy": "static", "alpha": 60},
+        {"policy": "dynamic", "alpha": 90, "beta": 0.3, "epochs": 5},
+        {"lr": 0.1},
+    ]
+    config = bench.config_of(policy={"alpha": 30, "beta": 0.7}, search={"cells": chosen, "replicates": 2})
+    rest = {"epochs": 3, "lr": 0.005}
+    assert space.cells(config) == [
+        {"policy": "static", "alpha": 60, **rest},
+        {"policy": "dynamic", "alpha": 90, "beta": 0.3, **rest, "epochs": 5},
+        {"policy": "dynamic", "alpha": 30, "beta": 0.7, "epochs": 3, "lr": 0.1},
+    ]
+    assert [t.params for t in space.tickets(config)] == space.cells(config) * 2
+    assert config.policies() == ("static", "dynamic")
+    assert (space.largest_alpha(config), space.most_epochs(config)) == (90, 5)
+    assert parse_config(config.model_dump(mode="json")) == config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -16,7 +17,7 @@ from optuna.trial import TrialState
 
 from storage import control
 from storage.errors import UserError
-from storage.tables import ATTEMPTS
+from storage.tables import ATTEMPTS, EPOCHS
 from study.stopping import Stop
 from tests.bench import Bench, config_of
 
@@ -151,6 +152,35 @@ def test_a_budget_ends_the_work_and_a_larger_one_goes_on(command: Any) -> None:
     said, _ = last.communicate(timeout=120)
     assert last.returncode == 0, said
     assert "12 complete" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unit", "budget"), [("images", "60000 images"), ("gpu-hours", "0.04 gpu-hours"), ("hours", "0.005 h")]
+)
+def test_eight_workers_overrun_a_budget_by_an_epoch_each_at_most(
+    unit: str, budget: str, command: Any, tmp_path: Path
+) -> None:
+    launched = command(*LAUNCH, "--set", "training.epochs=1000", "--workers", "8", "--budget", budget)
+    said, _ = launched.communicate(timeout=600)
+    assert launched.returncode == 130, said
+    told = json.loads(command("status", "quick", "--json").communicate(timeout=60)[0])
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'study.db'}")
+    longest = sa.func.max(EPOCHS.c.train_seconds + EPOCHS.c.validation_seconds + EPOCHS.c.selection_seconds)
+    with engine.connect() as connection:
+        seconds, images, workers = connection.execute(
+            sa.select(
+                longest,
+                sa.func.max(EPOCHS.c.images),
+                sa.select(sa.func.count(ATTEMPTS.c.owner.distinct())).scalar_subquery(),
+            )
+        ).one()
+    assert workers == 8
+    over = told["spent"][unit] - told["budgets"][unit]
+    # Hours run on while the last checkpoint is stored.
+    allowed = {"images": 8 * images, "gpu-hours": 8 * (seconds + 1) / 3600, "hours": (seconds + 1) / 3600}[unit]
+    print(f"{budget}: {over:.4g} {unit} over; allowed {allowed:.4g}; longest epoch {seconds:.2f} s, {images} images")  # noqa: T201
+    assert 0 <= over < allowed
 
 
 def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -34,11 +36,7 @@ def test_digits_are_all_there_and_balanced() -> None:
     assert digits.test_images.shape == (359, 32, 32, 3)
     assert digits.train_images.dtype == np.uint8
     assert digits.train_images.max() == 255
-    assert (
-        np.bincount(digits.test_labels).ptp()
-        if hasattr(np.ndarray, "ptp")
-        else np.ptp(np.bincount(digits.test_labels)) <= 3
-    )
+    assert np.ptp(np.bincount(digits.test_labels)) <= 3
     assert digits.fingerprint == datasets.load("digits").fingerprint
 
 
@@ -80,6 +78,20 @@ def test_imagefolder_takes_other_sizes_val_and_grey(tmp_path: Path) -> None:
     loaded = datasets.load("imagefolder", str(root))
     assert loaded.train_images.shape == (5, 32, 32, 3)
     assert loaded.train_images[2, 0, 0].tolist() == [99, 99, 99]
+
+
+def test_workers_that_start_together_decode_once(tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", {"a": 300, "b": 300})
+    program = (
+        "import sys; from study.training import data; "
+        "print(data.load('imagefolder', sys.argv[1], lambda line: print(line, flush=True)).fingerprint)"
+    )
+    environment = os.environ | {"STUDY_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", program, str(root)]
+    workers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    told = [worker.communicate(timeout=100)[0].splitlines() for worker in workers]
+    assert sorted(map(len, told)) == [1, 1, 1, 2]  # one decodes
+    assert len({lines[-1] for lines in told}) == 1
 
 
 def test_faults_of_an_imagefolder_are_named(tmp_path: Path) -> None:

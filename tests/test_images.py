@@ -48,6 +48,7 @@ def test_a_step_in_epochs_reports_every_epoch() -> None:
     assert [reports(whole[: n + 1], None) for n in range(3)] == [{1: 0.5}, {2: 0.5}, {3: 0.7}]
 
 
+FIXED = {"alpha": 60, "beta": 0.5}
 MEDIAN = {"kind": "median", "step": "images", "n_startup_trials": 2}
 
 
@@ -97,6 +98,12 @@ def test_hyperband_knows_the_last_step() -> None:
         ({"data": {"protocol": "paper", "test": True}}, "test needs the holdout protocol"),
         ({"policy": {"name": "infobatch", "ratio": 1.0}}, "policy.ratio"),
         ({"search": {"cells": [{"alpha": 60}]}}, "search.cells takes the place of lists"),
+        (
+            {"policy": FIXED, "search": {"cells": [{"alpha": 0}]}},
+            "search.cells: alpha: must be a whole number of at least",
+        ),
+        ({"policy": FIXED, "search": {"cells": [{"depth": 3}]}}, "search.cells: no parameter 'depth'"),
+        ({"policy": FIXED, "search": {"cells": [{"lr": -1.0}]}}, "search.cells: lr: must be a number above 0"),
     ],
 )
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], fault: str) -> None:

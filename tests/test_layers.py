@@ -16,13 +16,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study": ("study", "storage"),
     "study.cli": ("study", "storage", "dashboards"),
     "study.options": ("study", "storage", "dashboards"),
+    "study.looking": ("study", "storage", "dashboards"),
     "study.config": (),
     "study.parsing": ("study.config", "storage.errors"),
     "study.training": ("study.training",),
     "study.space": ("study.config", "storage.errors"),
     "study.search": ("study.config", "study.space"),
     "study.plan": ("study.config", "study.parsing", "study.space", "study.training.data", "storage"),
-    "dashboards": ("dashboards", "storage", "study.config", "study.plan", "study.space"),
+    "dashboards": ("dashboards", "storage", "study.config", "study.parsing", "study.plan", "study.space"),
 }
 THIRD_PARTY_BANS: dict[str, tuple[str, ...]] = {
     "storage": ("torch", "torchvision", "plotly", "typer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import optuna
 import pytest
 from rich.console import Console
 
-from dashboards import cells, document, effort, figures, report, terminal, view, watch
+from dashboards import cells, document, effort, figures, report, status, terminal, view
 from dashboards.publish import publish
+from dashboards.status import Status
 from dashboards.verdict import verdict
 from dashboards.view import Row, View
 from storage import control, progress
+from storage.connect import open_storage
 from storage.errors import UserError
 from study.config import StudyConfig
 from study.confirm import FAR, confirmation
@@ -83,8 +86,9 @@ def test_the_report_tells_it_on_the_terminal_as_a_page_and_as_json(controls: Vie
 
 
 def test_figures_and_note_reach_optuna_dashboard(controls: View) -> None:
-    publish(controls)
-    publish(controls)  # again, in place
+    storage = open_storage(str(controls.study._storage._backend.url), create=False)  # type: ignore[attr-defined]
+    publish(controls, storage)
+    publish(controls, storage)  # again, in place
     attributes = controls.study._storage.get_study_system_attrs(controls.study._study_id)
     note = "".join(value for key, value in attributes.items() if key.startswith("dashboard:note_str"))
     assert "study resume s" in note
@@ -120,7 +124,13 @@ def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -
             rows.append(Row(*what, **costs))
     study = optuna.create_study(direction="maximize")
     study.set_user_attr("images", {"train": 200, "validation": 1000, "test": 1000})
-    return View("made", "test", config, tuple(rows), curves, (), study, {}, {})
+    states = dict.fromkeys(progress.STATE_NAMES.values(), 0) | {"complete": len(rows)}
+    top = max(rows, key=lambda row: row.value or 0, default=None)
+    now = progress.Progress(states, (), 0, 0, top and top.value, top and top.number)
+    known = Status(
+        "made", "test", config, now, top.parameters if top else {}, {}, dict.fromkeys(control.UNITS, 0.0), {}, ()
+    )
+    return View("made", "test", config, tuple(rows), curves, (), study, known)
 
 
 def with_policies(*names: str, seeds: int = 8) -> StudyConfig:
@@ -151,6 +161,22 @@ def test_the_verdict_weighs_the_controls(fresh: float, says: str) -> None:
     values = {"dynamic": list(draws[0]), "static": list(draws[1] - 0.03), "fresh": list(draws[2] + fresh)}
     found = made(values, with_policies(*values))
     assert says in " ".join(verdict(found, cells.findings(found)))
+
+
+def test_effects_are_told_of_whole_grids_alone() -> None:
+    """Alpha makes a difference and beta none; of a grid with a hole nothing is said, for its levels are not alike."""
+    config = config_of(policy={"alpha": [30, 60, 90], "beta": [0.3, 0.5, 0.7]}, search={"replicates": 6})
+    draws = np.random.default_rng(3).normal(0, 0.002, (6, 3, 3))
+    rows: list[Row] = []
+    template = made({"dynamic": [0.5]}, config).rows[0]
+    for (seed, i, j), noise in np.ndenumerate(draws):
+        chosen = {"alpha": (30, 60, 90)[i], "beta": (0.3, 0.5, 0.7)[j]}
+        rows.append(replace(template, number=len(rows), parameters=chosen, seed=seed, value=0.6 + 0.05 * i + noise))
+    whole = replace(made({}, config), rows=tuple(rows))
+    effects = cells.findings(whole).effects
+    assert effects["alpha"] < 0.05 < effects["beta"]
+    holed = [row for row in rows if row.parameters != {"alpha": 90, "beta": 0.7}]
+    assert cells.findings(replace(whole, rows=tuple(holed))).effects == {}
 
 
 def test_single_runs_are_said_to_tell_nothing() -> None:
@@ -188,8 +214,6 @@ def test_a_thousand_trials_stay_readable() -> None:
 def test_the_pareto_front_is_what_nothing_beats() -> None:
     config = with_policies("dynamic", "static")
     rows = made({"dynamic": [0.5, 0.6, 0.6, 0.9]}, config).rows
-    from dataclasses import replace
-
     costed = [replace(row, images=images) for row, images in zip(rows, (10, 20, 15, 40), strict=True)]
     assert [row.number for row in cells.pareto(costed)] == [0, 2, 3]
 
@@ -253,8 +277,6 @@ def test_two_objectives_give_optunas_pareto_front(sampler: str, sqlite_url: str)
 
 
 def test_a_page_is_written_whatever_the_names(controls: View, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     nasty = replace(controls, name="<script>alert(1)</script>")
     page = report.page([nasty])
     assert "<script>alert(1)" not in page
@@ -273,16 +295,15 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     engine, study_id = bench.storage.engine, bench.study._study_id
     control.go_on(engine, study_id, {"images": 1000})
     console = Console(file=io.StringIO(), width=200)
-    now = progress.progress(engine, study_id)
-    console.print(watch.page(bench.storage, bench.study, bench.config, now))
+    console.print(status.page(status.read(engine, "s")))
     told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "0 of 4 trials settled" in told
+    assert "4 trials: 2 waiting, 2 running" in told
     assert "spent 60 of 1,000 images" in told
-    assert "last failures:" in told
+    assert "attempts that failed last:" in told
     assert "trial 0 on here:7: CUDA error: out of luck" in told
     (line,) = (line for line in told.splitlines() if "gpu of there" in line)
     assert [word for word in line.split() if word in ("there:7", "20", "50.00")] == ["there:7", "20", "50.00"]
     second.release(lease)
     bench.work()
-    watch.watch(bench.storage, "s", console)  # settled: returns at once
-    assert "4 of 4 trials settled" in console.file.getvalue()  # type: ignore[attr-defined]
+    status.watch(engine, "s", console)  # settled: returns at once
+    assert "4 trials: 4 complete" in console.file.getvalue()  # type: ignore[attr-defined]

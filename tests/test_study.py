@@ -307,7 +307,7 @@ def test_reports_before_anything_has_run(sqlite_url: str, tmp_path: Path) -> Non
     Console(file=io.StringIO()).print(terminal.report_text(found))
     (tmp_path / "page.html").write_text(report.page([found]))
     assert "No trial has finished an epoch yet" in (tmp_path / "page.html").read_text()
-    assert document.status(found)["best_value"] is None
+    assert document.report(found)["best_value"] is None
 
 
 def test_qmc_draws_what_it_does_not_cover_anew_for_every_trial() -> None:

@@ -1,0 +1,41 @@
+"""How values and tables are written, wherever people read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def shown(value: Any) -> str:
+    """A parameter as people write it: 0.1, not 0.1000; 15,000."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def budget_lines(budgets: dict[str, float], spent: dict[str, float]) -> list[str]:
+    return [f"spent {spent[unit]:,.4g} of {limit:,.4g} {unit}" for unit, limit in budgets.items()]
+
+
+def label(parameters: dict[str, Any]) -> str:
+    """`dynamic, alpha 5,000, beta 0.7`: a policy speaks for itself."""
+    return ", ".join(
+        shown(value) if name == "policy" else f"{name} {shown(value)}" for name, value in parameters.items()
+    )
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tuple[int, ...] = ()) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i in left else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
