@@ -186,7 +186,7 @@ def share(url: str) -> list[dict[str, float]]:
             assert lease is not None
             claimed = time.perf_counter()
             with queue.renewing(lease):
-                worker.run_trial(study, settings, data, queue, lease, lambda: False, print, Path(aside))
+                worker.run_trial(study, settings, data, queue, lease, worker.Stop(), print, Path(aside))
             over, used, all_used = time.perf_counter(), time.thread_time() - cpu, time.process_time() - all_cpu
             among = clock["ended"] - clock["began"] - clock["training"]
             parts = {"claim": claimed - started, "ask": clock["asked"] - claimed}

@@ -229,27 +229,40 @@ class Queue:
         ended = {"ended_at": now(self.engine), "outcome": outcome, "error": error}
         connection.execute(sa.update(ATTEMPTS).where(this).values(ended))
 
-    def record(self, lease: Lease, row: Mapping[str, Any], reports: Mapping[int, float]) -> None:
-        """Store an epoch (a row of `trial_epochs` without its trial_id) and what it reports to Optuna: step to value.
+    def record(
+        self,
+        lease: Lease,
+        row: Mapping[str, Any],
+        reports: Mapping[int, float],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Store an epoch (a row of `trial_epochs` without its trial_id), what it reports to Optuna (step to value), and
+        with the pruner's decision its notes (the rungs of successive halving are system attributes of the trial).
 
-        An epoch that is stored already stays as it is, so a resumed trial may repeat what it did since its checkpoint.
+        An epoch that is stored already stays as it is, so a resumed trial may repeat what it did since its checkpoint;
+        only a decision that it lacks is added.
 
         Raises:
             LeaseLost: nothing was stored.
         """
 
         def once() -> None:
+            insert = upsert(self.engine, EPOCHS).values(trial_id=lease.trial_id, **row)
+            decision = insert.excluded.decision
+            epoch = insert.on_conflict_do_update(
+                index_elements=["trial_id", "epoch"],
+                set_={"decision": decision},
+                where=sa.and_(EPOCHS.c.decision.is_(None), decision.is_not(None)),
+            )
+            this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
+            spent = {"images": ATTEMPTS.c.images + row["images"]}
+            if row.get("joules") is not None:
+                spent["joules"] = ATTEMPTS.c.joules + row["joules"]
             with self.engine.begin() as connection:
-                self.fence(connection, lease)
-                epoch = upsert(self.engine, EPOCHS).values(trial_id=lease.trial_id, **row).on_conflict_do_nothing()
-                this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
-                spent = {"images": ATTEMPTS.c.images + row["images"]}
-                if row.get("joules") is not None:
-                    spent["joules"] = ATTEMPTS.c.joules + row["joules"]
-                connection.execute(sa.update(ATTEMPTS).where(this).values(spent))
                 # Further than any attempt before: the attempts are counted anew.
-                if connection.scalar(epoch.returning(EPOCHS.c.epoch)) is not None:
-                    connection.execute(sa.update(LEASES).where(LEASES.c.trial_id == lease.trial_id).values(attempts=0))
+                further = connection.scalar(epoch.returning(EPOCHS.c.epoch)) is not None
+                self.fence(connection, lease, **({"attempts": 0} if further else {}))
+                connection.execute(sa.update(ATTEMPTS).where(this).values(spent))
                 steps = [
                     {
                         "trial_id": lease.trial_id,
@@ -262,23 +275,7 @@ class Queue:
                 if steps:
                     reported = upsert(self.engine, REPORTS)
                     connection.execute(reported.on_conflict_do_nothing(index_elements=["trial_id", "step"]), steps)
-
-        retrying(once)
-
-    def decide(self, lease: Lease, epoch: int, prune: bool, notes: Mapping[str, Any]) -> None:
-        """Store the pruner's decision about a recorded epoch together with the notes that it made of it (the rungs of
-        successive halving are system attributes of the trial), so that it is made once whatever happens to workers.
-
-        Raises:
-            LeaseLost: nothing was stored.
-        """
-        at = sa.and_(EPOCHS.c.trial_id == lease.trial_id, EPOCHS.c.epoch == epoch)
-
-        def once() -> None:
-            with self.engine.begin() as connection:
-                self.fence(connection, lease)
-                connection.execute(sa.update(EPOCHS).where(at).values(decision="prune" if prune else "go"))
-                self._set_attributes(connection, lease.trial_id, notes, TRIAL_SYSTEM_ATTRS)
+                self._set_attributes(connection, lease.trial_id, notes or {}, TRIAL_SYSTEM_ATTRS)
 
         retrying(once)
 

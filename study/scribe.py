@@ -1,7 +1,8 @@
 """What a trial has to say to the database, said by a thread of its own and in order: epochs, decisions, checkpoints.
 
-Training goes on meanwhile, also while the database is away. A decision about epoch n is made from what was stored up to
-n, so it is the one that a trainer that waited would have got; if it is to prune, what was trained past n is dropped.
+Training goes on meanwhile, also while the database is away. A decision about epoch n is made from what the epochs up to
+n reported, so it is the one that a trainer that waited would have got, and stored with the epoch, so it is made once
+whatever happens to workers; if it is to prune, what was trained past n is dropped.
 """
 
 from __future__ import annotations
@@ -92,12 +93,12 @@ class Scribe:
     def _record(self, result: EpochResult, reports: Mapping[int, float], last: bool) -> None:
         if self.pruned is not None and result.epoch > self.pruned:
             return
-        self.queue.record(self.lease, row(result), reports)
-        if isinstance(self.study.pruner, NopPruner) or result.epoch <= self.standing.decided or last:
-            return
-        prune, notes = retrying(lambda: self._ask_the_pruner(reports)) if reports else (False, {})
-        self.queue.decide(self.lease, result.epoch, prune, notes)
-        if prune:
+        cells, notes = row(result), None
+        if not (isinstance(self.study.pruner, NopPruner) or result.epoch <= self.standing.decided or last):
+            prune, notes = retrying(lambda: self._ask_the_pruner(reports)) if reports else (False, {})
+            cells["decision"] = "prune" if prune else "go"
+        self.queue.record(self.lease, cells, reports, notes)
+        if cells.get("decision") == "prune":
             self.pruned = result.epoch
 
     def _ask_the_pruner(self, reports: Mapping[int, float]) -> tuple[bool, dict[str, Any]]:

@@ -99,11 +99,16 @@ def running(bench: Bench, epoch: int = 1) -> dict[int, Running]:
     return {int(trial.owner.split(":")[-2]): trial for trial in now if trial.epoch >= epoch}
 
 
-def quiet(tmp_path: Path, **sections: Any) -> list[tuple[Any, ...]]:
+def quiet(folder: Path, **sections: Any) -> list[tuple[Any, ...]]:
     """The outcome of a single worker that nobody disturbs."""
-    bench = Bench(f"sqlite:///{tmp_path / 'quiet.db'}", config_of(**sections))
+    bench = Bench(f"sqlite:///{folder / 'quiet.db'}", config_of(**sections))
     bench.work()
     return bench.outcome()
+
+
+@pytest.fixture(scope="module")
+def long_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    return quiet(tmp_path_factory.mktemp("long"), **LONG)
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
@@ -217,7 +222,9 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nodes_come_and_go(cluster: Cluster, node: Any, postgres: Postgres, tmp_path: Path) -> None:
+def test_nodes_come_and_go(
+    cluster: Cluster, node: Any, postgres: Postgres, tmp_path: Path, long_undisturbed: list[tuple[Any, ...]]
+) -> None:
     bench = Bench(url := postgres.new_database(), config_of(**LONG))
     launcher = started(cluster, url, tmp_path)
     new = None
@@ -236,11 +243,13 @@ def test_nodes_come_and_go(cluster: Cluster, node: Any, postgres: Postgres, tmp_
     ended = {(int(each.owner.split(":")[-2]), each.outcome) for each in log}
     assert {(pid, "vanished") for pid in lost} <= ended
     assert {(pid, "released") for pid in left} <= ended
-    assert bench.outcome() == quiet(tmp_path, **LONG)
+    assert bench.outcome() == long_undisturbed
 
 
 @pytest.mark.slow
-def test_launchers_come_and_go(cluster: Cluster, postgres: Postgres, tmp_path: Path) -> None:
+def test_launchers_come_and_go(
+    cluster: Cluster, postgres: Postgres, tmp_path: Path, long_undisturbed: list[tuple[Any, ...]]
+) -> None:
     """Killed, another attached for fewer workers, interrupted, gone on with; one crew at a time."""
     bench = Bench(url := postgres.new_database(), config_of(**LONG))
     first = started(cluster, url, tmp_path, "--workers", "2")
@@ -261,7 +270,7 @@ def test_launchers_come_and_go(cluster: Cluster, postgres: Postgres, tmp_path: P
     assert left.returncode == 0, left.stderr
     wait_for(lambda: not bench.queue().unfinished())
     assert set(outcomes(bench)) == {"released", "settled"}
-    assert bench.outcome() == quiet(tmp_path, **LONG)
+    assert bench.outcome() == long_undisturbed
 
 
 @pytest.mark.slow
@@ -321,7 +330,7 @@ def there(engine: sa.Engine, name: str) -> tuple[int, Any] | None:
 
 @pytest.mark.slow
 def test_a_database_that_stays_away_ends_a_launch_with_75(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_undisturbed: list[tuple[Any, ...]]
 ) -> None:
     """And nothing is lost: the trial's checkpoint waits on the node's disk."""
     server = Postgres()
@@ -336,7 +345,7 @@ def test_a_database_that_stays_away_ends_a_launch_with_75(
         server.control("start")
         done = study(*command(cluster, url, "--workers", "2"), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert bench.outcome() == quiet(tmp_path, **LONG)
+        assert bench.outcome() == long_undisturbed
     finally:
         server.stop()
 

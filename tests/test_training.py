@@ -20,13 +20,13 @@ from study.training.policies import make_policy
 from study.training.seeds import generator
 from study.training.trainer import Diverged, EpochResult, OnDevice, Trainer, be_deterministic
 
-CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("STUDY_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture(scope="module")
 def digits() -> OnDevice:
     be_deterministic(True)
-    return OnDevice.of(datasets.split(datasets.load("digits"), "holdout", holdout=0.25), CPU)
+    return OnDevice.of(datasets.split(datasets.load("digits"), "holdout", holdout=0.25), DEVICE)
 
 
 def trainer(digits: OnDevice, policy: str = "dynamic", seed: int = 0, **options: Any) -> Trainer:
@@ -202,7 +202,7 @@ def test_what_was_seen_is_counted(digits: OnDevice) -> None:
 def test_the_last_word_is_the_best_epochs(digits: OnDevice) -> None:
     """The test split is judged by the network of the best epoch, also across a resume, not by the last one's."""
     split = datasets.split(datasets.load("digits"), "holdout", holdout=0.25)
-    data = OnDevice.of(split, CPU, test=True)
+    data = OnDevice.of(split, DEVICE, test=True)
 
     def fresh(count: int) -> Trainer:
         return trainer(data, "static", epochs=count, width=0.125, lr=0.03)
@@ -252,7 +252,7 @@ def test_normalisation_uses_the_exact_statistics(digits: OnDevice) -> None:
 def test_it_trains_on_real_images() -> None:
     """A few steps on photographs, half as wide: the loss falls, and a resumed copy agrees."""
     dataset = datasets.load("imagefolder", os.environ["STUDY_TEST_IMAGES"])
-    data = OnDevice.of(datasets.split(dataset, "holdout", holdout=0.01, train_images=2000), CPU)
+    data = OnDevice.of(datasets.split(dataset, "holdout", holdout=0.01, train_images=2000), DEVICE)
 
     def fresh() -> Trainer:
         policy = make_policy("dynamic", 2000, 0, alpha=256)
