@@ -123,6 +123,11 @@ class Queue:
         self.seconds, self.max_attempts, self.device = seconds, max_attempts, device
         # Containers share host names and process ids: the last part alone makes it one of a kind.
         self.owner = owner or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        epoch = upsert(engine, EPOCHS)
+        undecided = sa.and_(EPOCHS.c.decision.is_(None), epoch.excluded.decision.is_not(None))
+        self._epoch = epoch.on_conflict_do_update(
+            index_elements=["trial_id", "epoch"], set_={"decision": epoch.excluded.decision}, where=undecided
+        ).returning(EPOCHS.c.epoch)
 
     def claim(self) -> Lease | None:
         """A lease on an unfinished trial that nobody holds, the lowest number first; None if there is none.
@@ -247,20 +252,13 @@ class Queue:
         """
 
         def once() -> None:
-            insert = upsert(self.engine, EPOCHS).values(trial_id=lease.trial_id, **row)
-            decision = insert.excluded.decision
-            epoch = insert.on_conflict_do_update(
-                index_elements=["trial_id", "epoch"],
-                set_={"decision": decision},
-                where=sa.and_(EPOCHS.c.decision.is_(None), decision.is_not(None)),
-            )
             this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
             spent = {"images": ATTEMPTS.c.images + row["images"]}
             if row.get("joules") is not None:
                 spent["joules"] = ATTEMPTS.c.joules + row["joules"]
             with self.engine.begin() as connection:
                 # Further than any attempt before: the attempts are counted anew.
-                further = connection.scalar(epoch.returning(EPOCHS.c.epoch)) is not None
+                further = connection.scalar(self._epoch, {"trial_id": lease.trial_id, **row}) is not None
                 self.fence(connection, lease, **({"attempts": 0} if further else {}))
                 connection.execute(sa.update(ATTEMPTS).where(this).values(spent))
                 steps = [
