@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ POLL_SECONDS = 0.5
 STOPPING_SECONDS = 30.0
 """How long a launcher that was interrupted waits for its workers' end."""
 OURS = ("study", "storage", "dashboards")
+TOKEN_HINT = "; if it wants a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless it is in ~/.ray/auth_token"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def join(
     if password and any(str(password) in argument for argument in sys.argv):
         raise UserError("Ray shows a launcher's arguments; put the password into $PGPASSWORD, not into --storage")
     import ray
+    from ray.exceptions import RayError
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     root = Path(__file__).parent.parent
@@ -82,11 +85,13 @@ def join(
     lasting = True
     _check(address)
     try:
-        ray.init(address or "auto", **settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        with warnings.catch_warnings(action="ignore"):  # what they say is in the error
+            ray.init(address or "auto", **settings)
+    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         if address is not None or not isinstance(error, ConnectionError):
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"no Ray cluster at --address {address or 'auto'}: {reason}") from None
+            hint = "" if os.environ.get("RAY_AUTH_MODE") == "token" else TOKEN_HINT
+            raise UserError(f"no Ray cluster at --address {address or 'auto'}: {reason}{hint}") from None
         lasting = False
         ray.init("local", include_dashboard=False, **settings)
     if detach and not lasting:

@@ -1,6 +1,6 @@
 """Several hosts on this machine: network namespaces that share files and processors, not addresses or ports.
 
-Needs Linux, root and iproute2.
+This process stays where it is and reaches them. Needs Linux, root and iproute2.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class Hosts:
         _ip("netns", "add", HUB)
         _ip("-n", HUB, "link", "add", "switch", "type", "bridge")
         _ip("-n", HUB, "link", "set", "switch", "up")
+        _ip("link", "add", "study-here", "type", "veth", "peer", "name", "here", "netns", HUB)
+        _ip("-n", HUB, "link", "set", "here", "master", "switch", "up")
+        _ip("address", "add", "10.99.0.254/24", "dev", "study-here")
+        _ip("link", "set", "study-here", "up")
         for name in self.names:
             space = f"study-{name}"
             _ip("netns", "add", space)

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,6 +27,8 @@ from storage.errors import UserError
 from storage.progress import Running, attempts, find, progress
 from study.cluster import secret_url
 from tests.bench import Bench, config_of
+from tests.hosts import Database, Hosts
+from tests.hosts import can_be_made as hosts_can_be_made
 from tests.postgres import Postgres
 from tests.test_command import study
 from tests.test_command import wait_for as wait
@@ -348,6 +352,77 @@ def test_a_database_that_stays_away_ends_a_launch_with_75(
         assert bench.outcome() == long_undisturbed
     finally:
         server.stop()
+
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+"""`ray start --head` lets nobody in without its token by default."""
+
+
+@pytest.fixture
+def machines() -> Iterator[tuple[Hosts, str]]:
+    """A database on one host and Ray on three others, and the URL of an empty database."""
+    with Hosts("db", "head", "w1", "w2") as net, tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        ray_here = [str(Path(sys.executable).with_name("ray")), "start", "--num-cpus", "1", "--block"]
+        head = ["--head", "--port", "6379", "--ray-client-server-port", "10001", "--temp-dir", folder]
+        head += ["--include-dashboard", "false"]
+        started = []
+        server = Database(net, "db")
+        try:
+            for name in ("head", "w1", "w2"):
+                join = head if name == "head" else ["--address", f"{net.address('head')}:6379"]
+                where = ["--node-ip-address", net.address(name), "--object-store-memory", "80000000"]
+                where += ["--node-manager-port", "6380"]
+                more = {"RAY_USAGE_STATS_ENABLED": "0", **TOKEN}
+                command = [*net.at(name), *ray_here, *join, *where]
+                started.append(subprocess.Popen(command, env=os.environ | more, stdout=subprocess.DEVNULL))
+                # One after the other: they share a file system, and so Ray's folder of sockets.
+                wait_for(lambda name=name: answers(net.address(name), 10001 if name == "head" else 6380))
+            yield net, server.new_database()
+        finally:
+            for process in reversed(started):
+                process.terminate()
+                process.wait(60)
+            server.stop()
+
+
+def answers(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hosts_can_be_made(), reason="network namespaces need root and iproute2")
+def test_machines_with_addresses_of_their_own(
+    machines: tuple[Hosts, str], tmp_path: Path, long_undisturbed: list[tuple[Any, ...]]
+) -> None:
+    """Joined by ray:// from a fourth; one is cut off from all others for a while."""
+    net, url = machines
+    bench = Bench(url, config_of(**LONG))
+    token = os.environ | TOKEN
+    asked = ["resume", "s", "--on", "ray", "--address", f"ray://{net.address('head')}:10001", "--device", "cpu"]
+    Bench(f"sqlite:///{tmp_path / 'study.db'}", config_of())
+    stranger = study(*asked, "--storage", url, cwd=tmp_path)
+    assert stranger.returncode == 2, stranger.stderr
+    assert len(stranger.stderr.splitlines()) == 1
+    assert "set RAY_AUTH_MODE=token" in stranger.stderr
+    refused = study(*asked, "--storage", f"sqlite:///{tmp_path / 'study.db'}", cwd=tmp_path, env=token)
+    assert refused.returncode == 2, refused.stderr
+    assert f"a file of this machine, which the cluster's other nodes ({net.address('head')}" in refused.stderr
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "study", *asked, "--workers", "3", "--storage", url], cwd=tmp_path, env=token, **pipes
+    )
+    try:
+        wait_for(lambda: len(running(bench, 3)) == 3)
+        net.cut("w2")
+        wait_for(lambda: "vanished" in outcomes(bench))
+        net.mend("w2")
+        _, err = launcher.communicate(timeout=300)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, err
+    assert bench.outcome() == long_undisturbed
 
 
 @pytest.mark.slow
