@@ -4,18 +4,19 @@ FROM python:3.11.13-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 PATH=/opt/venv/bin:$PATH
 
+# Byte code now, for the user below may not write it later and every worker would compile torch anew.
 # Dependencies before the code: a change of the code then leaves these gigabytes as they are.
 WORKDIR /opt/study
 COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check -c constraints.txt uv \
-    && /opt/venv/bin/uv pip install --quiet --no-cache --python /opt/venv/bin/python -c constraints.txt -r pyproject.toml
+    && /opt/venv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/venv/bin/python -c constraints.txt -r pyproject.toml
 
 COPY README.md LICENSE ./
 COPY study study
 COPY storage storage
 COPY dashboards dashboards
-RUN /opt/venv/bin/uv pip install --quiet --no-cache --python /opt/venv/bin/python -c constraints.txt --no-deps .
+RUN /opt/venv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/venv/bin/python -c constraints.txt --no-deps .
 
 # A named volume takes over the owner of the folder that it is mounted on.
 RUN useradd --uid 10001 --create-home study && install --directory --owner study --group study /data

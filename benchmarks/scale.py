@@ -8,6 +8,7 @@ pause. It waits for every report, which a real one leaves to a thread, so its id
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -147,6 +148,7 @@ def crowd(server: Postgres, workers: int, net: Hosts | None = None) -> list[Tall
         FORK.Process(target=worker, args=(from_there, ready, ends, results, net, f"w{i % 3 + 1}"), daemon=True)
         for i in range(workers)
     ]
+    gc.freeze()  # else every child's collector copies the pages that it could share
     for process in processes:
         process.start()
     while ready.n_waiting < workers:
