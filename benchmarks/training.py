@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from study.training import data as datasets
+from study.training.graphs import SWITCH
 from study.training.memory import keep_freed_memory
 from study.training.network import CNN
 from study.training.policies import make_policy
@@ -172,58 +173,24 @@ def resident(task: Task) -> Iterator[None]:
         yield
 
 
-def ours(task: Task, kind: type[Trainer] = Trainer) -> Iterator[None]:
+def ours(task: Task) -> Iterator[None]:
     """The Trainer as a worker sets it up, deterministic; one validation image, for this counts training alone."""
-    for result in trainer(task, kind).run():
-        if result is not None:
-            yield
-
-
-def trainer(task: Task, kind: type[Trainer]) -> Trainer:
     be_deterministic(True)
     keep_freed_memory()
     images, labels, classes = task.train()
     names = tuple(map(str, range(classes)))
     split = datasets.Split(images, labels, images[:1], labels[:1], images[:1], labels[:1], names)
-    policy = make_policy("full", len(labels), 0)
-    return kind(OnDevice.of(split, task.device), policy, 0, epochs=10**6, batch_size=BATCH, width=task.width)
+    data, policy = OnDevice.of(split, task.device), make_policy("full", len(labels), 0)
+    trainer = Trainer(data, policy, 0, epochs=10**6, batch_size=BATCH, width=task.width)
+    for result in trainer.run():
+        if result is not None:
+            yield
 
 
-class Graphed(Trainer):
-    """The Trainer with its step captured as a CUDA graph, for batches of full size: a candidate, not yet measured."""
-
-    EAGER = 3
-    """Steps before the capture, in which cuDNN and cuBLAS get ready."""
-    graph: torch.cuda.CUDAGraph | None = None
-    warm = 0
-
-    def _rest(self) -> None:
-        super()._rest()
-        self.loss_sum = self._sum = getattr(self, "_sum", self.loss_sum).zero_()  # the graph adds to this tensor
-
-    def _train(self, index: Tensor, weights: Tensor | None, jitter: Tensor | None) -> None:
-        if len(index) < self.batch_size or weights is not None or jitter is not None or self.warm < self.EAGER:
-            self.warm += 1
-            super()._train(index, weights, jitter)
-            return
-        if self.graph is None:
-            self.index, self.graph = index.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records the step, does not take it
-                super()._train(self.index, None, None)
-        self.index.copy_(index)
-        self.graph.replay()
-
-
-def graphed(task: Task) -> Iterator[None]:
-    """The same with a CUDA graph, once two epochs have shown whether it computes the same bits."""
-    states = []
-    for kind in (Trainer, Graphed):
-        one = trainer(task, kind)
-        epochs = (result for result in one.run() if result is not None)
-        losses = [next(epochs).loss for _ in range(2)]
-        states.append([torch.tensor(losses), *(tensor.cpu() for tensor in one.network.state_dict().values())])
-    print(f"graph: same bits as without: {all(map(torch.equal, *states))}", file=sys.stderr, flush=True)
-    yield from ours(task, Graphed)
+def launched(task: Task) -> Iterator[None]:
+    """The same, every kernel launched by itself: what CUDA graphs are worth."""
+    os.environ[SWITCH] = "0"
+    return ours(task)
 
 
 CONTESTANTS: dict[str, tuple[str, Callable[[Task], Iterator[None]]]] = {
@@ -232,7 +199,7 @@ CONTESTANTS: dict[str, tuple[str, Callable[[Task], Iterator[None]]]] = {
     "tricks": ("(b) with the usual tricks", tricks),
     "resident": ("(c) resident, bf16 weights", resident),
     "ours": ("Trainer", ours),
-    "graph": ("Trainer, its step a CUDA graph", graphed),
+    "launched": ("Trainer without CUDA graphs", launched),
 }
 
 
@@ -403,7 +370,7 @@ def main() -> None:
     again = time.perf_counter() - again
     images = min(options.images or (total if device.type == "cuda" else 5120), total)
     task = Task(name, root, images, device, options.loader_workers, options.width)
-    possible = {"files": root is not None, "graph": device.type == "cuda"}
+    possible = {"files": root is not None, "launched": device.type == "cuda"}
     names = options.only or [each for each in CONTESTANTS if possible.get(each, True)]
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"

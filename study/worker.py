@@ -66,6 +66,8 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         device = pick_device(device_name)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else a part of the first GPU's memory goes to each worker of the others
     data = retrying(lambda: load_data(study, config, data_root, device), stopping=stop)
     study.pruner = make_pruner(config, len(data.train_labels))
     queue = Queue(

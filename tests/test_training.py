@@ -127,6 +127,7 @@ def test_adam_is_pytorchs() -> None:
             for network in (ours, theirs):
                 network(images).square().sum().backward()
             adam.step()
+            adam.zero_grad()
             stock.step()
             stock.zero_grad()
             if step == 1:

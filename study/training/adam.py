@@ -27,9 +27,13 @@ class Adam:
         self.means = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
         self.squares = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
 
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
     @torch.no_grad()
     def step(self) -> None:
-        """Update the parameters by their gradients and drop these."""
+        """Update the parameters by their gradients."""
         gradients = [p.grad for p in self.parameters]
         assert all(gradient is not None for gradient in gradients)
         adam(
@@ -48,8 +52,6 @@ class Adam:
             eps=1e-8,
             maximize=False,
         )
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         kept = zip(self.steps, self.means, self.squares, strict=True)

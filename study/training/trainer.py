@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from study.training.adam import Adam
 from study.training.augment import Jitter, gather
 from study.training.data import Split
 from study.training.energy import EnergyMeter
+from study.training.graphs import Step, recorder
 from study.training.network import CNN
 from study.training.policies import Policy, Resampling
 from study.training.seeds import generator
@@ -189,6 +191,12 @@ class Trainer:
         self.best = -1.0
         self.best_network: dict[str, Tensor] | None = None
         self.meter = EnergyMeter(self.device)
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        recording, adam = recorder(self.device), self.optimizer
+        changed = [*self.network.parameters(), *self.network.buffers(), *adam.steps, *adam.means, *adam.squares]
+        self._training_step = Step(recording, [*changed, self.loss_sum])
+        self._validation_step = Step(recording, [self.correct])
         self._rest()
 
     def _rest(self) -> None:
@@ -197,8 +205,8 @@ class Trainer:
         self.weights: Tensor | None = None
         self.jitter: Tensor | None = None
         self.step = 0
-        self.loss_sum = torch.zeros((), device=self.device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.loss_sum.zero_()
+        self.correct.zero_()
         self.train_seconds = self.validation_seconds = self.selection_seconds = 0.0
         self.joules: float | None = 0.0
         self._metered = self.meter.joules()
@@ -246,7 +254,7 @@ class Trainer:
                     started = time.perf_counter()
                 done = (self.step - train_steps) * VALIDATION_BATCH
                 part = slice(done, done + VALIDATION_BATCH)
-                self.correct += self._correct(self.data.validation_images[part], self.data.validation_labels[part])
+                self._validate(self.data.validation_images[part], self.data.validation_labels[part])
                 self.step += 1
                 if self.step < train_steps + validation_steps:
                     self.validation_seconds += time.perf_counter() - started
@@ -296,11 +304,12 @@ class Trainer:
         assert self.best_network is not None
         self.network.load_state_dict(self.best_network)
         self.network.eval()
-        correct, total = 0, len(self.data.test_labels)
+        total = len(self.data.test_labels)
+        self.correct.zero_()
         for start in range(0, total, VALIDATION_BATCH):
             part = slice(start, start + VALIDATION_BATCH)
-            correct += int(self._correct(self.data.test_images[part], self.data.test_labels[part]))
-        return correct / total
+            self._validate(self.data.test_images[part], self.data.test_labels[part])
+        return self.correct.item() / total
 
     def _plan(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The epoch's images in their order, their weights and jitters: drawn once, kept for who resumes in it."""
@@ -318,8 +327,20 @@ class Trainer:
         return order, weights, jitter
 
     def _train(self, index: Tensor, weights: Tensor | None, jitter: Tensor | None) -> None:
+        if weights is None:
+            self._training_step(self._learn, index, None, jitter)
+            return
+        # A batch of a size that does not come again is not worth recording.
+        learn = self._learn if len(index) < self.batch_size else functools.partial(self._training_step, self._learn)
+        losses = learn(index, weights, jitter)
+        assert losses is not None
+        self.policy.observe(index, losses)
+
+    def _learn(self, index: Tensor, weights: Tensor | None, jitter: Tensor | None) -> Tensor | None:
+        """One step of Adam; with weights the images' losses, shape [batch]."""
         images = gather(self.data.train_images, index, jitter)
         labels = self.data.train_labels[index]
+        losses = None
         with self._autocast():
             logits = self.network(self._normalised(images))
             if weights is None:
@@ -327,17 +348,20 @@ class Trainer:
             else:
                 losses = functional.cross_entropy(logits, labels, reduction="none")
                 loss, plain = (losses * weights).mean(), losses.mean()
-                self.policy.observe(index, losses.detach())
+        self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.loss_sum += plain.detach() * len(index)
+        return losses.detach() if losses is not None else None
 
-    @torch.inference_mode()
-    def _correct(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _validate(self, images: Tensor, labels: Tensor) -> None:
+        self._validation_step(self._count, images, labels)
+
+    @torch.no_grad()
+    def _count(self, images: Tensor, labels: Tensor) -> None:
         with self._autocast():
             logits = self.network(self._normalised(images))
-        correct: Tensor = (logits.argmax(1) == labels).sum()
-        return correct
+        self.correct += (logits.argmax(1) == labels).sum()
 
     def _normalised(self, images: Tensor) -> Tensor:
         return ((images - self.data.mean) / self.data.std).permute(0, 3, 1, 2)
@@ -382,7 +406,8 @@ class Trainer:
         self.order, self.weights, self.jitter = state["order"], state["weights"], state["jitter"]
         self.step, self.seen, self.best = state["step"], state["seen"], state["best"]
         self.best_network = state["best_network"]
-        self.loss_sum, self.correct = state["loss_sum"].to(self.device), state["correct"].to(self.device)
+        self.loss_sum.copy_(state["loss_sum"])
+        self.correct.copy_(state["correct"])
         self.train_seconds, self.validation_seconds = state["train_seconds"], state["validation_seconds"]
         self.selection_seconds, self.joules = state["selection_seconds"], state["joules"]
         self._metered = self.meter.joules()

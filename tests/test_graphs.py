@@ -1,0 +1,203 @@
+"""Steps that are replayed: the same bits as steps that are executed as they are written, or no replays at all.
+
+With STUDY_TEST_DEVICE=cuda by CUDA graphs; without a GPU by a recorder that dispatches again what was dispatched.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from study.training import data as datasets
+from study.training import graphs
+from study.training import trainer as engine
+from study.training.graphs import WARM_UPS, Step
+from study.training.trainer import OnDevice, Trainer, be_deterministic
+from tests.recorder import Recorder
+from tests.test_training import DEVICE, epochs, numbers, trainer
+
+ALPHA, BATCH = 300, 64  # four full batches and one of 44
+
+
+@pytest.fixture(scope="module")
+def digits() -> OnDevice:
+    be_deterministic(True)
+    return OnDevice.of(datasets.split(datasets.load("digits"), "holdout", holdout=0.25), DEVICE, test=True)
+
+
+class Counting:
+    """A recorder that counts what its recordings replay."""
+
+    def __init__(self) -> None:
+        real = graphs.recorder(DEVICE)
+        self.inner: Any = Recorder() if real is None else real
+        self.replays: list[int] = []
+        self.plainly = self.inner.plainly
+
+    def record(self, call: Any) -> Any:
+        recording, result = self.inner.record(call)
+        self.replays.append(0)
+        number = len(self.replays) - 1
+
+        class Counted:
+            def replay(_) -> None:  # noqa: N805
+                self.replays[number] += 1
+                recording.replay()
+
+        return Counted(), result
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    """All trainers made from now on replay."""
+    counting = Counting()
+    monkeypatch.setattr(engine, "recorder", lambda _: counting)
+    return counting
+
+
+def plain(digits: OnDevice, policy: str, **options: Any) -> Trainer:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "recorder", lambda _: None)
+        return trainer(digits, policy, **options)
+
+
+def same(ours: Trainer, theirs: Trainer) -> bool:
+    tensors = (one.network.state_dict().values() for one in (ours, theirs))
+    return numbers(ours.history) == numbers(theirs.history) and all(map(torch.equal, *tensors))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("policy", ["full", "static", "fresh", "dynamic", "infobatch"])
+def test_replays_compute_the_same_bits(digits: OnDevice, replaying: Counting, policy: str, augment: bool) -> None:
+    options: dict[str, Any] = {"augment": augment, "epochs": 6, "width": 0.0625}
+    by_steps, by_replays = plain(digits, policy, **options), trainer(digits, policy, **options)
+    epochs(by_steps)
+    epochs(by_replays)
+    assert same(by_replays, by_steps)
+    full_steps = sum(result.images // BATCH for result in by_steps.history)
+    # Each recording's first replay is the one that is held against the step itself.
+    assert full_steps - WARM_UPS in replaying.replays
+    # Full batches, last batches (infobatch's are of another size each time), validation.
+    assert len(replaying.replays) == (2 if policy == "infobatch" else 3)
+    assert by_replays.test() == by_steps.test()
+
+
+@pytest.mark.parametrize("policy", ["dynamic", "infobatch"])
+@pytest.mark.parametrize("steps", [2, 5, 9, 16, 23])
+def test_a_resumed_trial_replays_into_the_same_bits(
+    digits: OnDevice, replaying: Counting, policy: str, steps: int
+) -> None:
+    """Stopped while warming up, after a recording, in validation; the resumed one warms up anew."""
+    options: dict[str, Any] = {"augment": True, "width": 0.0625, "images": 2000}
+    whole = plain(digits, policy, **options)
+    epochs(whole)
+    stopped = trainer(digits, policy, **options)
+    for _, _ in zip(range(steps), stopped.run(), strict=False):
+        pass
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    resumed = trainer(digits, policy, seed=99, **options)
+    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    epochs(resumed)
+    assert replaying.replays
+    assert same(resumed, whole)
+
+
+def test_a_trial_without_batch_norm_and_in_fp32_replays(digits: OnDevice, replaying: Counting) -> None:
+    options: dict[str, Any] = {"norm": "none", "precision": "fp32", "weight_decay": 0.1, "width": 0.125}
+    by_steps, by_replays = plain(digits, "static", **options), trainer(digits, "static", **options)
+    epochs(by_steps)
+    epochs(by_replays)
+    assert replaying.replays
+    assert same(by_replays, by_steps)
+
+
+def eight_calls(step: Step, call: Any, state: Tensor) -> list[float]:
+    state.zero_()
+    found = []
+    for number in range(8):
+        step(call, torch.full((2,), float(number), device=DEVICE))
+        found.append(state.sum().item())
+    return found
+
+
+def test_a_step_that_is_all_tensors_is_replayed() -> None:
+    be_deterministic(True)
+    state, recorder = torch.zeros(2, device=DEVICE), Counting()
+    assert eight_calls(Step(recorder, [state]), state.add_, state) == eight_calls(
+        Step(None, [state]), state.add_, state
+    )
+    assert recorder.replays == [8 - WARM_UPS]
+
+
+def test_a_step_that_waits_for_a_number_is_not_replayed() -> None:
+    be_deterministic(True)
+    state = torch.zeros(2, device=DEVICE)
+
+    def waits(x: Tensor) -> None:
+        state.add_(x * x.max().item())
+
+    step = Step(Counting(), [state])
+    with pytest.warns(RuntimeWarning, match="not permitted"):
+        found = eight_calls(step, waits, state)
+    assert list(step.recorded.values()) == [None]
+    assert found == eight_calls(Step(None, [state]), waits, state)
+
+
+def test_a_step_that_counts_outside_its_tensors_is_not_replayed() -> None:
+    """The control for the comparison of bits: this can be recorded, but a replay would not count."""
+    be_deterministic(True)
+    state, calls, recorder = torch.zeros(2, device=DEVICE), iter(range(100)), Counting()
+
+    def counts(x: Tensor) -> None:
+        state.add_(x * next(calls))
+
+    step = Step(recorder, [state])
+    with pytest.warns(RuntimeWarning, match="other bits"):
+        eight_calls(step, counts, state)
+    assert list(step.recorded.values()) == [None]
+    assert recorder.replays == [1]
+
+
+def test_a_trial_whose_steps_cannot_be_recorded_trains_all_the_same(
+    digits: OnDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Counting):
+        def record(self, call: Any) -> Any:
+            call()  # what a graph that is out of memory at its end has left behind
+            raise RuntimeError("CUDA error: out of memory\nmore lines")
+
+    monkeypatch.setattr(engine, "recorder", lambda _: Broken())
+    by_steps = plain(digits, "dynamic", width=0.0625)
+    epochs(by_steps)
+    with pytest.warns(RuntimeWarning, match="steps are not replayed: CUDA error: out of memory$"):
+        broken = trainer(digits, "dynamic", width=0.0625)
+        epochs(broken)
+    assert same(broken, by_steps)
+
+
+def test_the_environment_switches_replays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(graphs.SWITCH, "0")
+    assert graphs.recorder(torch.device("cuda")) is None
+    assert graphs.recorder(torch.device("cpu")) is None
+
+
+def test_a_trainer_is_freed_with_its_recordings(digits: OnDevice, replaying: Counting) -> None:
+    """No cycle of references: a GPU's memory must not wait for Python's search for garbage."""
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        used = trainer(digits, "static", width=0.0625)
+        epochs(used)
+        assert replaying.replays
+        freed = weakref.ref(used)
+        del used
+        assert freed() is None
+    finally:
+        gc.enable()
