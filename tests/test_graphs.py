@@ -44,7 +44,7 @@ class Counting:
         number = len(self.replays) - 1
 
         class Counted:
-            def replay(_) -> None:  # noqa: N805
+            def replay(_) -> None:
                 self.replays[number] += 1
                 recording.replay()
 
@@ -174,8 +174,8 @@ def test_a_trial_whose_steps_cannot_be_recorded_trains_all_the_same(
     monkeypatch.setattr(engine, "recorder", lambda _: Broken())
     by_steps = plain(digits, "dynamic", width=0.0625)
     epochs(by_steps)
+    broken = trainer(digits, "dynamic", width=0.0625)
     with pytest.warns(RuntimeWarning, match="steps are not replayed: CUDA error: out of memory$"):
-        broken = trainer(digits, "dynamic", width=0.0625)
         epochs(broken)
     assert same(broken, by_steps)
 

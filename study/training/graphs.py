@@ -43,7 +43,8 @@ class CudaRecorder:
     """CUDA graphs on one device, all in one pool of memory, for between replays none of them needs any of it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
     def plainly(self, call: Callable[[], Tensor | None]) -> Tensor | None:
