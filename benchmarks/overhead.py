@@ -172,6 +172,7 @@ def share(url: str) -> list[dict[str, float]]:
 
     objective.Trainer = Simulated  # type: ignore[misc]
     storage, study, settings = worker._join(url, "s", worker.Stop())
+    worker.read_ahead(study, settings)
     data = worker.load_data(study, settings, None, torch.device("cpu"))
     study.pruner = make_pruner(settings, len(data.train_labels))
     queue = worker.Queue(storage.engine, study._study_id)

@@ -22,10 +22,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
 from optuna.trial import TrialState
+from torch.utils._pytree import tree_leaves
 
 from storage import checkpoints
 from storage.queue import Lease, LeaseLost, Queue, passing, retrying
@@ -119,8 +121,9 @@ def run_trial(
                     _give_back(trainer, scribe, queue, lease, kept, say)
                     return
                 if not scribe.saving and time.monotonic() - saved >= every:
+                    synchronize(trainer.device)  # the wait is training's, not the checkpoint's
                     started = time.monotonic()
-                    scribe.save(len(trainer.history), copy.deepcopy(trainer.state_dict()))
+                    scribe.save(len(trainer.history), on_host(trainer.state_dict()))
                     saved = time.monotonic()
                     cost = scribe.cost + saved - started
                     every = max(config.checkpoint.every_seconds, cost / CHECKPOINT_SHARE)
@@ -177,7 +180,7 @@ def _give_back(
     trainer: Trainer, scribe: Scribe, queue: Queue, lease: Lease, kept: Path, say: Callable[[str], None]
 ) -> None:
     """Asked to stop: the checkpoint into the database and the trial claimable at once, or the checkpoint onto disk."""
-    scribe.save(len(trainer.history), trainer.state_dict())
+    scribe.save(len(trainer.history), on_host(trainer.state_dict()))
     if scribe.flush(LAST_WORDS_SECONDS) and not scribe.unsaved:
         queue.release(lease)
     elif scribe.unsaved:
@@ -223,10 +226,21 @@ def _settle(
     queue.finish(lease, state, values, attributes)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: what torch had allocated on a GPU at most during the trial; elsewhere the process's largest size."""
+def on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy in the processor's memory, made by the thread that trains: no other has to wait for the device."""
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu"]
+    return copy.deepcopy(state, {id(tensor): tensor.detach().cpu() for tensor in tensors})
+
+
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: what torch had reserved of a GPU at most during the trial; elsewhere the process's largest size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -59,6 +60,7 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
     stop = Stop(launcher_gone())
     stop.on_signals()
     storage, study, config = _join(storage_url, name, stop)
+    read_ahead(study, config)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     be_deterministic(config.training.deterministic)
     keep_freed_memory()
@@ -67,6 +69,7 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
     except ValueError as error:
         raise UserError(str(error)) from None
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)  # else a part of the first GPU's memory goes to each worker of the others
     data = retrying(lambda: load_data(study, config, data_root, device), stopping=stop)
     study.pruner = make_pruner(config, len(data.train_labels))
@@ -134,6 +137,18 @@ def _join(storage_url: str, name: str, stop: Stop) -> tuple[RDBStorage, optuna.S
             if stop() or time.monotonic() >= deadline:
                 raise
             _pause(1.0, stop)
+
+
+def read_ahead(study: optuna.Study, config: StudyConfig) -> None:
+    """Read what the sampler will ask of the study's past, in a thread: the data load meanwhile."""
+    if config.search.sampler.kind in ("grid", "random"):
+        return
+
+    def read() -> None:
+        with suppress(*AWAY):  # then who asks first reads it
+            study.get_trials(deepcopy=False)
+
+    threading.Thread(target=read, name="ahead", daemon=True).start()
 
 
 def _aside(storage_url: str, study: optuna.Study) -> Path:

@@ -18,6 +18,7 @@ SWITCH = "STUDY_CUDA_GRAPHS"
 """Environment variable: 0 leaves all steps as they are written."""
 
 Inputs = tuple[Tensor | None, ...]
+Shapes = tuple[torch.Size | None, ...]
 Call = Callable[..., Tensor | None]
 
 
@@ -42,6 +43,9 @@ class Recorder(Protocol):
 class CudaRecorder:
     """CUDA graphs on one device, all in one pool of memory, for between replays none of them needs any of it."""
 
+    gave_up = False
+    """Set for the whole process where a recording failed: what that leaves behind may make the next one fail too."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -58,18 +62,42 @@ class CudaRecorder:
 
     def record(self, call: Callable[[], Tensor | None]) -> tuple[Recording, Tensor | None]:
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self.device),
-            # thread_local: the thread that stores checkpoints copies from the device meanwhile.
-            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
-        ):
-            result = call()
-        return graph, result
+        try:
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.stream(self.stream),  # left again whatever becomes of the recording
+                # thread_local: other threads may do with the device what they like.
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                result = call()
+        except RuntimeError:
+            CudaRecorder.gave_up = True
+            raise
+        return _Bounded(graph, self.device), result
+
+
+class _Bounded:
+    """A CUDA graph that lets the host run ahead by a few replays, not by an epoch: who is to stop must stop soon."""
+
+    AHEAD = 16
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+        self.graph, self.device, self.replays = graph, device, 0
+        self.done = [torch.cuda.Event(blocking=True) for _ in range(self.AHEAD)]  # type: ignore[no-untyped-call]
+
+    def replay(self) -> None:
+        event = self.done[self.replays % self.AHEAD]
+        self.replays += 1
+        event.synchronize()  # of AHEAD replays ago; at once if there was none
+        self.graph.replay()
+        event.record(torch.cuda.current_stream(self.device))
 
 
 def recorder(device: torch.device) -> Recorder | None:
     """For devices that can record, unless the environment says no."""
-    return CudaRecorder(device) if device.type == "cuda" and os.environ.get(SWITCH) != "0" else None
+    if device.type != "cuda" or os.environ.get(SWITCH) == "0" or CudaRecorder.gave_up:
+        return None
+    return CudaRecorder(device)
 
 
 @dataclass
@@ -92,14 +120,13 @@ class Step:
 
     def __init__(self, recorder: Recorder | None, state: list[Tensor]) -> None:
         self.recorder, self.state = recorder, state
-        self.taken: Counter[tuple[object, ...]] = Counter()
-        self.recorded: dict[tuple[object, ...], _Recorded | None] = {}
-        """By the inputs' shapes; None: cannot be used."""
+        self.taken: Counter[Shapes] = Counter()
+        self.recorded: dict[Shapes, _Recorded] = {}
+        self.rejected: list[_Recorded] = []
+        """Kept: the end of one CUDA graph may take cuBLAS's memory away from the others of its stream."""
 
     def __call__(self, call: Call, *inputs: Tensor | None) -> Tensor | None:
         """The result may be overwritten by the next call."""
-        if self.recorder is None:
-            return call(*inputs)
         shapes = tuple(None if each is None else each.shape for each in inputs)
         known = self.recorded.get(shapes)
         if known is not None:
@@ -109,33 +136,50 @@ class Step:
             known.recording.replay()
             return known.result
         self.taken[shapes] += 1
-        if self.taken[shapes] <= WARM_UPS or shapes in self.recorded:
-            return self.recorder.plainly(lambda: call(*inputs))
+        if self.recorder is None or self.taken[shapes] != WARM_UPS + 1:
+            return self.plainly(call, *inputs)
         return self._record(self.recorder, shapes, call, inputs)
 
-    def _record(self, recorder: Recorder, shapes: tuple[object, ...], call: Call, inputs: Inputs) -> Tensor | None:
-        """This call is executed as it is written, once it has been recorded and replayed."""
+    def plainly(self, call: Call, *inputs: Tensor | None) -> Tensor | None:
+        """The call as it is written, which does not count towards its being recorded."""
+        return call(*inputs) if self.recorder is None else self.recorder.plainly(lambda: call(*inputs))
+
+    def _record(self, recorder: Recorder, shapes: Shapes, call: Call, inputs: Inputs) -> Tensor | None:
         places = tuple(None if each is None else each.clone() for each in inputs)
-        before, known, replayed = _copies(self.state), None, []
+        before = _copies(self.state)
+        # First as it is written: what memory that took is free again when it is recorded.
+        result = self.plainly(call, *inputs)
+        after = _copies([*self.state, result])
+        self._restore(before)
         try:
             known = _Recorded(places, *recorder.record(lambda: call(*places)))
-            known.recording.replay()
-            replayed = _copies([*self.state, known.result])
         except RuntimeError as error:
-            known = None
-            warnings.warn(f"steps are not replayed: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=2)
-        with torch.no_grad():
-            for tensor, value in zip(self.state, before, strict=True):
-                tensor.copy_(value)
-        result = recorder.plainly(lambda: call(*inputs))
-        if known is not None and torch.are_deterministic_algorithms_enabled():
-            plain = [each for each in (*self.state, result) if each is not None]
-            if not all(map(torch.equal, replayed, plain)):
-                known = None
-                warnings.warn("steps are not replayed: a replay computed other bits", RuntimeWarning, stacklevel=2)
+            self.recorder = None
+            self._restore(after)
+            warnings.warn(f"steps are not replayed: {_first_cause(error)}", RuntimeWarning, stacklevel=3)
+            return result
+        known.recording.replay()
+        replayed = _copies([*self.state, known.result])
+        if torch.are_deterministic_algorithms_enabled() and not all(map(torch.equal, replayed, after)):
+            self._restore(after)
+            self.rejected.append(known)
+            warnings.warn("steps are not replayed: a replay computed other bits", RuntimeWarning, stacklevel=3)
+            return result
         self.recorded[shapes] = known
-        return result
+        return known.result
+
+    @torch.no_grad()
+    def _restore(self, values: list[Tensor]) -> None:
+        for tensor, value in zip(self.state, values, strict=False):
+            tensor.copy_(value)
 
 
 def _copies(tensors: list[Tensor] | list[Tensor | None]) -> list[Tensor]:
     return [each.detach().clone() for each in tensors if each is not None]
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong in a recording, not that its end failed because of it."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return str(error).splitlines()[0]

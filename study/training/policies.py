@@ -43,7 +43,10 @@ class Policy(Protocol):
         """What each image of `active` counts in the loss, float32, shape [alpha]; None: all the same."""
 
     def observe(self, index: Tensor, losses: Tensor) -> None:
-        """Take note of the losses (shape [batch]) of the images `index`; called each step if there are weights."""
+        """Take note of the losses (shape [batch]) of the images `index`; called each step if there are weights.
+
+        Both tensors may be overwritten afterwards.
+        """
 
     def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
         """Choose the next active set after `epoch` (from 1) ended with validation `accuracy` in [0, 1].
@@ -188,27 +191,34 @@ class InfoBatch:
 
     Of the images whose last loss is below the mean of all last losses, a random `ratio` is left out of the next epoch;
     those that stay in count 1 / (1 - ratio) in the loss, so that the expected gradient is the full one. From the part
-    `anneal` of the run on, all images are trained on, unweighted. Losses stay on the training device.
+    `anneal` of the run on, all images are trained on, unweighted. Losses stay on the device until the epoch is over.
     """
 
     def __init__(self, total: int, seed: int, *, ratio: float, anneal: float) -> None:
         self.total, self.ratio, self.anneal = total, ratio, anneal
         self.draws = generator(seed, "policy")
         self.losses = torch.ones(total)
+        self._observed: list[tuple[Tensor, Tensor]] = []
         self._all()
 
     def _all(self) -> None:
         self.active, self.weights = torch.arange(self.total), torch.ones(self.total)
 
     def observe(self, index: Tensor, losses: Tensor) -> None:
-        self.losses = self.losses.to(index.device)
-        self.losses[index] = losses.detach().float()
+        self._observed.append((index.clone(), losses.detach().float().clone()))
+
+    def _note_observed(self) -> None:
+        if self._observed:
+            index, losses = (torch.cat(parts).cpu() for parts in zip(*self._observed, strict=True))
+            self.losses[index] = losses
+            self._observed.clear()
 
     def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
+        self._note_observed()
         if done >= self.anneal:
             self._all()
             return KEEP
-        losses = self.losses.cpu()
+        losses = self.losses
         easy = losses < losses.mean()
         candidates = easy.nonzero().squeeze(1)
         k = round(self.ratio * len(candidates))
@@ -220,6 +230,7 @@ class InfoBatch:
         return Resampling("soft", k, self.ratio)
 
     def state_dict(self) -> dict[str, Any]:
+        self._note_observed()
         return {
             "active": self.active,
             "weights": self.weights,
@@ -229,6 +240,7 @@ class InfoBatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.active, self.weights, self.losses = state["active"], state["weights"], state["losses"]
+        self._observed.clear()
         self.draws.set_state(state["draws"])
 
 

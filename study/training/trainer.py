@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Iterator
@@ -330,9 +329,9 @@ class Trainer:
         if weights is None:
             self._training_step(self._learn, index, None, jitter)
             return
-        # A batch of a size that does not come again is not worth recording.
-        learn = self._learn if len(index) < self.batch_size else functools.partial(self._training_step, self._learn)
-        losses = learn(index, weights, jitter)
+        # A last batch whose size will not come again is not worth recording.
+        step = self._training_step if len(index) == self.batch_size else self._training_step.plainly
+        losses = step(self._learn, index, weights, jitter)
         assert losses is not None
         self.policy.observe(index, losses)
 
