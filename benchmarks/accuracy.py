@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader
 
 from benchmarks.training import pictures
 from study.training import data as datasets
+from study.training.device import be_deterministic, pick_device
 from study.training.memory import keep_freed_memory
 from study.training.network import CNN
 from study.training.policies import make_policy
 from study.training.seeds import generator
-from study.training.trainer import OnDevice, Trainer, be_deterministic, pick_device
+from study.training.trainer import OnDevice, Trainer
 
 BATCH, RATE = 128, 0.001
 

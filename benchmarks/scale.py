@@ -28,7 +28,7 @@ from optuna.trial import TrialState
 
 from storage import checkpoints
 from storage.connect import open_storage
-from storage.control import go_on, reason_to_stop
+from storage.control import reason_to_stop, set_budgets
 from storage.queue import Queue
 from study.objective import ask
 from study.parsing import parse_config
@@ -38,7 +38,7 @@ from tests.hosts import NETWORK, Hosts
 from tests.postgres import Postgres
 
 FORK = multiprocessing.get_context("fork")
-CROWDS = (1, 4, 16, 64, 128, 256)
+CROWDS = (1, 4, 16, 64, 128, 192, 256)
 CROWDS_OF_HOSTS = (3, 15, 63, 126)
 EPOCHS, EPOCH_SECONDS, LASTING = 4, 5.0, 40.0
 ROW = {
@@ -260,7 +260,7 @@ def polls() -> None:
                 "SELECT trial_id, 1, 'o', 'd', 1000 + trial_id, 1100 + trial_id, 5 FROM trials ON CONFLICT DO NOTHING",
             )
             for budgets in ({}, {"gpu-hours": 1e9}):
-                go_on(storage.engine, study._study_id, budgets)
+                set_budgets(storage.engine, study._study_id, budgets)
                 took = []
                 for _ in range(30):
                     started = time.monotonic()

@@ -31,12 +31,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from study.training import data as datasets
+from study.training.device import be_deterministic, pick_device
 from study.training.graphs import SWITCH, WARM_UPS
 from study.training.memory import keep_freed_memory
 from study.training.network import CNN
 from study.training.policies import make_policy
 from study.training.seeds import generator
-from study.training.trainer import OnDevice, Trainer, be_deterministic, pick_device
+from study.training.trainer import OnDevice, Trainer
 
 BATCH = 512
 FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None

@@ -40,6 +40,8 @@ class Status:
     budgets: dict[str, float]
     spent: dict[str, float]
     """By unit, as in `storage.control`."""
+    stop: str | None
+    """Why no worker goes on, if so."""
     failures: dict[int, str]
     """Trials that failed for good, and why."""
     setbacks: tuple[Attempt, ...]
@@ -60,7 +62,7 @@ class Status:
         whole = images or most_epochs(self.config)
         done = now.settled * whole + (now.images if images else now.epochs)
         worked = 3600 * self.spent["hours"]
-        if not done or not worked or now.settled == now.total:
+        if not done or not worked or now.settled == now.total or self.stop:
             return None
         return max(0.0, worked * (now.total * whole - done) / done)
 
@@ -71,14 +73,16 @@ def read(engine: sa.Engine, name: str) -> Status:
     """
     study_id, attributes = progress.find(engine, name)
     now = progress.progress(engine, study_id)
+    orders, spent = control.orders(engine, study_id), control.spent(engine, study_id)
     return Status(
         name,
         attributes.get("preset", ""),
         parse_config(attributes["config"]),
         now,
         {} if now.best_trial is None else progress.parameters(engine, study_id, now.best_trial),
-        control.orders(engine, study_id).budgets,
-        control.spent(engine, study_id).amounts,
+        orders.budgets,
+        spent.amounts,
+        control.ASKED if orders.stop else spent.reason_to_stop(orders.budgets),
         progress.failures(engine, study_id) if now.states["failed"] else {},
         tuple(progress.attempts(engine, study_id, failed=MOST_FAILURES)),
     )
@@ -118,6 +122,8 @@ def page(found: Status) -> RenderableType:
     lines = heading(found)
     if found.seconds_left is not None:
         lines.append(f"about {timedelta(seconds=round(found.seconds_left))} left, if the work goes on as so far")
+    if found.stop and found.progress.settled < found.progress.total:
+        lines.append(f"{found.stop}; go on with: study resume {found.name}")
     parts: list[RenderableType] = [Text("\n".join(lines))]
     if found.progress.running:
         parts.append(_workers(found.progress.running))
@@ -159,6 +165,7 @@ def document(found: Status) -> dict[str, Any]:
         "best_params": found.best_parameters if now.best_trial is not None else None,
         "budgets": found.budgets,
         "spent": found.spent,
+        "stop": found.stop,
         "seconds_left": found.seconds_left,
         "workers": [asdict(at) for at in now.running],
         "failures": found.failures,

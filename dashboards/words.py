@@ -16,7 +16,10 @@ def shown(value: Any) -> str:
 
 
 def budget_lines(budgets: dict[str, float], spent: dict[str, float]) -> list[str]:
-    return [f"spent {spent[unit]:,.4g} of {limit:,.4g} {unit}" for unit, limit in budgets.items()]
+    return [
+        f"spent {spent[unit]:,.4g} of {limit:,.4g} {unit}, {max(0.0, limit - spent[unit]):,.4g} left"
+        for unit, limit in budgets.items()
+    ]
 
 
 def label(parameters: dict[str, Any]) -> str:

@@ -24,8 +24,10 @@ UNITS = {
     "images": ("image", "images"),
     "kWh": ("kwh",),
 }
-"""What can be budgeted: hours of workers at trials (a worker counts as one GPU), hours in which any was, images trained
-on, energy of the GPUs."""
+"""What can be budgeted: hours of workers at trials (each counts with its share of a GPU, on a processor as one), hours
+in which any was, images trained on, energy of the GPUs."""
+AMOUNT = re.compile(r"((?:[0-9][0-9_]*|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z-]+)")
+"""A number, which may be written 1_000 or 1,000, and a unit."""
 
 
 def parse_budgets(texts: Iterable[str]) -> dict[str, float]:
@@ -39,7 +41,7 @@ def parse_budgets(texts: Iterable[str]) -> dict[str, float]:
         return {}
     budgets: dict[str, float] = {}
     for text in given:
-        match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z-]+)", text.strip().lower())
+        match = AMOUNT.fullmatch(text.strip().lower())
         unit = next((unit for unit, names in UNITS.items() if match and match[2] in names), None)
         amount = float(re.sub("[_,]", "", match[1])) if match else 0.0
         if unit is None or not 0 < amount < float("inf"):
@@ -58,12 +60,15 @@ def request_stop(engine: sa.Engine, study_id: int) -> None:
     _set(engine, study_id, STOP, True)
 
 
-def go_on(engine: sa.Engine, study_id: int, budgets: Mapping[str, float] | None = None) -> None:
-    """Take a request to stop back; `budgets` replace those that the study has."""
-    if budgets is not None:
-        _set(engine, study_id, BUDGETS, dict(budgets))
+def go_on(engine: sa.Engine, study_id: int) -> None:
+    """Take a request to stop back."""
     if _attributes(engine, study_id).get(STOP):
         _set(engine, study_id, STOP, False)
+
+
+def set_budgets(engine: sa.Engine, study_id: int, budgets: Mapping[str, float]) -> None:
+    """These and no others."""
+    _set(engine, study_id, BUDGETS, dict(budgets))
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class Spent:
     """In every unit."""
     workers: int
     """At work now."""
+    seconds_worked: float
+    """By all workers together, whatever their shares."""
 
     def reason_to_stop(self, budgets: Mapping[str, float]) -> str | None:
         for unit, limit in budgets.items():
@@ -94,12 +101,18 @@ class Spent:
                 return f"the budget is spent: {self.amounts[unit]:,.4g} of {limit:,.4g} {unit}"
         return None
 
-    def seconds_left(self, budgets: Mapping[str, float]) -> float:
-        """Until the first budget is spent, if those now at work go on at the pace so far; 0 if there is none yet."""
-        worked = 3600 * self.amounts["gpu-hours"]
+    def seconds_left(self, budgets: Mapping[str, float], before: Spent | None = None, seconds: float = 0.0) -> float:
+        """Until the first budget is spent, if those now at work go on at the pace so far; 0 if there is none yet.
+
+        Args:
+            before: what had been used `seconds` ago; if the pace since then is the faster one, that counts.
+        """
         found = [math.inf]
         for unit, limit in budgets.items():
-            pace = 1 / 3600 if unit == "hours" else self.workers * self.amounts[unit] / worked if worked else 0.0
+            each = self.amounts[unit] / self.seconds_worked if self.seconds_worked else 0.0
+            pace = 1 / 3600 if unit == "hours" else self.workers * each
+            if before is not None and seconds > 0:
+                pace = max(pace, (self.amounts[unit] - before.amounts[unit]) / seconds)
             found.append((limit - self.amounts[unit]) / pace if pace else 0.0)
         return max(0.0, min(found))
 
@@ -127,6 +140,7 @@ def spent(engine: sa.Engine, study_id: int) -> Spent:
             ATTEMPTS.c.images,
             ATTEMPTS.c.joules,
             sa.case((live, 1), else_=0).label("live"),
+            sa.func.coalesce(ATTEMPTS.c.share, 1.0).label("share"),
         )
         .select_from(TRIALS.join(ATTEMPTS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id).outerjoin(LEASES, lease))
         .where(TRIALS.c.study_id == study_id)
@@ -137,12 +151,13 @@ def spent(engine: sa.Engine, study_id: int) -> Spent:
     apart = sa.select(each, sa.func.coalesce(covered, each.c.started_at).label("covered")).cte()
     begin = sa.case((apart.c.covered > apart.c.started_at, apart.c.covered), else_=apart.c.started_at)
     new = sa.case((apart.c.end > begin, apart.c.end - begin), else_=0.0)
-    sums = (apart.c.end - apart.c.started_at, new, apart.c.images, apart.c.joules, apart.c.live)
+    lasted = apart.c.end - apart.c.started_at
+    sums = (lasted, lasted * apart.c.share, new, apart.c.images, apart.c.joules, apart.c.live)
     with engine.connect() as connection:
         row = connection.execute(sa.select(*(sa.func.coalesce(sa.func.sum(column), 0) for column in sums))).one()
-    worked, elapsed, images, joules, workers = row
-    amounts = {"gpu-hours": worked / 3600, "hours": elapsed / 3600, "images": int(images), "kWh": joules / 3.6e6}
-    return Spent(amounts, int(workers))
+    worked, by_share, elapsed, images, joules, workers = row
+    amounts = {"gpu-hours": by_share / 3600, "hours": elapsed / 3600, "images": int(images), "kWh": joules / 3.6e6}
+    return Spent(amounts, int(workers), worked)
 
 
 def _attributes(engine: sa.Engine, study_id: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import optuna
 import sqlalchemy as sa
 from optuna.trial import TrialState
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from storage import files
 from storage.tables import (
@@ -61,6 +61,9 @@ class Lease:
     token: int
     lost: threading.Event = field(default_factory=threading.Event, repr=False)
     """Set by the renewing thread once the token is outdated."""
+    images: int = 0
+    """Recorded under this lease."""
+    joules: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,11 @@ class Queue:
         max_attempts: int = 5,
         owner: str | None = None,
         device: str = "",
+        share: float = 1.0,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.engine, self.study_id, self.stopping = engine, study_id, stopping
-        self.seconds, self.max_attempts, self.device = seconds, max_attempts, device
+        self.seconds, self.max_attempts, self.device, self.share = seconds, max_attempts, device, share
         # Containers share host names and process ids: the last part alone makes it one of a kind.
         self.owner = owner or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         epoch = upsert(engine, EPOCHS)
@@ -182,7 +186,8 @@ class Queue:
             if token is None:
                 return True
             connection.execute(vanished)
-            attempt = {"owner": self.owner, "device": self.device, "started_at": clock, "images": 0, "joules": 0.0}
+            attempt = {"owner": self.owner, "device": self.device, "share": self.share}
+            attempt |= {"started_at": clock, "images": 0, "joules": 0.0}
             # A database whose leases were emptied by hand counts tokens anew: the later attempt takes the row.
             logged = upsert(self.engine, ATTEMPTS).values(trial_id=row.trial_id, token=token, **attempt)
             anew = attempt | {"ended_at": None, "outcome": None, "error": None}
@@ -201,7 +206,7 @@ class Queue:
 
         def renew() -> None:
             while not done.wait(self.seconds / 4):
-                with suppress(DBAPIError):  # the next beat tries again
+                with suppress(SQLAlchemyError):  # the next beat tries again
                     try:
                         with self.engine.begin() as connection:
                             self.fence(connection, lease)
@@ -251,11 +256,11 @@ class Queue:
             LeaseLost: nothing was stored.
         """
 
+        lease.images, lease.joules = lease.images + row["images"], lease.joules + (row.get("joules") or 0.0)
+        spent = {"images": lease.images, "joules": lease.joules}  # sums, which may be written twice
+
         def once() -> None:
             this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
-            spent = {"images": ATTEMPTS.c.images + row["images"]}
-            if row.get("joules") is not None:
-                spent["joules"] = ATTEMPTS.c.joules + row["joules"]
             with self.engine.begin() as connection:
                 # Further than any attempt before: the attempts are counted anew.
                 further = connection.scalar(self._epoch, {"trial_id": lease.trial_id, **row}) is not None

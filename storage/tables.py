@@ -71,6 +71,7 @@ ATTEMPTS = sa.Table(
     sa.Column("error", sa.Text),
     sa.Column("images", sa.Integer, doc="Trained on in this attempt, in whole epochs."),
     sa.Column("joules", sa.Double, doc="Energy of those epochs, where the device tells."),
+    sa.Column("share", sa.Double, doc="Of a GPU, that the worker had; NULL: one."),
 )
 
 # Optuna's own tables, through its models: names and types stay its business.

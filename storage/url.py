@@ -53,6 +53,12 @@ def redact(url: URL) -> str:
     return shown.render_as_string(hide_password=True)
 
 
+def tells_password(text: str) -> bool:
+    """Whether a URL has a password in it, before the host or among the options."""
+    url = parse(text)
+    return bool(url.password) or any("password" in key.lower() for key in url.query)
+
+
 def file_of(url: URL) -> Path | None:
     """The file behind a SQLite URL."""
     return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None

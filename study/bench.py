@@ -96,9 +96,10 @@ def measure(config: StudyConfig, device_name: str) -> Pace:
     import torch
 
     from study.objective import device_name as called
+    from study.training.device import be_deterministic
     from study.training.memory import keep_freed_memory
     from study.training.policies import make_policy
-    from study.training.trainer import VALIDATION_BATCH, OnDevice, Trainer, be_deterministic
+    from study.training.trainer import VALIDATION_BATCH, OnDevice, Trainer
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     be_deterministic(config.training.deterministic)

@@ -79,6 +79,7 @@ def launch(
 ) -> None:
     """Start a study, or go on with it where it stopped."""
     from storage.connect import open_storage
+    from storage.control import set_budgets
     from study import bench as benching
     from study.launch import devices_here
     from study.parsing import load_config
@@ -90,11 +91,12 @@ def launch(
     config = load_config(preset, [*(assignments or []), *more])
     url, root = storage_url(storage), root_of(data_root)
     budgets = _budgets(budget)
-    workforce = placed(url, device, workers, on, address, gpus, cpus, detach)
+    workforce = placed(url, device, workers, on, address, gpus, cpus, detach, storage, budgets)
     # Everything that can be wrong is found before the database is touched.
     data = prepare(config, root, say)
     new = lay_down(open_storage(url), name or preset, preset, config, data)
-    _go_on(name or preset, url, budgets)
+    if budgets is not None:
+        set_budgets(*_found(name or preset, url), budgets)
     say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {shown(url)}")
     # Only what `study bench` has measured here: measuring now would keep the study waiting.
     if new and (warning := noise_warning(config, data.images["validation"])):
@@ -166,15 +168,19 @@ def resume(
     detach: Detach = False,
 ) -> None:
     """Go on with a study with this machine's devices or a cluster's; it needs nothing but its name and database."""
+    from storage.control import go_on, set_budgets
     from study.plan import check_here
     from study.workforce import placed
 
     url, root = storage_url(storage), root_of(data_root)
     budgets = _budgets(budget)
-    workforce = placed(url, device, workers, on, address, gpus, cpus, detach)
+    workforce = placed(url, device, workers, on, address, gpus, cpus, detach, storage, budgets)
     if on == "here":  # elsewhere the workers look at theirs
         check_here(url, name, root, say)
-    _go_on(name, url, budgets)
+    engine, study_id = _found(name, url)
+    if budgets is not None:
+        set_budgets(engine, study_id, budgets)
+    go_on(engine, study_id)
     _work(name, url, workforce, root)
 
 
@@ -182,12 +188,6 @@ def _budgets(texts: list[str] | None) -> dict[str, float] | None:
     from storage.control import parse_budgets
 
     return None if texts is None else parse_budgets(texts)
-
-
-def _go_on(name: str, url: str, budgets: dict[str, float] | None) -> None:
-    from storage.control import go_on
-
-    go_on(*_found(name, url), budgets)
 
 
 def _found(name: str, url: str) -> tuple[Engine, int]:
@@ -252,14 +252,19 @@ def init(storage: Storage = None) -> None:
 
 
 def _work(name: str, url: str, workforce: Workforce, root: str | None) -> None:
-    """Work on a study, then show its table, or how to go on."""
+    """Work on a study, then show its table, or how to go on. Whoever asked it to stop has to take that back first."""
     from dashboards import terminal
     from dashboards import view as viewing
     from dashboards.publish import publish
     from storage.connect import open_storage
+    from storage.control import ASKED, orders, reason_to_stop
     from study.launch import AWAY, STOPPED
 
     reading, writing = open_storage(url, create=False, reading=True), open_storage(url, create=False)
+    engine, study_id = _found(name, url)
+    if orders(engine, study_id).stop:
+        say(f"study {name!r} was {ASKED}; go on with: study resume {name}")
+        raise typer.Exit(STOPPED)
 
     def renew() -> None:
         try:
@@ -272,7 +277,11 @@ def _work(name: str, url: str, workforce: Workforce, root: str | None) -> None:
         if code == STOPPED:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        say(f"stopped; nothing is lost: the same command goes on with study {name!r}")
+        reason = reason_to_stop(engine, study_id)
+        how = f"the same command goes on with study {name!r}"
+        if reason is not None:
+            how = f"go on with: study resume {name}" + " --budget …" * (reason != ASKED)
+        say(f"stopped{f': {reason}' if reason else ''}; nothing is lost; {how}")
         raise
     if code == AWAY:
         say(f"the database was away for too long; when it is back: study resume {name}")

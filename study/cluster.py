@@ -8,7 +8,6 @@ import ipaddress
 import os
 import signal
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from study.crew import Order
 
 POLL_SECONDS = 0.5
+LEAST = 0.0001
+"""Ray counts resources in such parts."""
 STOPPING_SECONDS = 30.0
 """How long a launcher that was interrupted waits for its workers' end."""
 OURS = ("study", "storage", "dashboards")
@@ -72,9 +73,9 @@ def join(
         raise UserError("--on ray needs Ray, which is not installed; pip install 'dynamic-training-study[ray]'")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"on a Ray cluster Ray chooses the device; --device must be auto, cuda or cpu, got {device!r}")
-    password = parse(storage_url).password
-    if password and any(str(password) in argument for argument in sys.argv):
-        raise UserError("Ray shows a launcher's arguments; put the password into $PGPASSWORD, not into --storage")
+    for name, need in (("--gpus-per-worker", gpus), ("--cpus-per-worker", cpus)):
+        if need and not LEAST <= need < float("inf"):
+            raise UserError(f"{name} must be 0 or a number from {LEAST:g} on, got {need:g}")
     import ray
     from ray.exceptions import RayError
 
@@ -82,6 +83,7 @@ def join(
     root = Path(__file__).parent.parent
     packages = {"py_modules": [str(root / package) for package in OURS], "excludes": ["__pycache__"]}
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": packages}
+    address = address or os.environ.get("RAY_ADDRESS") or None
     lasting = True
     _check(address)
     try:
@@ -93,7 +95,11 @@ def join(
             hint = "" if os.environ.get("RAY_AUTH_MODE") == "token" else TOKEN_HINT
             raise UserError(f"no Ray cluster at --address {address or 'auto'}: {reason}{hint}") from None
         lasting = False
-        ray.init("local", include_dashboard=False, **settings)
+        try:
+            ray.init("local", include_dashboard=False, **settings)
+        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as failed:
+            reason = str(failed).strip().splitlines()[0]
+            raise UserError(f"there is no Ray cluster, and none could be started here: {reason}") from None
     if detach and not lasting:
         raise UserError("--detach needs a Ray cluster that outlives this command; start one with: ray start --head")
     return Site(
@@ -150,7 +156,7 @@ def secret_url(storage_url: str, others: Collection[str]) -> SecretStr:
     if path is not None:
         full, problem = url.set(database=str(path.resolve())), "a file of this machine"
     else:
-        full, loopback = _resolved(url)
+        full, loopback, _ = _resolved(url)
         problem = "on this machine's loopback" if loopback else ""
     if others and problem:
         some = ", ".join(sorted(others)[:3]) + (", …" if len(others) > 3 else "")
@@ -161,9 +167,9 @@ def secret_url(storage_url: str, others: Collection[str]) -> SecretStr:
     return SecretStr(full.render_as_string(hide_password=False))
 
 
-def _resolved(url: URL) -> tuple[URL, bool]:
-    """User, password, host and port as libpq found them: in the URL, the environment or ~/.pgpass; and whether the
-    server was reached by a way that only this machine has.
+def _resolved(url: URL) -> tuple[URL, bool, str]:
+    """User, password, host and port as libpq found them: in the URL, the environment or ~/.pgpass; whether the server
+    was reached by a way that only this machine has; the database, however the URL spells it.
     """
     import psycopg
 
@@ -172,10 +178,12 @@ def _resolved(url: URL) -> tuple[URL, bool]:
         with psycopg.connect(plain, connect_timeout=10) as connection:
             info = connection.info
             found = url.set(username=info.user, password=info.password or None, host=info.host, port=info.port)
-            local = info.host.startswith("/") or ipaddress.ip_address(info.hostaddr).is_loopback
+            at = None if info.host.startswith("/") else ipaddress.ip_address(info.hostaddr)
+            local = at is None or at.is_loopback or at.is_unspecified
+            which = f"{'loopback' if local else at} {info.port} {info.dbname}"
     except psycopg.Error as error:
         raise UserError(f"cannot use the database {redact(url)}: {str(error).strip().splitlines()[0]}") from None
-    return found.difference_update_query([key for key in found.query if "pass" in key.lower()]), local
+    return found.difference_update_query([key for key in found.query if "pass" in key.lower()]), local, which
 
 
 def run(
@@ -223,10 +231,11 @@ def run(
     except KeyboardInterrupt:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        ray.get(crew.stop.remote())
-        deadline = time.monotonic() + STOPPING_SECONDS
-        while ray.get(crew.news.remote(told)).code is None and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+        with _as_one_line():
+            ray.get(crew.stop.remote())
+            deadline = time.monotonic() + STOPPING_SECONDS
+            while ray.get(crew.news.remote(told)).code is None and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
         raise
     if news.code == REFUSED:
         raise UserError(news.why)
@@ -252,7 +261,9 @@ def _crew(name: str, site: Site, data_root: str | None) -> tuple[Any, bool]:
     from study.crew import Crew, Job
 
     # The same name in another database is another study.
-    key = hashlib.sha256(f"{redact(parse(site.secret.get_secret_value()))} {name}".encode()).hexdigest()[:12]
+    url = parse(site.secret.get_secret_value())
+    where = str(url.database) if file_of(url) is not None else _resolved(url)[2]
+    key = hashlib.sha256(f"{where} {name}".encode()).hexdigest()[:12]
     called, namespace = f"crew of {name}", f"study-{key}"
     along = {k: v for k, v in os.environ.items() if k.startswith("PGSSL") or k == "STUDY_PATIENCE_SECONDS"}
     job = Job(name, site.secret, data_root, along)
@@ -273,7 +284,7 @@ def _crew(name: str, site: Site, data_root: str | None) -> tuple[Any, bool]:
             found = False
         crew = actor.remote(job, site.order)
         try:
-            ray.get(crew.take.remote(site.order))
+            ray.get(crew.take.remote(job, site.order))
             return crew, found
         except RayActorError:  # it had lingered long enough just now
             if last:

@@ -24,6 +24,7 @@ from storage.control import reason_to_stop
 from storage.errors import UserError
 from study.launch import AWAY, MOST_DEATHS_IN_A_ROW, REFUSED, STOPPED, Worker, end
 from study.plan import load_study
+from study.training.energy import SHARE
 
 POLL_SECONDS = 0.5
 LINGER_SECONDS = 30.0
@@ -92,10 +93,11 @@ class News:
     why: str = ""
 
 
-def work(job: Job, device: str) -> Ended:
+def work(job: Job, device: str, gpus: float) -> Ended:
     """One worker for as long as it lives, on whichever node Ray chose."""
     started = time.monotonic()
-    worker = Worker(job.name, job.storage_url.get_secret_value(), device, job.data_root, _log, job.environment)
+    more = {**job.environment, SHARE: str(gpus or 1.0)}
+    worker = Worker(job.name, job.storage_url.get_secret_value(), device, job.data_root, _log, more)
     try:
         while (code := worker.poll()) is None:
             time.sleep(POLL_SECONDS)
@@ -135,10 +137,12 @@ class Crew:
         self.closing, self.retired, self.why = False, 0, ""
         self.codes: set[int] = set()
 
-    def take(self, order: Order) -> None:
-        """Change the number of workers, or what those need that start from now on; begin anew if all have ended."""
+    def take(self, job: Job, order: Order) -> None:
+        """Change the number of workers, or what those need and are told that start from now on; begin anew if all have
+        ended.
+        """
         with self.lock:
-            self.order = order
+            self.job, self.order = job, order
             self._open()
 
     def stop(self) -> None:
@@ -154,9 +158,10 @@ class Crew:
             return News(self.notes[after:], self._code() if over else None, self.why)
 
     def _code(self) -> int:
-        if self.why:
-            return REFUSED
-        return 0 if 0 in self.codes else AWAY if AWAY in self.codes else STOPPED
+        for code in (0, STOPPED, AWAY):
+            if code in self.codes:
+                return code
+        return REFUSED if self.why else STOPPED
 
     def _wanted(self) -> int:
         return self.order.workers or max(1, self.order.room(ray.nodes()))
@@ -166,7 +171,12 @@ class Crew:
         while idle < LINGER_SECONDS:
             time.sleep(POLL_SECONDS)
             with self.lock:
-                self._tend()
+                try:
+                    self._tend()
+                except Exception as error:  # noqa: BLE001 — who watches over workers must not end before them
+                    told = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                    if told not in self.notes:
+                        self.notes.append(told)
                 idle = 0.0 if self.places else idle + POLL_SECONDS
         ray.kill(ray.get_runtime_context().current_actor)
 
@@ -188,7 +198,7 @@ class Crew:
         task = ray.remote(work).options(
             name=f"study worker {self.job.name}", num_gpus=self.order.gpus, num_cpus=self.order.cpus, max_retries=-1
         )
-        return task.remote(self.job, self.order.device)
+        return task.remote(self.job, self.order.device, self.order.gpus)
 
     def _hear(self, place: Place) -> None:
         """A worker has ended: the study's end, this worker's alone, or one to start again wherever there is room."""
@@ -200,11 +210,14 @@ class Crew:
             ended = Ended(1, 0.0, "the cluster", str(error).strip().splitlines()[-1])
         if ended.code == STOPPED and not ended.why:
             ended = replace(ended, why="it was asked to stop, but not the study")
-        elif ended.code in (0, REFUSED, STOPPED, AWAY):
+        elif ended.code == REFUSED:  # it may be this node's fault: others go on, if they can
+            self.retired += 1
+            self.why = ended.why
+            self.notes.append(f"a worker on {ended.host} refuses: {ended.why}")
+            return
+        elif ended.code in (0, STOPPED, AWAY):
             self.codes.add(ended.code)
             self.retired += 1
-            if ended.code == REFUSED:
-                self.why = ended.why
             if ended.code == STOPPED and not self.closing:
                 self.notes.append(ended.why)
             if ended.code != AWAY:
@@ -219,8 +232,7 @@ class Crew:
             return
         self.notes.append(f"{place.deaths} workers in a row died in one place, the last on {ended.host}: {ended.why}")
         self.retired += 1
-        if not self.places:
-            self.why = self.notes[-1]
+        self.why = self.notes[-1]
 
     def _close(self) -> None:
         self.closing = True

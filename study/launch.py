@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import optuna
@@ -25,6 +25,7 @@ from storage.errors import UserError
 from study import space
 from study.config import StudyConfig
 from study.plan import load_study
+from study.training.energy import SHARE, EnergyMeter
 
 SUPERVISED = "STUDY_SUPERVISED"
 """In the environment of a launcher's workers: its process id. They end when it does."""
@@ -40,6 +41,7 @@ POLL_SECONDS = 0.5
 REFRESH_SECONDS = 30.0
 GRACE_SECONDS = 10.0
 MOST_DEATHS_IN_A_ROW = 5
+MOST_WORKERS_A_CORE = 16
 
 
 def devices_here(wanted: str, workers: int | None) -> list[str]:
@@ -48,9 +50,12 @@ def devices_here(wanted: str, workers: int | None) -> list[str]:
     Raises:
         UserError: a device that this machine does not have.
     """
+    most = MOST_WORKERS_A_CORE * (os.cpu_count() or 1)
+    if (workers or 1) > most:
+        raise UserError(f"--workers must be at most {most} here ({MOST_WORKERS_A_CORE} a core), got {workers}")
     if wanted == "cpu":
         return ["cpu"] * (workers or 1)
-    from study.training.trainer import pick_device  # 3 s, so only where torch is asked
+    from study.training.device import pick_device  # 3 s, so only where torch is asked
 
     try:
         device = pick_device(wanted)
@@ -63,6 +68,19 @@ def devices_here(wanted: str, workers: int | None) -> list[str]:
     else:
         found = [str(device)]
     return [found[i % len(found)] for i in range(workers or len(found))]
+
+
+def check_energy(devices: Iterable[str]) -> None:
+    """Raises:
+    UserError: a device that does not tell what energy it consumes.
+    """
+    import torch
+
+    for device in set(devices):
+        if EnergyMeter(torch.device(device)).joules() is None:
+            raise UserError(
+                f"a budget in kWh needs devices that tell their energy; {device} does not: use another unit"
+            )
 
 
 class Worker:
@@ -136,14 +154,17 @@ class Fleet:
         self, name: str, storage_url: str, devices: Sequence[str], data_root: str | None, console: Console
     ) -> None:
         self.name, self.storage_url, self.data_root, self.console = name, storage_url, data_root, console
-        self.threads = max(1, (os.cpu_count() or 1) // len(devices))
+        self.devices, self.threads = list(devices), max(1, (os.cpu_count() or 1) // len(devices))
         self.deaths = 0
         self.ended: set[int] = set()
         self.workers = [self._start(device) for device in devices]
 
     def _start(self, device: str) -> Worker:
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))} if device == "cpu" else {}
-        return Worker(self.name, self.storage_url, device, self.data_root, self._say, threads)
+        if device == "cpu":
+            more = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))}
+        else:
+            more = {SHARE: str(1 / self.devices.count(device))}
+        return Worker(self.name, self.storage_url, device, self.data_root, self._say, more)
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True, style="dim")

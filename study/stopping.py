@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from storage import control
 from study.launch import STOP_SIGNALS, SUPERVISED
@@ -39,7 +39,9 @@ class Stop:
         self._asked, self._was_asked = asked, False
         self._where: tuple[sa.Engine, int] | None = None
         self._budgets: dict[str, float] = {}
-        self._due = 0.0
+        self._due = self._began = 0.0
+        self._spent: tuple[float, control.Spent] | None = None
+        """At the last look at budgets, and when that was."""
 
     def __call__(self) -> bool:
         return self._was_asked or self._asked()
@@ -55,7 +57,8 @@ class Stop:
         """Look at once, and from then on in a thread: at a request to stop every LOOK_SECONDS, at budgets as often as
         what is left of them demands.
         """
-        self._where = engine, study_id
+        self._where = engine.execution_options(reading=True), study_id
+        self._began = time.monotonic()
         self.look()
 
         def go_on_looking() -> None:
@@ -69,13 +72,17 @@ class Stop:
         """Ask the database; if it is away, later."""
         if self._where is None:
             return
-        with suppress(DBAPIError):
+        with suppress(SQLAlchemyError):
             orders = control.orders(*self._where)
             reason = control.ASKED if orders.stop else None
             if orders.budgets and reason is None and (at_budgets or orders.budgets != self._budgets):
-                spent = control.spent(*self._where)
-                reason, pause = spent.reason_to_stop(orders.budgets), PART * spent.seconds_left(orders.budgets)
-                self.near, self._due = pause < LOOK_SECONDS, time.monotonic() + min(pause, FAR_SECONDS)
+                spent, clock = control.spent(*self._where), time.monotonic()
+                then, before = self._spent or (clock, None)
+                left = spent.seconds_left(orders.budgets, before, clock - then)
+                reason, pause = spent.reason_to_stop(orders.budgets), PART * left
+                # Who has just begun does not know the pace yet.
+                self._due = clock + min(pause, FAR_SECONDS, max(LOOK_SECONDS, clock - self._began))
+                self.near, self._spent = pause < LOOK_SECONDS, (clock, spent)
             self.near, self._budgets = self.near and bool(orders.budgets), orders.budgets
             if reason is not None:
                 self.reason, self._was_asked = reason, True

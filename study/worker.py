@@ -23,14 +23,16 @@ from storage.queue import PATIENCE_SECONDS, LeaseLost, Queue, passing, retrying
 from storage.url import parse, redact
 from study import objective
 from study.config import StudyConfig
+from study.launch import check_energy
 from study.objective import DatabaseAway, run_trial
 from study.plan import check_fingerprint, load_study
 from study.search import make_pruner
 from study.stopping import Stop, launcher_gone, supervisor
 from study.training import data as datasets
-from study.training.energy import EnergyMeter
+from study.training.device import be_deterministic, pick_device
+from study.training.energy import gpu_share
 from study.training.memory import keep_freed_memory
-from study.training.trainer import OnDevice, be_deterministic, pick_device
+from study.training.trainer import OnDevice
 
 WAIT_SECONDS = 2.0
 MOST_ERRORS_IN_A_ROW = 2
@@ -79,10 +81,11 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         seconds=config.lease.seconds,
         max_attempts=config.lease.max_attempts,
         device=objective.device_name(device),
+        share=gpu_share(),
         stopping=stop,
     )
-    if "kWh" in control.orders(storage.engine, study._study_id).budgets and EnergyMeter(device).joules() is None:
-        raise UserError(f"the study has a budget in kWh, but {device} does not tell its energy; use another unit")
+    if "kWh" in control.orders(storage.engine, study._study_id).budgets:
+        check_energy([str(device)])
     stop.watch(storage.engine, study._study_id)
     aside = _aside(storage_url, study)
     errors = 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 
 from storage.errors import UserError
+from storage.url import tells_password
 
 Workforce = Callable[[str, str | None, Console, Callable[[], None]], int | None]
 """Works on the study of this name with the data under this root and shows how far it is; calls the last argument when
@@ -22,8 +23,14 @@ def placed(
     gpus: float | None = None,
     cpus: float | None = None,
     detach: bool = False,
+    typed: str | None = None,
+    budgets: Mapping[str, float] | None = None,
 ) -> Workforce:
     """The workers that were asked for, if they can be had.
+
+    Args:
+        typed: the storage as it stands in the command, if it does.
+        budgets: new ones, which the workers must be able to keep.
 
     Raises:
         UserError: they cannot.
@@ -31,13 +38,19 @@ def placed(
     if on == "ray":
         from study import cluster
 
+        if typed is not None and tells_password(typed):
+            raise UserError("Ray shows a launcher's arguments; put the password into $PGPASSWORD, not into --storage")
         site = cluster.join(address, url, workers, gpus, cpus, device, detach=detach)
+        if "kWh" in (budgets or {}) and not site.order.gpus:
+            raise UserError("a budget in kWh needs workers on GPUs, which tell their energy; use another unit")
         return lambda name, root, console, refresh: cluster.run(name, url, site, root, console, refresh)
     if address is not None or gpus is not None or cpus is not None or detach:
         raise UserError("--address, --gpus-per-worker, --cpus-per-worker and --detach need --on ray")
     from study import launch
 
     devices = launch.devices_here(device, workers)
+    if "kWh" in (budgets or {}):
+        launch.check_energy(devices)
 
     def here(name: str, root: str | None, console: Console, refresh: Callable[[], None]) -> int:
         return launch.run(name, url, devices, root, console, refresh)

@@ -21,7 +21,8 @@ from study.parsing import parse_config
 from study.plan import lay_down, load_study, prepare
 from study.search import make_pruner
 from study.stopping import Stop
-from study.training.trainer import OnDevice, be_deterministic
+from study.training.device import be_deterministic
+from study.training.trainer import OnDevice
 from study.worker import load_data
 
 BASE: dict[str, Any] = {

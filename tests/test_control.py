@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from storage import control
+from storage import control, queue
 from storage.errors import UserError
 from storage.tables import ATTEMPTS, EPOCHS
 from study.stopping import Stop
@@ -29,6 +29,7 @@ from tests.bench import Bench, config_of
         (["2h", "500_000_000 images"], {"hours": 2.0, "images": 5e8}),
         (["3 kWh", "0.5 GPU-hours"], {"kWh": 3.0, "gpu-hours": 0.5}),
         (["5e8 images"], {"images": 5e8}),
+        (["1,500,000 images", "1.5 h"], {"images": 1.5e6, "hours": 1.5}),
         (["none"], {}),
     ],
 )
@@ -36,7 +37,9 @@ def test_budgets_are_read(texts: list[str], expected: dict[str, float]) -> None:
     assert control.parse_budgets(texts) == expected
 
 
-@pytest.mark.parametrize("texts", [["20"], ["h"], ["0 h"], ["-1 h"], ["2 weeks"], ["1 h", "2 hours"], ["nan h"], [""]])
+@pytest.mark.parametrize(
+    "texts", [["20"], ["h"], ["0 h"], ["-1 h"], ["2 weeks"], ["1 h", "2 hours"], ["nan h"], [""], ["1,5 h"]]
+)
 def test_what_is_no_budget_is_refused(texts: list[str]) -> None:
     with pytest.raises(UserError, match="budget"):
         control.parse_budgets(texts)
@@ -71,9 +74,9 @@ def test_what_is_spent_is_counted_over_all_attempts(url: str) -> None:
     with engine.begin() as connection:  # its trial was put back: nobody will write its end
         connection.execute(sa.insert(ATTEMPTS).values(taken))
     assert control.spent(engine, study_id).amounts["gpu-hours"] == pytest.approx(2.5)
-    control.go_on(engine, study_id, {"hours": 2.1, "images": 350})
+    control.set_budgets(engine, study_id, {"hours": 2.1, "images": 350})
     assert control.reason_to_stop(engine, study_id) == "the budget is spent: 350 of 350 images"
-    control.go_on(engine, study_id, {})
+    control.set_budgets(engine, study_id, {})
     assert control.reason_to_stop(engine, study_id) is None
     lease = bench.queue(seconds=60).claim()
     assert lease is not None
@@ -96,7 +99,48 @@ def test_what_is_spent_is_counted_over_all_attempts(url: str) -> None:
 def test_how_long_budgets_will_last(
     amounts: dict[str, float], workers: int, budgets: dict[str, float], seconds: float
 ) -> None:
-    assert control.Spent(amounts, workers).seconds_left(budgets) == pytest.approx(seconds)
+    spent = control.Spent(amounts, workers, 3600 * amounts["gpu-hours"])
+    assert spent.seconds_left(budgets) == pytest.approx(seconds)
+
+
+def test_the_faster_pace_counts_towards_how_long_budgets_will_last() -> None:
+    """A slow start, then 100 images a second: the mean over all history would see 10."""
+    before, now = ({"gpu-hours": s / 3600, "hours": s / 3600, "images": i} for s, i in ((90, 0), (100, 1000)))
+    spent = control.Spent(now, 1, 100.0)
+    assert spent.seconds_left({"images": 2000}) == pytest.approx(100.0)
+    assert spent.seconds_left({"images": 2000}, control.Spent(before, 1, 90.0), 10.0) == pytest.approx(10.0)
+
+
+def test_workers_that_share_a_gpu_spend_its_hours_together(url: str) -> None:
+    bench = Bench(url, config_of())
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    row = {"token": 1, "owner": "w", "device": "gpu", "started_at": 0, "ended_at": 3600, "images": 0}
+    with engine.begin() as connection:
+        for trial, share in zip(bench.study.trials, (0.5, 0.5, None), strict=False):
+            connection.execute(sa.insert(ATTEMPTS).values(row | {"trial_id": trial._trial_id, "share": share}))
+    spent = control.spent(engine, study_id)
+    assert spent.amounts["gpu-hours"] == pytest.approx(2.0)  # one GPU by two workers, one by one
+    assert spent.amounts["hours"] == pytest.approx(1.0)
+    assert spent.seconds_worked == pytest.approx(3 * 3600)
+    assert bench.queue(share=0.25).claim() is not None
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(ATTEMPTS.c.share).where(ATTEMPTS.c.ended_at.is_(None))) == 0.25
+
+
+def test_an_epoch_whose_commit_was_not_answered_counts_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection breaks after the commit: the same statements come again."""
+    bench = Bench(url, config_of())
+    work = bench.queue()
+    lease = work.claim()
+    assert lease is not None
+    monkeypatch.setattr(queue, "retrying", lambda action, *_, **__: (action(), action())[1])
+    row = {"accuracy": 0.5, "loss": 1.0, "images": 60, "train_seconds": 2.0, "validation_seconds": 1.0}
+    row |= {"kind": "keep", "k": 0, "beta": 0.0, "joules": 5.0}  # type: ignore[dict-item]
+    for epoch in (1, 2):
+        work.record(lease, row | {"epoch": epoch}, {epoch: 0.5})
+    spent = control.spent(bench.storage.engine, bench.study._study_id).amounts
+    assert spent["images"] == 120
+    assert spent["kWh"] == pytest.approx(10.0 / 3.6e6)
 
 
 def test_a_worker_looks_at_a_far_budget_seldom_and_at_a_near_one_after_every_epoch(url: str) -> None:
@@ -106,7 +150,7 @@ def test_a_worker_looks_at_a_far_budget_seldom_and_at_a_near_one_after_every_epo
     sa.event.listen(engine, "before_cursor_execute", lambda *a: looks.append(a[2]) if "sum(" in a[2] else None)
 
     def epochs_and_looks(budget: float) -> int:
-        control.go_on(engine, study_id, {"images": budget})
+        control.set_budgets(engine, study_id, {"images": budget})
         stop = Stop()
         stop.watch(engine, study_id)
         looks.clear()
@@ -201,7 +245,38 @@ def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> No
         live = connection.exec_driver_sql("SELECT count(*) FROM trial_leases WHERE expires_at > 0").scalar()
     assert TrialState.FAIL.name not in dict(states)  # type: ignore[arg-type]
     assert live == 0
-    refused = command("worker", "quick", "--device", "cpu")
+    for start in (("worker", "quick", "--device", "cpu"), (*LAUNCH, "--set", "training.epochs=200")):
+        refused = command(*start)  # a machine that restarts its launcher must not take the request back
+        said, _ = refused.communicate(timeout=60)
+        assert refused.returncode == 130
+        assert "asked to stop by `study stop`; go on with: study resume quick" in said
+    resumed = command("resume", "quick", "--device", "cpu", "--budget", "1 images")
+    said, _ = resumed.communicate(timeout=60)
+    assert resumed.returncode == 130
+    assert "stopped: the budget is spent" in said
+    assert "go on with: study resume quick --budget" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--budget", "3 kWh"), "a budget in kWh needs devices that tell their energy; cpu does not"),
+        (("--workers", "9" * 20), "--workers must be at most"),
+        (
+            ("--on", "ray", "--cpus-per-worker", "inf"),
+            "--cpus-per-worker must be 0 or a number from 0.0001 on, got inf",
+        ),
+        (("--on", "ray", "--gpus-per-worker", "0.00001"), "--gpus-per-worker must be 0 or a number from 0.0001 on"),
+        (("--on", "ray", "--storage", "postgresql://me:hunt%65r2@h/x"), "Ray shows a launcher's arguments"),
+        (("--on", "ray", "--storage", "postgresql://me@h/x?password=hunter2"), "Ray shows a launcher's arguments"),
+    ],
+)
+def test_what_workers_cannot_do_is_refused_before_anything_is_made(
+    more: tuple[str, ...], told: str, command: Any, tmp_path: Path
+) -> None:
+    refused = command(*LAUNCH, *more)
     said, _ = refused.communicate(timeout=60)
-    assert refused.returncode == 130
-    assert "asked to stop by `study stop`; go on with: study resume quick" in said
+    assert refused.returncode == 2
+    assert len(said.splitlines()) == 1
+    assert told in said
+    assert not (tmp_path / "study.db").exists()

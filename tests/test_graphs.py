@@ -17,8 +17,9 @@ from study.objective import on_host
 from study.training import data as datasets
 from study.training import graphs
 from study.training import trainer as engine
+from study.training.device import be_deterministic
 from study.training.graphs import WARM_UPS, Step
-from study.training.trainer import OnDevice, Trainer, be_deterministic
+from study.training.trainer import OnDevice, Trainer
 from tests.recorder import Recorder
 from tests.test_training import DEVICE, epochs, numbers, trainer
 

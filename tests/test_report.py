@@ -128,7 +128,7 @@ def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -
     top = max(rows, key=lambda row: row.value or 0, default=None)
     now = progress.Progress(states, (), 0, 0, top and top.value, top and top.number)
     known = Status(
-        "made", "test", config, now, top.parameters if top else {}, {}, dict.fromkeys(control.UNITS, 0.0), {}, ()
+        "made", "test", config, now, top.parameters if top else {}, {}, dict.fromkeys(control.UNITS, 0.0), None, {}, ()
     )
     return View("made", "test", config, tuple(rows), curves, (), study, known)
 
@@ -293,16 +293,25 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     row = {"epoch": 1, "accuracy": 0.5, "loss": 1.0, "images": 60, "train_seconds": 2.0, "validation_seconds": 1.0}
     second.record(lease, row | {"kind": "keep", "k": 0, "beta": 0.0}, {1: 0.5})
     engine, study_id = bench.storage.engine, bench.study._study_id
-    control.go_on(engine, study_id, {"images": 1000})
+    control.set_budgets(engine, study_id, {"images": 1000})
     console = Console(file=io.StringIO(), width=200)
     console.print(status.page(status.read(engine, "s")))
     told = console.file.getvalue()  # type: ignore[attr-defined]
     assert "4 trials: 2 waiting, 2 running" in told
-    assert "spent 60 of 1,000 images" in told
+    assert "spent 60 of 1,000 images, 940 left" in told
     assert "attempts that failed last:" in told
     assert "trial 0 on here:7: CUDA error: out of luck" in told
     (line,) = (line for line in told.splitlines() if "gpu of there" in line)
     assert [word for word in line.split() if word in ("there:7", "20", "50.00")] == ["there:7", "20", "50.00"]
+    control.request_stop(engine, study_id)
+    console.print(status.page(status.read(engine, "s")))
+    assert "asked to stop by `study stop`; go on with: study resume s" in console.file.getvalue()  # type: ignore[attr-defined]
+    control.go_on(engine, study_id)
+    control.set_budgets(engine, study_id, {"images": 50})
+    spent = status.read(engine, "s")
+    assert spent.stop == "the budget is spent: 60 of 50 images"
+    assert spent.seconds_left is None
+    assert status.document(spent)["stop"] == spent.stop
     second.release(lease)
     bench.work()
     status.watch(engine, "s", console)  # settled: returns at once

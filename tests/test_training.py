@@ -15,10 +15,11 @@ from torch import nn
 from study.training import data as datasets
 from study.training.adam import Adam
 from study.training.augment import Jitter, gather
+from study.training.device import be_deterministic
 from study.training.network import CNN
 from study.training.policies import make_policy
 from study.training.seeds import generator
-from study.training.trainer import Diverged, EpochResult, OnDevice, Trainer, be_deterministic
+from study.training.trainer import Diverged, EpochResult, OnDevice, Trainer
 
 DEVICE = torch.device(os.environ.get("STUDY_TEST_DEVICE", "cpu"))
 

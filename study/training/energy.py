@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+SHARE = "STUDY_GPU_SHARE"
+"""Environment variable: the part of a GPU that this process has, if it shares one; GPUs, if it has several."""
+
+
+def gpu_share() -> float:
+    return float(os.environ.get(SHARE, 1.0))
 
 
 class EnergyMeter:
     """The energy counter of one device; silent for devices without one (CPUs, Apple GPUs, GPUs before Volta).
 
-    It counts all that the GPU consumes, whichever process caused it.
+    It counts all that the GPU consumes, whichever process caused it; of that, this process has its share.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,6 +29,7 @@ class EnergyMeter:
             return
         with suppress(Exception):  # no driver library, no permission, no counter: then there is nothing to tell
             import pynvml
+            import torch
 
             pynvml.nvmlInit()
             # By its UUID: NVML does not know CUDA_VISIBLE_DEVICES.
@@ -34,5 +45,5 @@ class EnergyMeter:
         with suppress(Exception):
             import pynvml
 
-            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000.0
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000.0 * gpu_share()
         return None

@@ -1,0 +1,53 @@
+"""Which device trains, in which precision, and whether to the same bits each time."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """`cpu`, `cuda`, `cuda:1`, `mps`, or the best there is for `auto`.
+
+    Raises:
+        ValueError: not a device name, or not a device of this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and (kind != "cuda" or not number.isdigit())):
+        raise ValueError(f"a device is auto, cpu, cuda, cuda:0, cuda:1, … or mps, got {name!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"no {name}: torch finds no CUDA device on this machine; use --device cpu")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("no mps: torch finds no Apple GPU on this machine; use --device cpu")
+    return torch.device(name)
+
+
+def pick_precision(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> Literal["bf16", "fp32"]:
+    """bf16 where the processor multiplies it natively.
+
+    On a 2-core Xeon with AMX: fp32 channels_last 193 images/s, bf16 519 (Table 1 network, batch 512).
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return "bf16" if native else "fp32"
+
+
+def be_deterministic(wanted: bool) -> None:
+    """Same seed, same kind of device: the same bits. CUDA needs CUBLAS_WORKSPACE_CONFIG in the environment too."""
+    # Not `use_deterministic_algorithms`, which sets the same and loads torch.compile.
+    torch.set_deterministic_debug_mode("error" if wanted else "default")
+    # Filling new memory with NaN finds who reads what nobody wrote, for 6 % of a step. The bits are the same without,
+    # and the tests of exact resume hold that.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = wanted
+    torch.backends.cudnn.benchmark = not wanted
