@@ -225,6 +225,16 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cluster_of_the_environment_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """Not waited for, and not replaced by another."""
+    for address in ("ray://127.0.0.1:1", "127.0.0.1:1"):
+        told = study("launch", "quick", "--on", "ray", cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": address})
+        assert told.returncode == 2, told.stderr
+        assert f"no Ray cluster at --address {address}" in told.stderr
+        assert len(told.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_nodes_come_and_go(
     cluster: Cluster, node: Any, postgres: Postgres, tmp_path: Path, long_undisturbed: list[tuple[Any, ...]]
@@ -318,6 +328,34 @@ def test_each_node_decodes_its_images_once(cluster: Cluster, postgres: Postgres,
     session = Path(cluster.head_node.get_session_dir_path())
     told = [file.read_text(errors="replace").count(decoded) for file in session.rglob("worker-*.err")]
     assert sum(told) == 1
+
+
+@pytest.mark.slow
+def test_a_node_that_refuses_and_a_worker_that_dies_are_not_the_studys_end(
+    cluster: Cluster, postgres: Postgres, tmp_path: Path
+) -> None:
+    """One node cannot keep decoded images; on the other a worker is killed."""
+    root, url = folder(tmp_path / "images", {"a": 60, "b": 60}), postgres.new_database()
+    node = cluster.add_node(**NODE, env_vars={"STUDY_CACHE": "/proc/none"})
+    asked = ["launch", "quick", "--set", "data.name=imagefolder", "--data-root", str(root), "--storage", url]
+    asked += ["--set", "policy.alpha=[50]", "--set", "training.epochs=100", "--set", "pruning=none"]
+    asked += ["--on", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
+    launcher = subprocess.Popen([sys.executable, "-m", "study", *asked], stderr=subprocess.PIPE, text=True)
+    try:
+        engine = wait_for(lambda: opened(url))
+        study_id, _ = wait_for(lambda: there(engine, "quick"))
+        wait_for(lambda: len(progress(engine, study_id).running) == 2)
+        os.kill(int(progress(engine, study_id).running[0].owner.split(":")[-2]), signal.SIGKILL)
+        _, err = launcher.communicate(timeout=250)
+    finally:
+        launcher.kill()
+        cluster.remove_node(node)
+    assert launcher.returncode == 0, err
+    assert "refuses: cannot cache decoded images in /proc/none" in err
+    assert "(exit code -9): " in err
+    assert "starting another" in err
+    assert progress(engine, study_id).states["complete"] == 4
+    assert "vanished" in {each.outcome for each in attempts(engine, study_id)}
 
 
 def opened(url: str) -> sa.Engine | None:
