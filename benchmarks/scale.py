@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,9 @@ from optuna.trial import TrialState
 
 from storage import checkpoints
 from storage.connect import open_storage
-from storage.control import reason_to_stop, set_budgets
+from storage.control import orders, spent, spent_lately
 from storage.queue import Queue
+from storage.tables import SPENDING
 from study.objective import ask
 from study.parsing import parse_config
 from study.plan import Prepared, lay_down, load_study
@@ -240,39 +241,46 @@ def growth() -> None:
 
 
 def polls() -> None:
-    """A claim among 1,000 and 10,000 tickets, and one look of the stop watch, with a budget and without."""
+    """A claim, and what one look of the stop watch consists of, in studies of many attempts."""
     server = Postgres()
     try:
-        print("\nA claim, and one look of the stop watch; medians of 30, ms")
-        for attempts in (1_000, 10_000):
-            url = laid(server, attempts)
-            storage = open_storage(url, create=False)
-            study, _ = load_study(storage, "s")
-            queue, took = Queue(storage.engine, study._study_id), []
-            for _ in range(30):
-                started = time.monotonic()
-                queue.release(queue.claim() or sys.exit("nothing to claim"))
-                took.append(time.monotonic() - started)
-            print(f"  {attempts:>6} unfinished trials: a claim and its release {np.median(took) * 1000:.1f}")
+        print("\nMedians of 30, ms: a claim and its release, a look for a request to stop, adding up, the last sum")
+        for attempts in (1_000, 10_000, 100_000):
+            tickets = min(attempts, 10_000)
+            url = laid(server, tickets)
+            engine = open_storage(url, create=False).engine
+            study_id = load_study(open_storage(url, create=False), "s")[0]._study_id
+            queue = Queue(engine, study_id)
             ask_server_write(
                 url,
-                "INSERT INTO trial_attempts (trial_id, token, owner, device, started_at, ended_at, images) "
-                "SELECT trial_id, 1, 'o', 'd', 1000 + trial_id, 1100 + trial_id, 5 FROM trials ON CONFLICT DO NOTHING",
+                "INSERT INTO trial_attempts (trial_id, token, owner, device, started_at, ended_at, images, joules) "
+                "SELECT trial_id, -n, 'o', 'd', 1000 + trial_id, 1100 + trial_id, 5, 0 FROM trials, "
+                f"generate_series(1, {attempts // tickets}) n",
             )
-            for budgets in ({}, {"gpu-hours": 1e9}):
-                set_budgets(storage.engine, study._study_id, budgets)
-                took = []
-                for _ in range(30):
-                    started = time.monotonic()
-                    reason_to_stop(storage.engine, study._study_id)
-                    took.append(time.monotonic() - started)
-                print(
-                    f"  {attempts:>6} attempts, {'a' if budgets else 'no'} budget: {np.median(took) * 1000:.1f}",
-                    flush=True,
-                )
-            storage.engine.dispose()
+            calls: dict[str, Callable[[], object]] = {
+                "claim": lambda queue=queue: queue.release(queue.claim()),  # type: ignore[misc]
+                "orders": lambda engine=engine, study_id=study_id: orders(engine, study_id),  # type: ignore[misc]
+                "spent": lambda engine=engine, study_id=study_id: spent(engine, study_id),  # type: ignore[misc]
+            }
+            found = {name: median_ms(call) for name, call in calls.items()}
+            spent_lately(engine, study_id)
+            with engine.begin() as connection:
+                connection.execute(sa.update(SPENDING).values(took=5.0))
+            found["lately"] = median_ms(lambda engine=engine, study_id=study_id: spent_lately(engine, study_id))  # type: ignore[misc]
+            told = ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
+            print(f"  {attempts:>7} attempts, {tickets:>6} unfinished trials: {told}", flush=True)
+            engine.dispose()
     finally:
         server.stop()
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    took = []
+    for _ in range(30):
+        started = time.monotonic()
+        call()
+        took.append(time.monotonic() - started)
+    return float(np.median(took) * 1000)
 
 
 def ask_server_write(url: str, statement: str) -> None:

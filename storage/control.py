@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
 from storage.errors import UserError
 from storage.queue import now, retrying, upsert
-from storage.tables import ATTEMPTS, LEASES, STUDY_ATTRS, TRIALS
+from storage.tables import ATTEMPTS, LEASES, SPENDING, STUDY_ATTRS, TRIALS
 
 STOP, BUDGETS = "stop", "budgets"
 """Keys of the study's user attributes."""
 ASKED = "asked to stop by `study stop`"
+MOST_AGE_SECONDS = 60.0
+"""Of sums that are still told: whoever was to renew them may have died."""
 UNITS = {
     "gpu-hours": ("gpu-hour", "gpu-hours", "gpu-h"),
     "hours": ("h", "hour", "hours"),
@@ -94,6 +97,8 @@ class Spent:
     """At work now."""
     seconds_worked: float
     """By all workers together, whatever their shares."""
+    at: float = 0.0
+    """Seconds since 1970 on the database's clock."""
 
     def reason_to_stop(self, budgets: Mapping[str, float]) -> str | None:
         for unit, limit in budgets.items():
@@ -101,18 +106,18 @@ class Spent:
                 return f"the budget is spent: {self.amounts[unit]:,.4g} of {limit:,.4g} {unit}"
         return None
 
-    def seconds_left(self, budgets: Mapping[str, float], before: Spent | None = None, seconds: float = 0.0) -> float:
+    def seconds_left(self, budgets: Mapping[str, float], before: Spent | None = None) -> float:
         """Until the first budget is spent, if those now at work go on at the pace so far; 0 if there is none yet.
 
         Args:
-            before: what had been used `seconds` ago; if the pace since then is the faster one, that counts.
+            before: what had been used earlier; if the pace since then is the faster one, that counts.
         """
         found = [math.inf]
         for unit, limit in budgets.items():
             each = self.amounts[unit] / self.seconds_worked if self.seconds_worked else 0.0
             pace = 1 / 3600 if unit == "hours" else self.workers * each
-            if before is not None and seconds > 0:
-                pace = max(pace, (self.amounts[unit] - before.amounts[unit]) / seconds)
+            if before is not None and self.at > before.at:
+                pace = max(pace, (self.amounts[unit] - before.amounts[unit]) / (self.at - before.at))
             found.append((limit - self.amounts[unit]) / pace if pace else 0.0)
         return max(0.0, min(found))
 
@@ -123,6 +128,34 @@ def reason_to_stop(engine: sa.Engine, study_id: int) -> str | None:
     if wanted.stop:
         return ASKED
     return spent(engine, study_id).reason_to_stop(wanted.budgets) if wanted.budgets else None
+
+
+def spent_lately(engine: sa.Engine, study_id: int) -> Spent:
+    """What `spent` says, or what it said to somebody else a moment ago.
+
+    Adding up takes longer the more attempts there were, and every worker asks. So one at a time adds up, for all, and
+    not more than a tenth of the time: what is told is at most about ten times as old as adding up takes.
+    """
+    clock = now(engine)
+    stored = sa.select(SPENDING.c.spent, SPENDING.c.took, (clock - SPENDING.c.at).label("age"))
+    with engine.execution_options(reading=True).connect() as connection:
+        row = connection.execute(stored.where(SPENDING.c.study_id == study_id)).one_or_none()
+    if row is not None and row.age < MOST_AGE_SECONDS:
+        if row.age < 10 * row.took:
+            return Spent(**json.loads(row.spent))
+        mine = sa.and_(SPENDING.c.study_id == study_id, SPENDING.c.at < clock - 10 * SPENDING.c.took)
+        with engine.begin() as connection:
+            if connection.execute(sa.update(SPENDING).where(mine).values(at=clock)).rowcount == 0:
+                return Spent(**json.loads(row.spent))  # somebody else is at it
+    began = time.monotonic()
+    found = spent(engine, study_id)
+    insert = upsert(engine, SPENDING).values(
+        study_id=study_id, at=found.at, took=time.monotonic() - began, spent=json.dumps(asdict(found))
+    )
+    latest = {name: insert.excluded[name] for name in ("at", "took", "spent")}
+    with engine.begin() as connection:
+        connection.execute(insert.on_conflict_do_update(index_elements=["study_id"], set_=latest))
+    return found
 
 
 def spent(engine: sa.Engine, study_id: int) -> Spent:
@@ -153,17 +186,18 @@ def spent(engine: sa.Engine, study_id: int) -> Spent:
     new = sa.case((apart.c.end > begin, apart.c.end - begin), else_=0.0)
     lasted = apart.c.end - apart.c.started_at
     sums = (lasted, lasted * apart.c.share, new, apart.c.images, apart.c.joules, apart.c.live)
-    with engine.connect() as connection:
+    with engine.execution_options(reading=True).connect() as connection:
+        at = connection.scalar(sa.select(clock)) or 0.0
         row = connection.execute(sa.select(*(sa.func.coalesce(sa.func.sum(column), 0) for column in sums))).one()
     worked, by_share, elapsed, images, joules, workers = row
     amounts = {"gpu-hours": by_share / 3600, "hours": elapsed / 3600, "images": int(images), "kWh": joules / 3.6e6}
-    return Spent(amounts, int(workers), worked)
+    return Spent(amounts, int(workers), worked, at)
 
 
 def _attributes(engine: sa.Engine, study_id: int) -> dict[str, Any]:
     query = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json)
     query = query.where(STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key.in_((STOP, BUDGETS)))
-    with engine.connect() as connection:
+    with engine.execution_options(reading=True).connect() as connection:
         return {key: json.loads(value) for key, value in connection.execute(query)}
 
 

@@ -1,4 +1,4 @@
-"""Our four tables beside Optuna's, and the few of Optuna's columns that we read and write ourselves."""
+"""Our five tables beside Optuna's, and the few of Optuna's columns that we read and write ourselves."""
 
 from __future__ import annotations
 
@@ -72,6 +72,15 @@ ATTEMPTS = sa.Table(
     sa.Column("images", sa.Integer, doc="Trained on in this attempt, in whole epochs."),
     sa.Column("joules", sa.Double, doc="Energy of those epochs, where the device tells."),
     sa.Column("share", sa.Double, doc="Of a GPU, that the worker had; NULL: one."),
+)
+
+SPENDING = sa.Table(
+    "study_spending",
+    METADATA,
+    sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Double, nullable=False, doc="Seconds since 1970 when somebody began to add up."),
+    sa.Column("took", sa.Double, nullable=False, doc="Seconds that adding up took."),
+    sa.Column("spent", sa.Text, nullable=False, doc="The sums, as JSON."),
 )
 
 # Optuna's own tables, through its models: names and types stay its business.

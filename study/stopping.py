@@ -40,8 +40,8 @@ class Stop:
         self._where: tuple[sa.Engine, int] | None = None
         self._budgets: dict[str, float] = {}
         self._due = self._began = 0.0
-        self._spent: tuple[float, control.Spent] | None = None
-        """At the last look at budgets, and when that was."""
+        self._spent: control.Spent | None = None
+        """At the last look at budgets."""
 
     def __call__(self) -> bool:
         return self._was_asked or self._asked()
@@ -57,7 +57,7 @@ class Stop:
         """Look at once, and from then on in a thread: at a request to stop every LOOK_SECONDS, at budgets as often as
         what is left of them demands.
         """
-        self._where = engine.execution_options(reading=True), study_id
+        self._where = engine, study_id
         self._began = time.monotonic()
         self.look()
 
@@ -76,13 +76,12 @@ class Stop:
             orders = control.orders(*self._where)
             reason = control.ASKED if orders.stop else None
             if orders.budgets and reason is None and (at_budgets or orders.budgets != self._budgets):
-                spent, clock = control.spent(*self._where), time.monotonic()
-                then, before = self._spent or (clock, None)
-                left = spent.seconds_left(orders.budgets, before, clock - then)
-                reason, pause = spent.reason_to_stop(orders.budgets), PART * left
+                spent, clock = control.spent_lately(*self._where), time.monotonic()
+                reason = spent.reason_to_stop(orders.budgets)
+                pause = PART * spent.seconds_left(orders.budgets, self._spent)
                 # Who has just begun does not know the pace yet.
                 self._due = clock + min(pause, FAR_SECONDS, max(LOOK_SECONDS, clock - self._began))
-                self.near, self._spent = pause < LOOK_SECONDS, (clock, spent)
+                self.near, self._spent = pause < LOOK_SECONDS, spent
             self.near, self._budgets = self.near and bool(orders.budgets), orders.budgets
             if reason is not None:
                 self.reason, self._was_asked = reason, True

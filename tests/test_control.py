@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage import control, queue
+from storage.connect import open_storage
 from storage.errors import UserError
-from storage.tables import ATTEMPTS, EPOCHS
+from storage.queue import now
+from storage.tables import ATTEMPTS, EPOCHS, SPENDING
 from study.stopping import Stop
 from tests.bench import Bench, config_of
 
@@ -106,9 +109,53 @@ def test_how_long_budgets_will_last(
 def test_the_faster_pace_counts_towards_how_long_budgets_will_last() -> None:
     """A slow start, then 100 images a second: the mean over all history would see 10."""
     before, now = ({"gpu-hours": s / 3600, "hours": s / 3600, "images": i} for s, i in ((90, 0), (100, 1000)))
-    spent = control.Spent(now, 1, 100.0)
+    spent = control.Spent(now, 1, 100.0, at=1100.0)
     assert spent.seconds_left({"images": 2000}) == pytest.approx(100.0)
-    assert spent.seconds_left({"images": 2000}, control.Spent(before, 1, 90.0), 10.0) == pytest.approx(10.0)
+    assert spent.seconds_left({"images": 2000}, control.Spent(before, 1, 90.0, at=1090.0)) == pytest.approx(10.0)
+
+
+def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is fresh, and while somebody is at it; who should have renewed it may have died."""
+    bench = Bench(url, config_of())
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    added = []
+    real = control.spent
+    monkeypatch.setattr(control, "spent", lambda *where: added.append(where) or real(*where))
+
+    def stored(**cells: Any) -> None:
+        values = {SPENDING.c[name]: value for name, value in cells.items()}
+        with engine.begin() as connection:
+            connection.execute(sa.update(SPENDING).values(values))
+
+    first = control.spent_lately(engine, study_id)
+    assert first == control.Spent(dict.fromkeys(control.UNITS, 0.0) | {"images": 0}, 0, 0, at=first.at)
+    assert abs(first.at - time.time()) < 60
+    stored(took=1.0)
+    assert control.spent_lately(engine, study_id) == first
+    assert len(added) == 1
+    stored(took=0.01, at=now(engine) - 0.2)
+    assert control.spent_lately(engine, study_id).at > first.at
+    assert len(added) == 2
+    stored(took=1.0, at=now(engine) - 61.0)
+    control.spent_lately(engine, study_id)
+    assert len(added) == 3
+
+
+def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(url, config_of())
+    study_id = bench.study._study_id
+    control.spent_lately(bench.storage.engine, study_id)
+    with bench.storage.engine.begin() as connection:
+        connection.execute(sa.update(SPENDING).values(took=0.02, at=now(bench.storage.engine) - 0.3))
+    added, real = [], control.spent
+    monkeypatch.setattr(control, "spent", lambda *where: added.append(where) or real(*where))
+    engines = [open_storage(url, create=False).engine for _ in range(8)]
+    threads = [threading.Thread(target=control.spent_lately, args=(engine, study_id)) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(added) == 1
 
 
 def test_workers_that_share_a_gpu_spend_its_hours_together(url: str) -> None:
