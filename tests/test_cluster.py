@@ -25,6 +25,7 @@ import sqlalchemy as sa
 from storage.connect import open_engine
 from storage.errors import UserError
 from storage.progress import Running, attempts, find, progress
+from storage.tables import ATTEMPTS, EPOCHS
 from study.cluster import secret_url
 from tests.bench import Bench, config_of
 from tests.hosts import Database, Hosts
@@ -264,7 +265,7 @@ def test_nodes_come_and_go(
 def test_launchers_come_and_go(
     cluster: Cluster, postgres: Postgres, tmp_path: Path, long_undisturbed: list[tuple[Any, ...]]
 ) -> None:
-    """Killed, another attached for fewer workers, interrupted, gone on with; one crew at a time."""
+    """Killed, another attached for fewer workers, interrupted, gone on with, stopped; one crew at a time."""
     bench = Bench(url := postgres.new_database(), config_of(**LONG))
     first = started(cluster, url, tmp_path, "--workers", "2")
     two = wait_for(lambda: running(bench) if len(running(bench)) == 2 else None)
@@ -280,11 +281,23 @@ def test_launchers_come_and_go(
     assert "attached to its workers" in err
     assert "nothing is lost" in err
     assert not running(bench)
+    third = started(cluster, url, tmp_path, "--workers", "2")
+    wait_for(lambda: len(running(bench)) == 2)
+    assert study("stop", "s", "--storage", url, cwd=tmp_path).returncode == 0
+    asked = time.monotonic()
+    wait_for(lambda: not running(bench))
+    assert time.monotonic() - asked < 10  # seconds, on two crowded cores
+    _, err = third.communicate(timeout=100)
+    assert third.returncode == 130, err
+    assert "stopped: asked to stop by `study stop`; nothing is lost; go on with: study resume s" in err
     left = study(*command(cluster, url, "--workers", "2", "--detach"), cwd=tmp_path)
     assert left.returncode == 0, left.stderr
     wait_for(lambda: not bench.queue().unfinished())
     assert set(outcomes(bench)) == {"released", "settled"}
     assert bench.outcome() == long_undisturbed
+    with bench.storage.engine.connect() as connection:  # all those stops cost no epoch
+        trained, stored = (connection.scalar(sa.select(sa.func.sum(t.c.images))) for t in (ATTEMPTS, EPOCHS))
+    assert trained == stored
 
 
 @pytest.mark.slow
