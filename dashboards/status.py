@@ -123,7 +123,7 @@ def page(found: Status) -> RenderableType:
     if found.seconds_left is not None:
         lines.append(f"about {timedelta(seconds=round(found.seconds_left))} left, if the work goes on as so far")
     if found.stop and found.progress.settled < found.progress.total:
-        lines.append(f"{found.stop}; go on with: study resume {found.name}")
+        lines.append(f"{found.stop}; {control.how_to_go_on(found.name, found.stop)}")
     parts: list[RenderableType] = [Text("\n".join(lines))]
     if found.progress.running:
         parts.append(_workers(found.progress.running))

@@ -122,6 +122,11 @@ class Spent:
         return max(0.0, min(found))
 
 
+def how_to_go_on(name: str, reason: str) -> str:
+    """What takes a reason to stop away."""
+    return f"go on with: study resume {name}" + " --budget …" * (reason != ASKED)
+
+
 def reason_to_stop(engine: sa.Engine, study_id: int) -> str | None:
     """Why no worker should go on, if so: somebody asked, or a budget is spent."""
     wanted = orders(engine, study_id)
@@ -140,7 +145,7 @@ def spent_lately(engine: sa.Engine, study_id: int) -> Spent:
     stored = sa.select(SPENDING.c.spent, SPENDING.c.took, (clock - SPENDING.c.at).label("age"))
     with engine.execution_options(reading=True).connect() as connection:
         row = connection.execute(stored.where(SPENDING.c.study_id == study_id)).one_or_none()
-    if row is not None and row.age < MOST_AGE_SECONDS:
+    if row is not None and 0 <= row.age < MOST_AGE_SECONDS:  # unless the database's clock was put back
         if row.age < 10 * row.took:
             return Spent(**json.loads(row.spent))
         mine = sa.and_(SPENDING.c.study_id == study_id, SPENDING.c.at < clock - 10 * SPENDING.c.took)

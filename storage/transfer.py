@@ -26,6 +26,7 @@ from storage.tables import (
     LEASES,
     METADATA,
     REPORTS,
+    SPENDING,
     STUDIES,
     TRIAL_ATTRS,
     TRIAL_SYSTEM_ATTRS,
@@ -74,7 +75,10 @@ def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None
             if new is None:
                 raise UserError(f"a study {called!r} is in the target already; choose another --name")
             ids = _copy_trials(found, into, old, new)
+            into.execute(sa.delete(SPENDING).where(SPENDING.c.study_id == new))  # SQLite may give the id again
             for table in OF_STUDY:
+                if table is SPENDING:  # whoever works on the copy adds up anew
+                    continue
                 rows = _rows(found, table, "study_id", [old])
                 _put(into, table, "study_id", {old: new}, _renamed(rows, ids) if table is STUDY_SYSTEM_ATTRS else rows)
             return len(ids)

@@ -6,6 +6,7 @@ Heavy modules are imported by the verbs that need them: `study --help` loads nei
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -95,8 +96,9 @@ def launch(
     # Everything that can be wrong is found before the database is touched.
     data = prepare(config, root, say)
     new = lay_down(open_storage(url), name or preset, preset, config, data)
+    engine, study_id = _heed_stop(name or preset, url)
     if budgets is not None:
-        set_budgets(*_found(name or preset, url), budgets)
+        set_budgets(engine, study_id, budgets)
     say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {shown(url)}")
     # Only what `study bench` has measured here: measuring now would keep the study waiting.
     if new and (warning := noise_warning(config, data.images["validation"])):
@@ -251,20 +253,34 @@ def init(storage: Storage = None) -> None:
     say(f"the tables are there: {shown(url)}")
 
 
+def _heed_stop(name: str, url: str) -> tuple[Engine, int]:
+    """The study, unless somebody asked its workers to stop and there is work left: only `resume` takes that back."""
+    from storage.control import ASKED, how_to_go_on, orders
+    from storage.progress import progress
+    from study.launch import STOPPED
+
+    engine, study_id = _found(name, url)
+    if orders(engine, study_id).stop:
+        now = progress(engine, study_id)
+        if now.settled < now.total:
+            say(f"study {name!r} was {ASKED}; {how_to_go_on(name, ASKED)}")
+            raise typer.Exit(STOPPED)
+    return engine, study_id
+
+
 def _work(name: str, url: str, workforce: Workforce, root: str | None) -> None:
-    """Work on a study, then show its table, or how to go on. Whoever asked it to stop has to take that back first."""
+    """Work on a study, then show its table, or how to go on."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     from dashboards import terminal
     from dashboards import view as viewing
     from dashboards.publish import publish
     from storage.connect import open_storage
-    from storage.control import ASKED, orders, reason_to_stop
+    from storage.control import how_to_go_on, reason_to_stop
     from study.launch import AWAY, STOPPED
 
     reading, writing = open_storage(url, create=False, reading=True), open_storage(url, create=False)
-    engine, study_id = _found(name, url)
-    if orders(engine, study_id).stop:
-        say(f"study {name!r} was {ASKED}; go on with: study resume {name}")
-        raise typer.Exit(STOPPED)
+    engine, study_id = _heed_stop(name, url)
 
     def renew() -> None:
         try:
@@ -277,10 +293,10 @@ def _work(name: str, url: str, workforce: Workforce, root: str | None) -> None:
         if code == STOPPED:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        reason = reason_to_stop(engine, study_id)
-        how = f"the same command goes on with study {name!r}"
-        if reason is not None:
-            how = f"go on with: study resume {name}" + " --budget …" * (reason != ASKED)
+        reason = None
+        with suppress(SQLAlchemyError):  # the database may be what was waited for
+            reason = reason_to_stop(engine, study_id)
+        how = how_to_go_on(name, reason) if reason else f"the same command goes on with study {name!r}"
         say(f"stopped{f': {reason}' if reason else ''}; nothing is lost; {how}")
         raise
     if code == AWAY:

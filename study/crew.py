@@ -71,6 +71,8 @@ class Ended:
     seconds: float
     host: str
     why: str
+    node: str = ""
+    """Ray's id of it."""
 
 
 @dataclass
@@ -104,7 +106,8 @@ def work(job: Job, device: str, gpus: float) -> Ended:
     finally:  # a cancelled task is interrupted, one whose node is shut down gets SIGTERM
         end([worker])
     why = _reason_to_stop(job) if code == STOPPED else worker.why()
-    return Ended(code, time.monotonic() - started, socket.gethostname(), why)
+    node = ray.get_runtime_context().get_node_id()
+    return Ended(code, time.monotonic() - started, socket.gethostname(), why, node)
 
 
 def _reason_to_stop(job: Job) -> str:
@@ -136,6 +139,8 @@ class Crew:
     def _open(self) -> None:
         self.closing, self.retired, self.why = False, 0, ""
         self.codes: set[int] = set()
+        self.unfit: set[str] = set()
+        """Nodes on which a worker refused to work."""
 
     def take(self, job: Job, order: Order) -> None:
         """Change the number of workers, or what those need and are told that start from now on; begin anew if all have
@@ -164,7 +169,10 @@ class Crew:
         return REFUSED if self.why else STOPPED
 
     def _wanted(self) -> int:
-        return self.order.workers or max(1, self.order.room(ray.nodes()))
+        return self.order.workers or max(1, self.order.room(self._fit()))
+
+    def _fit(self) -> list[dict[str, Any]]:
+        return [node for node in ray.nodes() if node["NodeID"] not in self.unfit]
 
     def _run(self) -> None:
         idle = 0.0
@@ -195,8 +203,13 @@ class Crew:
 
     def _start(self) -> Any:
         # Without end: Ray counts lost nodes here, and a place that is given up is our decision.
+        elsewhere = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(self.unfit))})"}} if self.unfit else {}
         task = ray.remote(work).options(
-            name=f"study worker {self.job.name}", num_gpus=self.order.gpus, num_cpus=self.order.cpus, max_retries=-1
+            name=f"study worker {self.job.name}",
+            num_gpus=self.order.gpus,
+            num_cpus=self.order.cpus,
+            max_retries=-1,
+            **elsewhere,
         )
         return task.remote(self.job, self.order.device, self.order.gpus)
 
@@ -210,10 +223,13 @@ class Crew:
             ended = Ended(1, 0.0, "the cluster", str(error).strip().splitlines()[-1])
         if ended.code == STOPPED and not ended.why:
             ended = replace(ended, why="it was asked to stop, but not the study")
-        elif ended.code == REFUSED:  # it may be this node's fault: others go on, if they can
-            self.retired += 1
-            self.why = ended.why
-            self.notes.append(f"a worker on {ended.host} refuses: {ended.why}")
+        elif ended.code == REFUSED:  # it may be this node's fault: another goes on elsewhere, if there is such a place
+            self.unfit.add(ended.node)
+            self.why, note = ended.why, f"a worker on {ended.host} refuses: {ended.why}"
+            if note not in self.notes:
+                self.notes.append(note)
+            if not self.order.room(self._fit()):
+                self._close()
             return
         elif ended.code in (0, STOPPED, AWAY):
             self.codes.add(ended.code)

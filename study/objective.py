@@ -101,6 +101,7 @@ def run_trial(
     unit = space.step_images(config)
     saved, every, diverged = time.monotonic(), config.checkpoint.every_seconds, ""
     if trainer.device.type == "cuda":
+        torch.cuda.empty_cache()  # what is reserved for the trial before is not this one's peak
         torch.cuda.reset_peak_memory_stats(trainer.device)
     with Scribe(study, queue, lease, store=config.checkpoint.store) as scribe:
         for n in range(scribe.told, len(trainer.history)):  # to the checkpoint, but not to the database

@@ -116,7 +116,7 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
                 if broken or errors >= MOST_ERRORS_IN_A_ROW:
                     raise WorkerBroken(f"this worker gives up after: {reason}") from error
         if stop.reason:
-            say(f"{stop.reason}; go on with: study resume {name}")
+            say(f"{stop.reason}; {control.how_to_go_on(name, stop.reason)}")
         return queue.unfinished() == 0
     except AWAY as error:
         if stop():

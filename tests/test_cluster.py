@@ -347,12 +347,21 @@ def test_each_node_decodes_its_images_once(cluster: Cluster, postgres: Postgres,
 def test_a_node_that_refuses_and_a_worker_that_dies_are_not_the_studys_end(
     cluster: Cluster, postgres: Postgres, tmp_path: Path
 ) -> None:
-    """One node cannot keep decoded images; on the other a worker is killed."""
+    """None has the data: refused. One cannot keep decoded images: it is kept away from, also when one of the other's
+    workers is killed.
+    """
     root, url = folder(tmp_path / "images", {"a": 60, "b": 60}), postgres.new_database()
     node = cluster.add_node(**NODE, env_vars={"STUDY_CACHE": "/proc/none"})
     asked = ["launch", "quick", "--set", "data.name=imagefolder", "--data-root", str(root), "--storage", url]
     asked += ["--set", "policy.alpha=[50]", "--set", "training.epochs=100", "--set", "pruning=none"]
-    asked += ["--on", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
+    laid = study(*asked, "--device", "cpu", "--budget", "1 images", cwd=tmp_path)
+    assert laid.returncode == 130, laid.stderr
+    there_it_is = ["--on", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
+    nowhere = ["resume", "quick", "--storage", url, "--data-root", "/nowhere", "--budget", "none"]
+    refused = study(*nowhere, *there_it_is, cwd=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("study: no folder /nowhere")
+    asked += there_it_is
     launcher = subprocess.Popen([sys.executable, "-m", "study", *asked], stderr=subprocess.PIPE, text=True)
     try:
         engine = wait_for(lambda: opened(url))

@@ -139,6 +139,9 @@ def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(took=1.0, at=now(engine) - 61.0)
     control.spent_lately(engine, study_id)
     assert len(added) == 3
+    stored(took=1.0, at=now(engine) + 3600.0)  # the database's clock was put back
+    control.spent_lately(engine, study_id)
+    assert len(added) == 4
 
 
 def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

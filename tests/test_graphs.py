@@ -137,6 +137,15 @@ def test_a_step_that_is_all_tensors_is_replayed() -> None:
     assert recorder.replays == [8 - WARM_UPS]
 
 
+def test_what_is_not_a_number_is_replayed_too() -> None:
+    be_deterministic(True)
+    state = torch.full((2,), float("nan"), device=DEVICE)
+    step = Step(Counting(), [state])
+    for _ in range(WARM_UPS + 2):
+        step(state.add_, torch.ones(2, device=DEVICE))
+    assert len(step.recorded) == 1
+
+
 def test_a_step_that_waits_for_a_number_is_not_replayed() -> None:
     be_deterministic(True)
     state = torch.zeros(2, device=DEVICE)

@@ -19,7 +19,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from storage import checkpoints, tickets, transfer
+from storage import checkpoints, control, tickets, transfer
 from storage.connect import open_storage
 from storage.errors import UserError
 from storage.queue import Lease, LeaseLost, Queue
@@ -367,12 +367,16 @@ def test_a_copy_inherits_nothing_of_a_deleted_study(tmp_path: Path, postgres: Po
     """SQLite gives the trial ids of a deleted study again, and Optuna leaves our tables alone."""
     source, target = open_storage(postgres.new_database()), open_storage(f"sqlite:///{tmp_path / 'target.db'}")
     rich(target)
+    control.spent_lately(target.engine, 1)
     optuna.delete_study(study_name="s", storage=target)
     assert counts(target)["trial_epochs"] == 18
+    assert counts(target)["study_spending"] == 1
     lay(source, "s", 7)
+    control.spent_lately(source.engine, 1)
     transfer.copy(source, target, "s")
     assert rows(target) == rows(source)
-    assert counts(target)["trial_epochs"] == counts(target)["trial_leases"] == counts(target)["trial_checkpoints"] == 0
+    for table in ("trial_epochs", "trial_leases", "trial_checkpoints", "study_spending"):
+        assert counts(target)[table] == 0
 
 
 def test_refused_copies_write_nothing(url: str, tmp_path: Path) -> None:

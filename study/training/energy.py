@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARE = "STUDY_GPU_SHARE"
-"""Environment variable: the part of a GPU that this process has, if it shares one; GPUs, if it has several."""
+"""Environment variable: the part of a GPU that this process has, if it shares one."""
 
 
 def gpu_share() -> float:

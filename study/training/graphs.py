@@ -61,6 +61,8 @@ class CudaRecorder:
         return result
 
     def record(self, call: Callable[[], Tensor | None]) -> tuple[Recording, Tensor | None]:
+        if CudaRecorder.gave_up:
+            raise RuntimeError("an earlier recording of this process failed")
         graph = torch.cuda.CUDAGraph()
         try:
             with (
@@ -160,7 +162,7 @@ class Step:
             return result
         known.recording.replay()
         replayed = _copies([*self.state, known.result])
-        if torch.are_deterministic_algorithms_enabled() and not all(map(torch.equal, replayed, after)):
+        if torch.are_deterministic_algorithms_enabled() and not all(map(_same_bits, replayed, after)):
             self._restore(after)
             self.rejected.append(known)
             warnings.warn("steps are not replayed: a replay computed other bits", RuntimeWarning, stacklevel=3)
@@ -176,6 +178,10 @@ class Step:
 
 def _copies(tensors: list[Tensor] | list[Tensor | None]) -> list[Tensor]:
     return [each.detach().clone() for each in tensors if each is not None]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other)))  # NaN too
 
 
 def _first_cause(error: BaseException) -> str:
