@@ -135,20 +135,22 @@ def reason_to_stop(engine: sa.Engine, study_id: int) -> str | None:
     return spent(engine, study_id).reason_to_stop(wanted.budgets) if wanted.budgets else None
 
 
-def spent_lately(engine: sa.Engine, study_id: int) -> Spent:
+def spent_lately(engine: sa.Engine, study_id: int, part: float = 0.1) -> Spent:
     """What `spent` says, or what it said to somebody else a moment ago.
 
-    Adding up takes longer the more attempts there were, and every worker asks. So one at a time adds up, for all, and
-    not more than a tenth of the time: what is told is at most about ten times as old as adding up takes.
+    Adding up takes longer the more attempts there were, and every worker asks. So one at a time adds up, for all.
+
+    Args:
+        part: of the time that is spent adding up, at most; what is told is about 1 / part times as old as that takes.
     """
     clock = now(engine)
     stored = sa.select(SPENDING.c.spent, SPENDING.c.took, (clock - SPENDING.c.at).label("age"))
     with engine.execution_options(reading=True).connect() as connection:
         row = connection.execute(stored.where(SPENDING.c.study_id == study_id)).one_or_none()
     if row is not None and 0 <= row.age < MOST_AGE_SECONDS:  # unless the database's clock was put back
-        if row.age < 10 * row.took:
+        if row.age < row.took / part:
             return Spent(**json.loads(row.spent))
-        mine = sa.and_(SPENDING.c.study_id == study_id, SPENDING.c.at < clock - 10 * SPENDING.c.took)
+        mine = sa.and_(SPENDING.c.study_id == study_id, SPENDING.c.at < clock - SPENDING.c.took / part)
         with engine.begin() as connection:
             if connection.execute(sa.update(SPENDING).where(mine).values(at=clock)).rowcount == 0:
                 return Spent(**json.loads(row.spent))  # somebody else is at it

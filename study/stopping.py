@@ -20,6 +20,8 @@ LOOK_SECONDS = 2.0
 NEAR_SECONDS = 0.5
 """Between two looks at the budgets when one is nearly spent."""
 FAR_SECONDS = 30.0
+NEAR_PART, FAR_PART = 1.0, 0.1
+"""Of the time, for adding up what is spent: one worker of all at a time does it."""
 PART = 0.1
 """Of the time that the budgets will last, until they are looked at again."""
 
@@ -76,7 +78,9 @@ class Stop:
             orders = control.orders(*self._where)
             reason = control.ASKED if orders.stop else None
             if orders.budgets and reason is None and (at_budgets or orders.budgets != self._budgets):
-                spent, clock = control.spent_lately(*self._where), time.monotonic()
+                unsure = self.near or self._spent is None
+                spent = control.spent_lately(*self._where, NEAR_PART if unsure else FAR_PART)
+                clock = time.monotonic()
                 reason = spent.reason_to_stop(orders.budgets)
                 pause = PART * spent.seconds_left(orders.budgets, self._spent)
                 # Who has just begun does not know the pace yet.
