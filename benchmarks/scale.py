@@ -248,8 +248,8 @@ def polls() -> None:
         for attempts in (1_000, 10_000, 100_000):
             tickets = min(attempts, 10_000)
             url = laid(server, tickets)
-            engine = open_storage(url, create=False).engine
-            study_id = load_study(open_storage(url, create=False), "s")[0]._study_id
+            storage = open_storage(url, create=False)
+            engine, study_id = storage.engine, load_study(storage, "s")[0]._study_id
             queue = Queue(engine, study_id)
             ask_server_write(
                 url,

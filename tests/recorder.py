@@ -48,11 +48,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 class Recording:
     def __init__(self, calls: list[tuple[Any, Any, Any, Any]]) -> None:
-        self.calls, self.replays = calls, 0
+        self.calls = calls
 
     @torch.no_grad()
     def replay(self) -> None:
-        self.replays += 1
         for function, args, kwargs, result in self.calls:
             again = function(*args, **kwargs)
             for old, new in zip(_tensors(result), _tensors(again), strict=True):
@@ -61,9 +60,6 @@ class Recording:
 
 
 class Recorder:
-    def __init__(self) -> None:
-        self.recordings: list[Recording] = []
-
     def plainly(self, call: Callable[[], Tensor | None]) -> Tensor | None:
         return call()
 
@@ -75,5 +71,4 @@ class Recorder:
         finally:
             for whole, before in seen.found.values():
                 whole.copy_(before)
-        self.recordings.append(Recording(seen.calls))
-        return self.recordings[-1], result
+        return Recording(seen.calls), result

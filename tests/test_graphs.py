@@ -5,7 +5,6 @@ With STUDY_TEST_DEVICE=cuda by CUDA graphs; without a GPU by a recorder that dis
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
@@ -21,9 +20,10 @@ from study.training.device import be_deterministic
 from study.training.graphs import WARM_UPS, Step
 from study.training.trainer import OnDevice, Trainer
 from tests.recorder import Recorder
-from tests.test_training import DEVICE, epochs, numbers, trainer
+from tests.test_training import DEVICE, epochs, interrupted, numbers, trainer
 
-ALPHA, BATCH = 300, 64  # four full batches and one of 44
+BATCH = 64
+"""Of the trainers here; their epochs of 300 images end with a batch of 44."""
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +98,8 @@ def test_a_resumed_trial_replays_into_the_same_bits(
     options: dict[str, Any] = {"augment": True, "width": 0.0625, "images": 2000}
     whole = plain(digits, policy, **options)
     epochs(whole)
-    stopped = trainer(digits, policy, **options)
-    for _, _ in zip(range(steps), stopped.run(), strict=False):
-        pass
-    file = io.BytesIO()
-    torch.save(stopped.state_dict(), file)
-    resumed = trainer(digits, policy, seed=99, **options)
-    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    epochs(resumed)
+    stopped, other = (trainer(digits, policy, seed=seed, **options) for seed in (0, 99))
+    resumed = interrupted(stopped, steps, other)
     assert replaying.replays
     assert same(resumed, whole)
 

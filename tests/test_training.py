@@ -44,6 +44,17 @@ def numbers(results: list[EpochResult]) -> list[tuple[Any, ...]]:
     return [(r.epoch, r.accuracy, r.loss, r.images, r.seen, r.resampling) for r in results]
 
 
+def interrupted(first: Trainer, steps: int, second: Trainer) -> Trainer:
+    """`first` for some steps; then `second`, from its state as it is stored, to the end."""
+    for _, _ in zip(range(steps), first.run(), strict=False):
+        pass
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    epochs(second)
+    return second
+
+
 def test_network_walks_the_sizes_of_table_1() -> None:
     network = CNN(10, generator(0, "weights"))
     sizes, image = [32], torch.zeros(2, 3, 32, 32)
@@ -148,15 +159,9 @@ def test_resume_equals_not_stopping(digits: OnDevice, policy: str, steps: int, i
     whole = trainer(digits, policy, **options)
     epochs(whole)
 
-    stopped = trainer(digits, policy, **options)
-    for _, _ in zip(range(steps), stopped.run(), strict=False):
-        pass
-    file = io.BytesIO()
-    torch.save(stopped.state_dict(), file)
     # Another seed, so that nothing can come from anywhere but the state.
-    resumed = trainer(digits, policy, seed=99, **options)
-    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    epochs(resumed)
+    stopped, other = (trainer(digits, policy, seed=seed, **options) for seed in (0, 99))
+    resumed = interrupted(stopped, steps, other)
 
     assert numbers(resumed.history) == numbers(whole.history)
     ours, theirs = resumed.network.state_dict(), whole.network.state_dict()
