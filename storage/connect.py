@@ -21,6 +21,9 @@ from storage.tables import ATTEMPTS, EPOCHS, LEASES, METADATA
 from storage.url import file_of, parse, redact
 
 BUSY_SECONDS = 30
+IDLE_SECONDS = 30
+"""After these, PostgreSQL ends a transaction that asks it nothing more. Its worker was frozen or cut off in the middle
+of it, and the row locks would keep the trial from all others for as long as that lasts."""
 _TABLES_LOCK = 0x64796E74  # any number that every process of ours takes
 
 
@@ -37,7 +40,7 @@ def open_storage(text: str, *, create: bool = True, reading: bool = False) -> RD
     """
     url, path = _located(text, create)
     with _as_one_line(url):
-        storage = _open(url, path, create)
+        storage = _open(url, path, create, reading)
     _configure(storage.engine, reading)
     storage.engine.dispose()  # connections made before the settings were
     return storage
@@ -51,7 +54,8 @@ def open_engine(text: str) -> sa.Engine:
         UserError: as of `open_storage`.
     """
     url, path = _located(text, create=False)
-    engine = sa.create_engine(url.render_as_string(hide_password=False), **_engine_settings(path is not None))
+    settings = _engine_settings(path is not None, reading=True)
+    engine = sa.create_engine(url.render_as_string(hide_password=False), **settings)
     _configure(engine, reading=True)
     with _as_one_line(url):
         if not _complete(engine):  # to be refused, or older than this program, which then adds what is missing
@@ -112,9 +116,9 @@ def network_filesystem(path: Path, mounts: Path = Path("/proc/mounts")) -> str |
     return found[1] if found[1].startswith(NETWORK_FILESYSTEMS) else None
 
 
-def _open(url: URL, path: Path | None, create: bool) -> RDBStorage:
+def _open(url: URL, path: Path | None, create: bool, reading: bool) -> RDBStorage:
     secret = url.render_as_string(hide_password=False)
-    settings = _engine_settings(path is not None)
+    settings = _engine_settings(path is not None, reading)
 
     def optunas() -> RDBStorage:
         return RDBStorage(secret, engine_kwargs=settings, skip_table_creation=True)
@@ -188,18 +192,20 @@ def _only_one(engine: sa.Engine, path: Path | None) -> Iterator[None]:
         raise
 
 
-def _engine_settings(sqlite: bool) -> dict[str, Any]:
+def _engine_settings(sqlite: bool, reading: bool) -> dict[str, Any]:
     if sqlite:
         return {"connect_args": {"timeout": BUSY_SECONDS}}
     # As many connections as a worker has threads (training, scribe, lease, stop watch; the one that reads ahead is soon
     # over): who finds none free waits 30 s and fails. With 32 workers 433 reports/s against 152 without a pool. UTC,
-    # because Optuna writes naive times. Keep-alives find a dead server in a minute instead of hours.
+    # because Optuna writes naive times. Keep-alives find a dead server in a minute instead of hours. Who reads locks
+    # nothing, and Optuna may take long over what it has read.
+    idle = "" if reading else f" -c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
     return {
         "pool_size": 1,
         "max_overflow": 3,
         "pool_pre_ping": True,
         "connect_args": {
-            "options": "-c timezone=UTC",
+            "options": f"-c timezone=UTC{idle}",
             "connect_timeout": 10,
             "application_name": "study",
             "keepalives_idle": 20,

@@ -66,6 +66,8 @@ def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None
 
     def once() -> int:
         with target.engine.begin() as into, _reading(source, target, into) as found:
+            if target.engine.dialect.name == "postgresql":  # checkpoints may take long to read
+                into.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
             old = _study_id(found, name)
             _refuse_live(found, old, name, "copying", "stop those workers first")
             (row,) = _rows(found, STUDIES, "study_id", [old])

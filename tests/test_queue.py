@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,12 +15,13 @@ import sqlalchemy as sa
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from storage import checkpoints, progress, queue
+from storage import checkpoints, connect, progress, queue
 from storage.connect import open_storage
 from storage.errors import UserError
-from storage.queue import Lease, LeaseLost, Queue
+from storage.queue import Lease, LeaseLost, Queue, retrying
 from storage.tables import CHECKPOINTS, LEASES
 from storage.tickets import lay
+from tests.postgres import Postgres
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -358,3 +360,45 @@ def test_a_reader_does_not_hold_up_the_writers(sqlite_url: str) -> None:
         started = time.monotonic()
         worker.record(lease, epoch(1), {1: 0.5})
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("doing", ["renewing", "recording"])
+def test_who_is_frozen_within_a_transaction_loses_its_locks(
+    doing: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would outlive its lease, and its machine answers every keep-alive. (On SQLite it holds the whole file.)"""
+    monkeypatch.setattr(connect, "IDLE_SECONDS", 1)
+    url = postgres.new_database()
+    study, _ = laid(url, 1)
+    engine = open_storage(url).engine
+    frozen, other = (Queue(e, study._study_id, seconds=0.5) for e in (engine, open_storage(url).engine))
+    lease = claimed(frozen)
+    in_it, thaw, lost = threading.Event(), threading.Event(), threading.Event()
+
+    @sa.event.listens_for(engine, "commit")
+    def freeze_once(_: sa.Connection) -> None:
+        if not in_it.is_set():
+            in_it.set()
+            assert thaw.wait(30)
+
+    def renew() -> None:
+        with engine.begin() as connection:
+            frozen.fence(connection, lease)
+
+    writes = {"renewing": lambda: retrying(renew), "recording": lambda: frozen.record(lease, epoch(1), {1: 0.5})}
+
+    def work() -> None:
+        with pytest.raises(LeaseLost):
+            writes[doing]()
+        lost.set()
+
+    threading.Thread(target=work, daemon=True).start()
+    assert in_it.wait(30)
+    deadline = time.monotonic() + 20
+    while (taken := other.claim()) is None:
+        assert time.monotonic() < deadline, "still locked"
+        time.sleep(0.1)
+    thaw.set()
+    assert lost.wait(30)
+    assert progress.epoch_rows(other.engine, study._study_id) == {}
+    other.record(taken, epoch(1), {1: 0.5})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -184,6 +185,32 @@ def test_pruners_decide_the_same_with_and_without_kills(pruning: dict[str, Any],
     assert TrialState.PRUNED in {trial.state for trial in quiet.study.trials}
 
 
+def freeze(worker: subprocess.Popen[str], engine: sa.Engine) -> None:
+    """SIGSTOP between two transactions: one that is stopped within holds its locks for longer than its lease."""
+    while True:
+        os.kill(worker.pid, signal.SIGSTOP)
+        time.sleep(0.05)
+        if not within_a_transaction(engine):
+            return
+        os.kill(worker.pid, signal.SIGCONT)
+        time.sleep(0.01)
+
+
+def within_a_transaction(engine: sa.Engine) -> bool:
+    """Whether anybody else is."""
+    if engine.dialect.name == "sqlite":
+        with sqlite3.connect(str(engine.url.database), timeout=0, isolation_level=None) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.rollback()
+            except sqlite3.OperationalError:
+                return True
+        return False
+    others = "datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'"
+    with engine.connect() as connection:
+        return connection.exec_driver_sql(f"SELECT count(*) FROM pg_stat_activity WHERE {others}").scalar() != 0
+
+
 def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) -> None:
     """SIGSTOP for longer than the lease, the trial taken over and finished by another, then SIGCONT."""
     config = config_of(
@@ -199,7 +226,7 @@ def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) 
         while not (now := progress(bench.storage.engine, bench.study._study_id)).running or now.running[0].epoch < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(worker.pid, signal.SIGSTOP)
+        freeze(worker, bench.storage.engine)
         time.sleep(1.5)
         bench.work(most=1)  # takes over trial 0 and settles it
         before = bench.outcome()[0]
