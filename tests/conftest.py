@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # two test processes share two cores; one thread count everywhere means the same bits
 )
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import pytest
 
 from tests.bench import Bench, config_of
 from tests.postgres import Postgres
+
+# A script's background jobs ignore Ctrl-C, and so would all that we start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,15 +18,14 @@ import pytest
 from PIL import Image
 
 from dashboards import view as viewing
-from storage.connect import open_storage
+from storage.connect import open_engine, open_storage
 from storage.errors import UserError
-from storage.progress import progress
+from storage.progress import find, progress
 from study import cli
-from study.plan import load_study
 
 SMALL = [
     *("--set", "network.width=0.125", "--set", "data.train_images=300", "--set", "policy.alpha=[100, 150]"),
-    *("--set", "policy.beta=[0.3, 0.6]", "--set", "training.epochs=3", "--set", "training.batch_size=50"),
+    *("--set", "policy.beta=[0.3, 0.6]", "--set", "training.epochs=6", "--set", "training.batch_size=50"),
     *("--set", "pruning=none", "--set", "checkpoint.every_seconds=0", "--set", "lease.seconds=1.5", "--device", "cpu"),
 ]
 """The smallest study that is one: digits, an eighth of the width; every step checkpointed, short leases."""
@@ -59,14 +59,34 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     raise AssertionError("it did not happen")
 
 
-def worker_pid(url: str, name: str) -> int | None:
-    """The process that holds a live lease, once it is some epochs into its trial."""
+opened = functools.cache(open_engine)
+
+
+def worker_pid(url: str, name: str, epochs: range = range(1, 1_000_000)) -> int | None:
+    """The process that holds a live lease, if it has stored so many epochs of its trial."""
     try:
-        storage = open_storage(url, create=False, reading=True)
-        running = progress(storage.engine, load_study(storage, name)[0]._study_id).running
+        study_id, _ = find(opened(url), name)
     except UserError:  # not laid down yet
         return None
-    return next((int(trial.owner.split(":")[-2]) for trial in running if trial.epoch >= 1), None)
+    running = progress(opened(url), study_id).running
+    return next((int(trial.owner.split(":")[-2]) for trial in running if trial.epoch in epochs), None)
+
+
+def held_in_mid_trial(url: str) -> int:
+    """The worker of SMALL, stopped (SIGSTOP) where some epochs of its trial are stored and some are to come."""
+    middle = range(1, 4)
+    while True:
+        worker = wait_for(lambda: worker_pid(url, "quick", middle))
+        os.kill(worker, signal.SIGSTOP)
+        time.sleep(0.05)
+        if worker_pid(url, "quick", middle) == worker:
+            return worker
+        os.kill(worker, signal.SIGCONT)
+
+
+def has_a_signal_waiting(process: int) -> bool:
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("ShdPnd:")[2].split()[0], 16) != 0
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +176,7 @@ def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbe
     url = f"sqlite:///{tmp_path}/study.db"
     launcher = started("launch", "quick", *SMALL, cwd=tmp_path)
     try:
-        worker = wait_for(lambda: worker_pid(url, "quick"))
+        worker = held_in_mid_trial(url)
         if how == "kill the worker":
             os.kill(worker, signal.SIGKILL)
             _, err = launcher.communicate(timeout=120)
@@ -165,6 +185,8 @@ def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbe
         else:
             number = {"ctrl-c": signal.SIGINT, "terminate": signal.SIGTERM}.get(how, signal.SIGKILL)
             launcher.send_signal(number)
+            wait_for(lambda: launcher.poll() is not None or has_a_signal_waiting(worker))
+            os.kill(worker, signal.SIGCONT)
             launcher.communicate(timeout=20)
             assert launcher.returncode == (130 if number != signal.SIGKILL else -signal.SIGKILL)
             wait_for(lambda: not Path(f"/proc/{worker}").exists(), 20)  # nobody is left behind
@@ -205,7 +227,7 @@ def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tm
     url = postgres.new_database()
     searched = ["--set", "search.sampler=tpe", "--set", "policy.beta={low=0.1, high=0.9}", "--trials", "7"]
     launcher = started("launch", "quick", *SMALL, *searched, "--workers", "2", "--storage", url, cwd=tmp_path)
-    wait_for(lambda: worker_pid(url, "quick"))
+    wait_for(lambda: worker_pid(url, "quick", range(7)))
     joined = study("worker", "quick", cwd=tmp_path, env=os.environ | {"STUDY_STORAGE": url})
     out, err = launcher.communicate(timeout=120)
     assert (launcher.returncode, joined.returncode) == (0, 0), err + joined.stderr
@@ -292,7 +314,7 @@ def test_questions_about_a_study_that_is_not_there_name_those_that_are(finished:
     url = f"sqlite:///{finished}/study.db"
     for verb in ("status", "report", "worker"):
         assert "no study 'other' in this storage; studies there: quick" in run(verb, "other", "--storage", url)
-    assert "training.epochs: 4 != 3" in run("launch", "quick", *SMALL, "--set", "training.epochs=4", "--storage", url)
+    assert "training.epochs: 4 != 6" in run("launch", "quick", *SMALL, "--set", "training.epochs=4", "--storage", url)
 
 
 def test_help_and_presets_load_neither_torch_nor_optuna() -> None:

@@ -31,7 +31,7 @@ OURS = ("init", "dashboard", "worker", "worker-cpu", "report")
 SET = {
     "STUDY_DATABASE_PASSWORD": "hunter2",
     "STUDY_DASHBOARD_PASSWORD": SECRET,
-    "STUDY_LAUNCH": shlex.join(["quick", *SMALL[:-2]]),
+    "STUDY_LAUNCH": shlex.join(["quick", *SMALL[:-2], "--set", "training.epochs=20"]),
     "STUDY_NAME": "quick",
 }
 

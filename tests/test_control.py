@@ -208,10 +208,13 @@ def test_a_worker_looks_at_a_far_budget_seldom_and_at_a_near_one_after_every_epo
         stop.watch(engine, study_id)
         looks.clear()
         bench.work(stop, most=1)
-        return len(looks)
+        looked = len(looks)
+        stop._ask()  # its thread ends
+        return looked
 
-    assert 1 <= epochs_and_looks(1e12) < 3  # once, because nothing is known of the pace yet
-    assert epochs_and_looks(1e12) < 3
+    # Once, because nothing is known of the pace yet; on a slow machine every 2 s, of 20 epochs.
+    assert 1 <= epochs_and_looks(1e12) < 10
+    assert epochs_and_looks(1e12) < 10
     used = int(control.spent(engine, study_id).amounts["images"])
     assert epochs_and_looks(used + 10 * 90) >= 10
     # One more where the machine was so busy that adding up took as long as an epoch.

@@ -367,11 +367,11 @@ def test_who_is_frozen_within_a_transaction_loses_its_locks(
     doing: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They would outlive its lease, and its machine answers every keep-alive. (On SQLite it holds the whole file.)"""
-    monkeypatch.setattr(connect, "IDLE_SECONDS", 1)
     url = postgres.new_database()
-    study, _ = laid(url, 1)
+    study, other_engine = laid(url, 1)
+    monkeypatch.setattr(connect, "IDLE_SECONDS", 2)
     engine = open_storage(url).engine
-    frozen, other = (Queue(e, study._study_id, seconds=0.5) for e in (engine, open_storage(url).engine))
+    frozen, other = (Queue(of, study._study_id, seconds=0.5) for of in (engine, other_engine))
     lease = claimed(frozen)
     in_it, thaw, lost = threading.Event(), threading.Event(), threading.Event()
 
