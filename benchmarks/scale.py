@@ -1,6 +1,6 @@
 """How many workers one PostgreSQL serves: 1 to 256 simulated trainings, what they say to it and how long they wait.
 
-    python -m benchmarks.scale [workers] [nodes] [growth] [polls] [checkpoints]
+    python -m benchmarks.scale [workers] [nodes] [bouncer] [growth] [polls] [checkpoints]
 
 A worker is a forked process with the queue, the sampler, the lease and the stop watch of a real one; its training is a
 pause. It waits for every report, which a real one leaves to a thread, so its idle share is an upper bound.
@@ -35,12 +35,14 @@ from study.objective import ask
 from study.parsing import parse_config
 from study.plan import Prepared, lay_down, load_study
 from study.stopping import Stop
+from tests.bouncer import Bouncer, usable
 from tests.hosts import NETWORK, Hosts
 from tests.postgres import Postgres
 
 FORK = multiprocessing.get_context("fork")
 CROWDS = (1, 4, 16, 64, 128, 192, 256)
 CROWDS_OF_HOSTS = (3, 15, 63, 126)
+CONNECTIONS = 10
 EPOCHS, EPOCH_SECONDS, LASTING = 4, 5.0, 40.0
 ROW = {
     "loss": 1.0, "images": 5000, "train_seconds": 1.5, "validation_seconds": 0.4, "kind": "type1", "k": 500,
@@ -141,9 +143,10 @@ def cpu_seconds(server: Postgres) -> float:
     return ticks / 100
 
 
-def crowd(server: Postgres, workers: int, net: Hosts | None = None) -> list[Tally]:
+def crowd(server: Postgres, workers: int, net: Hosts | None = None, through: Callable[[str], str] = str) -> list[Tally]:
+    """`through`: the URL by which the workers reach the database of a URL."""
     url = laid(server, workers * 4 + 20)
-    from_there = url if net is None else url.replace("127.0.0.1", net.address("db"))
+    from_there = through(url) if net is None else url.replace("127.0.0.1", net.address("db"))
     ready, ends, results = FORK.Barrier(workers + 1), FORK.Value("d", 0.0), FORK.Queue()
     processes = [
         FORK.Process(target=worker, args=(from_there, ready, ends, results, net, f"w{i % 3 + 1}"), daemon=True)
@@ -161,7 +164,10 @@ def crowd(server: Postgres, workers: int, net: Hosts | None = None) -> list[Tall
     ends.value = time.monotonic() + LASTING
     ready.wait()
     time.sleep(LASTING * 0.8)
-    (connections,) = ask_server(url, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'study'")
+    (connections,) = ask_server(
+        url,
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'study' AND datname = current_database()",
+    )
     used = (cpu_seconds(server) - cpu) / (LASTING * 0.8)
     tallies = [results.get(timeout=300) for _ in processes]
     for process in processes:
@@ -199,6 +205,25 @@ def nodes() -> None:
         finally:
             server.stop()
             Hosts.move(here)
+
+
+def bouncer() -> None:
+    """The crowd behind a pgbouncer with ten connections to the server, as docs/scale.md sets it up."""
+    if not usable():
+        print("\nno pgbouncer of 1.21 or newer here: left out")
+        return
+    print(f"\nThrough pgbouncer, {CONNECTIONS} connections:", end=" ")
+    heads()
+    server = Postgres()
+    try:
+        between = Bouncer(server, CONNECTIONS)
+        try:
+            for count in CROWDS[2:-1]:
+                crowd(server, count, through=between.through)
+        finally:
+            between.stop()
+    finally:
+        server.stop()
 
 
 def workers() -> None:
@@ -318,8 +343,13 @@ def saving() -> None:
         server.stop()
 
 
-SCENES = {"workers": workers, "nodes": nodes, "growth": growth, "polls": polls, "checkpoints": saving}
+SCENES = {
+    "workers": workers, "nodes": nodes, "bouncer": bouncer, "growth": growth, "polls": polls, "checkpoints": saving
+}  # fmt: skip
 
 if __name__ == "__main__":
-    for scene in sys.argv[1:] or SCENES:
+    chosen = sys.argv[1:] or list(SCENES)
+    if unknown := set(chosen) - set(SCENES):
+        sys.exit(f"scenes are {', '.join(SCENES)}; got {', '.join(unknown)}")
+    for scene in chosen:
         SCENES[scene]()

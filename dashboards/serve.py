@@ -111,13 +111,10 @@ def write_nothing(engine: sa.Engine) -> None:
 
     @sa.event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _: Any) -> None:
-        cursor = connection.cursor()
         if engine.dialect.name == "sqlite":
-            cursor.execute("PRAGMA query_only = ON")
-        else:
-            cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
-            connection.commit()
-        cursor.close()
+            connection.execute("PRAGMA query_only = ON")
+        else:  # for each transaction: set for a session, it stays with one of a pgbouncer's that workers get next
+            connection.read_only = True
 
     engine.dispose()
 

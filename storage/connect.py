@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,11 +175,13 @@ def _add_columns(engine: sa.Engine) -> None:
 @contextmanager
 def _only_one(engine: sa.Engine, path: Path | None) -> Iterator[None]:
     if path is None:
-        with engine.connect() as connection:
-            connection.execute(sa.select(sa.func.pg_advisory_lock(_TABLES_LOCK)))
-            connection.commit()
-            yield  # closing the connection gives the lock back
-            return
+        while True:
+            with engine.begin() as connection:
+                # Who waits for it keeps no connection: behind a pgbouncer, who has it may need that one.
+                if connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(_TABLES_LOCK))):
+                    yield
+                    return
+            time.sleep(0.1)
     lock = path.with_name(path.name + ".lock")
     existed = path.exists()
     try:
