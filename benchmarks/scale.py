@@ -144,12 +144,11 @@ def cpu_seconds(server: Postgres) -> float:
 
 
 def crowd(server: Postgres, workers: int, net: Hosts | None = None, through: Callable[[str], str] = str) -> list[Tally]:
-    """`through`: the URL by which the workers reach the database of a URL."""
+    """`net`: hosts for the workers; `through`: the URL by which they reach the database of a URL."""
     url = laid(server, workers * 4 + 20)
-    from_there = through(url) if net is None else url.replace("127.0.0.1", net.address("db"))
     ready, ends, results = FORK.Barrier(workers + 1), FORK.Value("d", 0.0), FORK.Queue()
     processes = [
-        FORK.Process(target=worker, args=(from_there, ready, ends, results, net, f"w{i % 3 + 1}"), daemon=True)
+        FORK.Process(target=worker, args=(through(url), ready, ends, results, net, f"w{i % 3 + 1}"), daemon=True)
         for i in range(workers)
     ]
     gc.freeze()  # else every child's collector copies the pages that it could share
@@ -201,7 +200,7 @@ def nodes() -> None:
         server = Postgres("0.0.0.0", NETWORK)
         try:
             for count in CROWDS_OF_HOSTS:
-                crowd(server, count, net)
+                crowd(server, count, net, lambda url: url.replace("127.0.0.1", net.address("db")))
         finally:
             server.stop()
             Hosts.move(here)

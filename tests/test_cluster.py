@@ -22,16 +22,15 @@ from urllib.request import urlopen
 import pytest
 import sqlalchemy as sa
 
-from storage.connect import open_engine
 from storage.errors import UserError
-from storage.progress import Running, attempts, find, progress
+from storage.progress import Running, attempts, progress
 from storage.tables import ATTEMPTS, EPOCHS
 from study.cluster import secret_url
 from tests.bench import Bench, config_of
 from tests.hosts import Database, Hosts
 from tests.hosts import can_be_made as hosts_can_be_made
 from tests.postgres import Postgres
-from tests.test_command import study
+from tests.test_command import study, there
 from tests.test_command import wait_for as wait
 from tests.test_data import folder
 
@@ -327,8 +326,7 @@ def test_each_node_decodes_its_images_once(cluster: Cluster, postgres: Postgres,
     asked += ["--on", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
     launcher = subprocess.Popen([sys.executable, "-m", "study", *asked], stderr=subprocess.PIPE, text=True)
     try:
-        engine = wait_for(lambda: opened(url))
-        study_id, _ = wait_for(lambda: there(engine, "quick"))
+        engine, study_id = wait_for(lambda: there(url, "quick"))
         wait_for(lambda: len(progress(engine, study_id).running) == 4)
         launcher.send_signal(signal.SIGINT)
         _, err = launcher.communicate(timeout=100)
@@ -364,8 +362,7 @@ def test_a_node_that_refuses_and_a_worker_that_dies_are_not_the_studys_end(
     asked += there_it_is
     launcher = subprocess.Popen([sys.executable, "-m", "study", *asked], stderr=subprocess.PIPE, text=True)
     try:
-        engine = wait_for(lambda: opened(url))
-        study_id, _ = wait_for(lambda: there(engine, "quick"))
+        engine, study_id = wait_for(lambda: there(url, "quick"))
         wait_for(lambda: len(progress(engine, study_id).running) == 2)
         os.kill(int(progress(engine, study_id).running[0].owner.split(":")[-2]), signal.SIGKILL)
         _, err = launcher.communicate(timeout=250)
@@ -378,18 +375,6 @@ def test_a_node_that_refuses_and_a_worker_that_dies_are_not_the_studys_end(
     assert "starting another" in err
     assert progress(engine, study_id).states["complete"] == 4
     assert "vanished" in {each.outcome for each in attempts(engine, study_id)}
-
-
-def opened(url: str) -> sa.Engine | None:
-    with suppress(UserError):  # not made yet
-        return open_engine(url)
-    return None
-
-
-def there(engine: sa.Engine, name: str) -> tuple[int, Any] | None:
-    with suppress(UserError):
-        return find(engine, name)
-    return None
 
 
 @pytest.mark.slow

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from sqlalchemy import Engine
 
 from dashboards import view as viewing
 from storage.connect import open_engine, open_storage
@@ -62,13 +64,17 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
 opened = functools.cache(open_engine)
 
 
+def there(url: str, name: str) -> tuple[Engine, int] | None:
+    """The study, once it is laid down."""
+    with suppress(UserError):
+        return opened(url), find(opened(url), name)[0]
+    return None
+
+
 def worker_pid(url: str, name: str, epochs: range = range(1, 1_000_000)) -> int | None:
     """The process that holds a live lease, if it has stored so many epochs of its trial."""
-    try:
-        study_id, _ = find(opened(url), name)
-    except UserError:  # not laid down yet
-        return None
-    running = progress(opened(url), study_id).running
+    found = there(url, name)
+    running = progress(*found).running if found else ()
     return next((int(trial.owner.split(":")[-2]) for trial in running if trial.epoch in epochs), None)
 
 

@@ -20,13 +20,13 @@ from optuna.trial import TrialState
 
 from storage import queue as queues
 from storage.connect import open_storage
-from storage.errors import UserError
 from storage.progress import progress
 from storage.queue import Queue
 from study.objective import DatabaseAway
 from study.plan import load_study
 from tests.bench import Bench, StopAfter, config_of
 from tests.postgres import Postgres
+from tests.test_command import there, wait_for
 
 Outcome = list[tuple[Any, ...]]
 
@@ -93,11 +93,8 @@ def test_a_launch_ends_with_75_when_the_database_stays_away(restartable: Postgre
         [sys.executable, "-m", "study", "launch", "quick", "--device", "cpu", "--set", "training.epochs=500"],
         env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
     )  # fmt: skip
-    engine = open_storage_when_there(url)
-    deadline = time.monotonic() + 60
-    while not progress(engine, 1).running:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    engine, study_id = wait_for(lambda: there(url, "quick"))
+    wait_for(lambda: progress(engine, study_id).running)
     engine.dispose()
     restartable.control("stop", "-m", "immediate")
     try:
@@ -106,16 +103,6 @@ def test_a_launch_ends_with_75_when_the_database_stays_away(restartable: Postgre
         restartable.control("start")
     assert launched.returncode == 75, said
     assert "when it is back: study resume quick" in said
-
-
-def open_storage_when_there(url: str) -> sa.Engine:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return open_storage(url, create=False, reading=True).engine
-        except UserError:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
 
 
 def test_asked_to_stop_while_the_database_is_away(restartable: Postgres, undisturbed: Outcome) -> None:
