@@ -19,18 +19,19 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from benchmarks.training import pictures
-from study.training import data as datasets
-from study.training.device import be_deterministic, pick_device
-from study.training.memory import keep_freed_memory
-from study.training.network import CNN
+from study.training.data import sources
+from study.training.data.placement import DeviceData
+from study.training.data.split import Split, split_dataset
+from study.training.device import be_deterministic, keep_freed_memory, pick_device
+from study.training.networks import CNN
 from study.training.policies import make_policy
-from study.training.seeds import generator
-from study.training.trainer import OnDevice, Trainer
+from study.training.rng import generator
+from study.training.trainer import Trainer
 
 BATCH, RATE = 128, 0.001
 
 
-def standard(split: datasets.Split, seed: int, epochs: int, width: float, device: torch.device) -> float:
+def standard(split: Split, seed: int, epochs: int, width: float, device: torch.device) -> float:
     torch.manual_seed(seed)
     train = DataLoader(pictures(split.train_images, split.train_labels), batch_size=BATCH, shuffle=True)
     test = pictures(split.validation_images, split.validation_labels)
@@ -52,9 +53,9 @@ def standard(split: datasets.Split, seed: int, epochs: int, width: float, device
     return correct / len(test)
 
 
-def fast(split: datasets.Split, seed: int, epochs: int, width: float, device: torch.device) -> float:
+def fast(split: Split, seed: int, epochs: int, width: float, device: torch.device) -> float:
     policy = make_policy("full", len(split.train_labels), seed)
-    trainer = Trainer(OnDevice.of(split, device), policy, seed, epochs=epochs, batch_size=BATCH, lr=RATE, width=width)
+    trainer = Trainer(DeviceData.of(split, device), policy, seed, epochs=epochs, batch_size=BATCH, lr=RATE, width=width)
     return [result.accuracy for result in trainer.run() if result is not None][-1]
 
 
@@ -70,10 +71,10 @@ def main() -> None:
     device = pick_device(options.device)
     be_deterministic(True)
     keep_freed_memory()
-    dataset = datasets.load("imagefolder" if options.data_root else "digits", options.data_root)
-    whole = datasets.split(dataset, "paper", train_images=min(options.images, len(dataset.train_labels)))
+    dataset = sources.load("imagefolder" if options.data_root else "digits", options.data_root)
+    whole = split_dataset(dataset, "paper", train_images=min(options.images, len(dataset.train_labels)))
     held = np.random.default_rng(0).permutation(len(whole.validation_labels))[:5000]
-    split = datasets.Split(
+    split = Split(
         whole.train_images,
         whole.train_labels,
         whole.validation_images[held],

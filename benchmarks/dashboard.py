@@ -21,11 +21,11 @@ import sqlalchemy as sa
 from playwright.sync_api import TimeoutError as TooLong
 from playwright.sync_api import sync_playwright
 
-from storage.connect import open_storage
-from study.parsing import load_config
-from study.plan import lay_down, prepare
-from tests.postgres import Postgres
-from tests.served import Dashboard, dashboard
+from storage.engine import open_storage
+from study.config.loading import load_config
+from study.create import create_study, prepare
+from tests.support.postgres import Postgres
+from tests.support.served import Dashboard, dashboard
 
 EPOCHS = 200
 PATIENCE = 300.0
@@ -43,7 +43,7 @@ def write(url: str, trials: int) -> None:
     ]
     config = load_config("quick", settings)
     storage = open_storage(url)
-    lay_down(storage, "large", "quick", config, prepare(config, None, lambda _: None))
+    create_study(storage, "large", "quick", config, prepare(config, None, lambda _: None))
     parameter = "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json) SELECT t.trial_id, "
     steps = f"WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {EPOCHS}) "
     alpha = optuna.distributions.distribution_to_json(optuna.distributions.IntDistribution(200, 900))

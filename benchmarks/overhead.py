@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from storage.engine import database_time
+
 SIZES = (21, 1_000, 10_000)
 EPOCHS, SECONDS, STEPS = 200, 0.15, 30
 RUNNING = 32
@@ -34,7 +36,7 @@ PRUNING: dict[str, dict[str, Any]] = {
 
 
 def config(pruning: str = "median", trials: int = 1) -> Any:
-    from study.parsing import parse_config
+    from study.config.loading import parse_config
 
     return parse_config(
         {
@@ -59,56 +61,64 @@ def fill(url: str, finished: int) -> None:
     from optuna.distributions import distribution_to_json
     from optuna.trial import TrialState
 
-    from storage import tables as t
-    from storage.connect import open_storage
-    from storage.queue import now
-    from study import space
-    from study.plan import lay_down, prepare
+    from storage import schema
+    from storage.engine import open_storage
+    from study.create import create_study, prepare
+    from study.search import space
 
     def of(column: sa.Column[Any], value: Any) -> sa.Cast[Any]:
         return sa.cast(sa.literal(value, column.type), column.type)
 
     storage, chance = open_storage(url), random.Random(0)
     settings = config(trials=finished + RUNNING + 100)
-    lay_down(storage, "s", "overhead", settings, prepare(settings, None, lambda _: None))
+    create_study(storage, "s", "overhead", settings, prepare(settings, None, lambda _: None))
     spread = {name: space.distribution(settings, name) for name in settings.searched()}
     state = sa.case(
-        (t.TRIALS.c.number >= finished, of(t.TRIALS.c.state, TrialState.RUNNING)),
-        (t.TRIALS.c.number % 3 == 0, of(t.TRIALS.c.state, TrialState.PRUNED)),
-        else_=of(t.TRIALS.c.state, TrialState.COMPLETE),
+        (schema.TRIALS.c.number >= finished, of(schema.TRIALS.c.state, TrialState.RUNNING)),
+        (schema.TRIALS.c.number % 3 == 0, of(schema.TRIALS.c.state, TrialState.PRUNED)),
+        else_=of(schema.TRIALS.c.state, TrialState.COMPLETE),
     )
     series = sa.select(sa.literal(1).label("n")).cte(recursive=True)
     series = series.union_all(sa.select(series.c.n + 1).where(series.c.n < EPOCHS))
     # Curves that rise to a top of the trial's own.
-    curve = (t.TRIALS.c.trial_id * 7919 % 1000) / 1000.0 * series.c.n / (series.c.n + 20.0)
-    worked = t.TRIALS.c.number < finished + RUNNING
-    reached = sa.and_(worked, sa.or_(t.TRIALS.c.number < finished, series.c.n <= EPOCHS // 2))
+    curve = (schema.TRIALS.c.trial_id * 7919 % 1000) / 1000.0 * series.c.n / (series.c.n + 20.0)
+    worked = schema.TRIALS.c.number < finished + RUNNING
+    reached = sa.and_(worked, sa.or_(schema.TRIALS.c.number < finished, series.c.n <= EPOCHS // 2))
     a = dict.fromkeys(("best_epoch", "epochs", "images", "seen", "train_seconds", "validation_seconds"), 200)
     a |= {"precision": "bf16", "device": "some device", "host": "some host", "versions": {"study": "1", "torch": "2"}}
     with storage.engine.begin() as connection:
         connection.execute(
-            sa.update(t.TRIALS).where(worked).values(state=state, datetime_start=sa.func.current_timestamp())
+            sa.update(schema.TRIALS).where(worked).values(state=state, datetime_start=sa.func.current_timestamp())
         )
-        done = sa.update(t.TRIALS).where(t.TRIALS.c.number < finished)
+        done = sa.update(schema.TRIALS).where(schema.TRIALS.c.number < finished)
         connection.execute(done.values(datetime_complete=sa.func.current_timestamp()))
-        every = t.TRIALS.join(series, reached)
-        finite = of(t.REPORTS.c.intermediate_value_type, t.REPORT_TYPE.FINITE)
-        report = sa.select(t.TRIALS.c.trial_id, series.c.n, curve, finite).select_from(every)
+        every = schema.TRIALS.join(series, reached)
+        finite = of(schema.REPORTS.c.intermediate_value_type, schema.REPORT_TYPE.FINITE)
+        report = sa.select(schema.TRIALS.c.trial_id, series.c.n, curve, finite).select_from(every)
         names = ["trial_id", "step", "intermediate_value", "intermediate_value_type"]
-        connection.execute(sa.insert(t.REPORTS).from_select(names, report))
-        epoch = {c.name: sa.literal(0) for c in t.EPOCHS.c if not c.nullable}
-        epoch |= {"trial_id": t.TRIALS.c.trial_id, "epoch": series.c.n, "accuracy": curve, "kind": sa.literal("keep")}
-        connection.execute(sa.insert(t.EPOCHS).from_select(list(epoch), sa.select(*epoch.values()).select_from(every)))
+        connection.execute(sa.insert(schema.REPORTS).from_select(names, report))
+        epoch = {c.name: sa.literal(0) for c in schema.EPOCHS.c if not c.nullable}
+        epoch |= {
+            "trial_id": schema.TRIALS.c.trial_id,
+            "epoch": series.c.n,
+            "accuracy": curve,
+            "kind": sa.literal("keep"),
+        }
+        connection.execute(
+            sa.insert(schema.EPOCHS).from_select(list(epoch), sa.select(*epoch.values()).select_from(every))
+        )
         value = sa.select(
-            t.REPORTS.c.trial_id,
+            schema.REPORTS.c.trial_id,
             sa.literal(0),
-            t.REPORTS.c.intermediate_value,
-            of(t.TRIAL_VALUES.c.value_type, t.VALUE_TYPE.FINITE),
-        ).where(t.REPORTS.c.step == EPOCHS)
+            schema.REPORTS.c.intermediate_value,
+            of(schema.TRIAL_VALUES.c.value_type, schema.VALUE_TYPE.FINITE),
+        ).where(schema.REPORTS.c.step == EPOCHS)
         names = ["trial_id", "objective", "value", "value_type"]
-        connection.execute(sa.insert(t.TRIAL_VALUES).from_select(names, value))
+        connection.execute(sa.insert(schema.TRIAL_VALUES).from_select(names, value))
         params, attributes, rungs = [], [], []
-        for id, number in connection.execute(sa.select(t.TRIALS.c.trial_id, t.TRIALS.c.number).where(worked)).all():
+        for id, number in connection.execute(
+            sa.select(schema.TRIALS.c.trial_id, schema.TRIALS.c.number).where(worked)
+        ).all():
             for name, one in spread.items():
                 drawn = chance.uniform(one.low, one.high)  # type: ignore[attr-defined]
                 drawn = drawn // 10 * 10 if name == "alpha" else drawn
@@ -119,12 +129,16 @@ def fill(url: str, finished: int) -> None:
             for rung in range(5):
                 text = json.dumps(chance.random())
                 rungs.append({"trial_id": id, "key": f"completed_rung_{rung}", "value_json": text})
-        for table, rows in ((t.TRIAL_PARAMS, params), (t.TRIAL_ATTRS, attributes), (t.TRIAL_SYSTEM_ATTRS, rungs)):
+        for table, rows in (
+            (schema.TRIAL_PARAMS, params),
+            (schema.TRIAL_ATTRS, attributes),
+            (schema.TRIAL_SYSTEM_ATTRS, rungs),
+        ):
             connection.execute(sa.insert(table), rows)
-        held = sa.and_(worked, t.TRIALS.c.number >= finished)
-        lease = {"trial_id": t.TRIALS.c.trial_id, "token": sa.literal(1), "owner": sa.literal("somebody")}
-        lease |= {"expires_at": now(storage.engine) + 86400.0, "attempts": sa.literal(0)}
-        connection.execute(sa.insert(t.LEASES).from_select(list(lease), sa.select(*lease.values()).where(held)))
+        held = sa.and_(worked, schema.TRIALS.c.number >= finished)
+        lease = {"trial_id": schema.TRIALS.c.trial_id, "token": sa.literal(1), "owner": sa.literal("somebody")}
+        lease |= {"expires_at": database_time(storage.engine) + 86400.0, "attempts": sa.literal(0)}
+        connection.execute(sa.insert(schema.LEASES).from_select(list(lease), sa.select(*lease.values()).where(held)))
     if storage.engine.dialect.name == "postgresql":
         with storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("ANALYZE")
@@ -140,10 +154,11 @@ def share(url: str) -> list[dict[str, float]]:
     """Trials one after the other in one worker; seconds of each by what they went into."""
     import torch
 
-    from study import objective, worker
-    from study.search import make_pruner
+    from study.search.pruners import make_pruner
     from study.training.policies import KEEP
     from study.training.trainer import EpochResult, Trainer
+    from study.trial import runner
+    from study.worker import worker
 
     clock = {"training": 0.0, "asked": 0.0, "began": 0.0, "ended": 0.0}
 
@@ -170,14 +185,14 @@ def share(url: str) -> list[dict[str, float]]:
                 yield self.history[-1]
             clock["ended"] = time.perf_counter()
 
-    objective.Trainer = Simulated  # type: ignore[misc]
+    runner.Trainer = Simulated  # type: ignore[misc]
     storage, study, settings = worker._join(url, "s", worker.Stop())
     worker.read_ahead(study, settings)
     data = worker.load_data(study, settings, None, torch.device("cpu"))
     study.pruner = make_pruner(settings, len(data.train_labels))
     queue = worker.Queue(storage.engine, study._study_id)
     fixed = {"alpha": 500, "beta": 0.5, "delta": 0.01, "lr": 0.001}
-    objective.make_trainer(settings, data, fixed, 0)  # torch's own start: seconds, once a process
+    runner.make_trainer(settings, data, fixed, 0)  # torch's own start: seconds, once a process
     found = []
     with tempfile.TemporaryDirectory() as aside:
         for _ in range(TRIALS_EACH):
@@ -202,16 +217,17 @@ def start(url: str, stock: bool) -> dict[str, float]:
     """From an imported program to the first parameters and the first decision."""
     import optuna
 
-    from storage.connect import open_storage
-    from storage.history import History
-    from study import space
-    from study.search import make_pruner, make_sampler
-    from tests.bench import stock_pruner
+    from storage.cached_storage import CachedStorage
+    from storage.engine import open_storage
+    from study.search import space
+    from study.search.pruners import make_pruner
+    from study.search.samplers import make_sampler
+    from tests.support.harness import stock_pruner
 
     settings = config()
     before, started = peak_mb(), time.perf_counter()
     storage = open_storage(url, create=False)
-    study = optuna.load_study(study_name="s", storage=storage if stock else History(storage))
+    study = optuna.load_study(study_name="s", storage=storage if stock else CachedStorage(storage))
     study.pruner = (stock_pruner if stock else make_pruner)(settings, 1000)
     number = next(trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "WAITING")
     trial_id = study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
@@ -237,16 +253,16 @@ def decisions(url: str, stock: bool) -> dict[str, list[float]]:
     import optuna
     from optuna.trial import TrialState
 
-    from storage.connect import open_storage
-    from storage.history import History
+    from storage.cached_storage import CachedStorage
+    from storage.engine import open_storage
     from storage.queue import Queue
-    from study.scribe import Scribe
-    from study.search import make_pruner
-    from tests.bench import stock_pruner
+    from study.search.pruners import make_pruner
+    from study.trial.writer import TrialWriter
+    from tests.support.harness import stock_pruner
 
     found: dict[str, list[float]] = {}
     storage = open_storage(url, create=False)
-    study = optuna.load_study(study_name="s", storage=storage if stock else History(storage))
+    study = optuna.load_study(study_name="s", storage=storage if stock else CachedStorage(storage))
     queue = Queue(storage.engine, study._study_id)
     others = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
     for kind in PRUNING:
@@ -254,7 +270,7 @@ def decisions(url: str, stock: bool) -> dict[str, list[float]]:
         study.pruner = (stock_pruner if stock else make_pruner)(settings, 1000)
         lease = queue.claim()
         assert lease is not None
-        scribe, times = Scribe(study, queue, lease), []
+        scribe, times = TrialWriter(study, queue, lease), []
         for epoch in range(1, 101):
             if epoch % 40 == 0:
                 storage.set_trial_state_values(others.pop(0)._trial_id, TrialState.COMPLETE, [0.5])
@@ -321,7 +337,7 @@ SCENES: dict[str, tuple[Callable[[str, str], None], str]] = {
 
 
 def main(names: list[str]) -> None:
-    from tests.postgres import Postgres
+    from tests.support.postgres import Postgres
 
     server = Postgres()
     try:

@@ -29,13 +29,13 @@ import sqlalchemy as sa
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from storage.connect import open_storage
-from storage.progress import progress
+from storage.engine import open_storage
+from storage.enqueue import enqueue_trials
+from storage.queries import progress
 from storage.queue import Queue
-from storage.tables import EPOCHS
-from storage.tickets import lay
-from tests.hosts import Database, Hosts
-from tests.postgres import Postgres
+from storage.schema import EPOCHS
+from tests.support.hosts import Database, Hosts
+from tests.support.postgres import Postgres
 
 FORK = multiprocessing.get_context("fork")
 GRID = [{"x": float(x), "y": float(y)} for x, y in itertools.product(range(4), range(6))]
@@ -56,7 +56,7 @@ def ours_lay(url: str, count: int, grid: bool) -> None:
         )
         for i, cell in enumerate(cells)
     ]
-    lay(storage.engine, study._study_id, {}, tickets)
+    enqueue_trials(storage.engine, study._study_id, {}, tickets)
 
 
 def ours_worker(url: str, seed: int, error_rate: float, count: int, grid: bool) -> None:

@@ -27,17 +27,18 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage import checkpoints
-from storage.connect import open_storage
-from storage.control import orders, spent, spent_lately
+from storage.budgets import recent_spending, spending
+from storage.engine import open_storage
 from storage.queue import Queue
-from storage.tables import SPENDING
-from study.objective import ask
-from study.parsing import parse_config
-from study.plan import Prepared, lay_down, load_study
-from study.stopping import Stop
-from tests.bouncer import Bouncer, usable
-from tests.hosts import NETWORK, Hosts
-from tests.postgres import Postgres
+from storage.schema import SPENDING
+from storage.stop_requests import read_controls
+from study.config.loading import parse_config
+from study.create import PreparedData, create_study, load_study
+from study.trial.runner import ask
+from study.worker.stop_monitor import Stop
+from tests.support.bouncer import Bouncer, usable
+from tests.support.hosts import NETWORK, Hosts
+from tests.support.postgres import Postgres
 
 FORK = multiprocessing.get_context("fork")
 CROWDS = (1, 4, 16, 64, 128, 192, 256)
@@ -70,8 +71,8 @@ def laid(server: Postgres, trials: int) -> str:
             "training": {"epochs": EPOCHS},
         }
     )
-    data = Prepared("0" * 64, {"train": 1294, "validation": 144, "test": 359}, (1438, 359))
-    lay_down(open_storage(url), "s", "scale", config, data)
+    data = PreparedData("0" * 64, {"train": 1294, "validation": 144, "test": 359}, (1438, 359))
+    create_study(open_storage(url), "s", "scale", config, data)
     return url
 
 
@@ -283,14 +284,14 @@ def polls() -> None:
             )
             calls: dict[str, Callable[[], object]] = {
                 "claim": lambda queue=queue: queue.release(queue.claim()),  # type: ignore[misc]
-                "orders": lambda engine=engine, study_id=study_id: orders(engine, study_id),  # type: ignore[misc]
-                "spent": lambda engine=engine, study_id=study_id: spent(engine, study_id),  # type: ignore[misc]
+                "orders": lambda engine=engine, study_id=study_id: read_controls(engine, study_id),  # type: ignore[misc]
+                "spent": lambda engine=engine, study_id=study_id: spending(engine, study_id),  # type: ignore[misc]
             }
             found = {name: median_ms(call) for name, call in calls.items()}
-            spent_lately(engine, study_id)
+            recent_spending(engine, study_id)
             with engine.begin() as connection:
                 connection.execute(sa.update(SPENDING).values(took=5.0))
-            found["lately"] = median_ms(lambda engine=engine, study_id=study_id: spent_lately(engine, study_id))  # type: ignore[misc]
+            found["lately"] = median_ms(lambda engine=engine, study_id=study_id: recent_spending(engine, study_id))  # type: ignore[misc]
             told = ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
             print(f"  {attempts:>7} attempts, {tickets:>6} unfinished trials: {told}", flush=True)
             engine.dispose()
@@ -317,7 +318,7 @@ def saving() -> None:
     """A checkpoint of the whole network (weights and Adam's two moments) into the database."""
     import torch
 
-    from study.training.network import CNN
+    from study.training.networks import CNN
 
     size = 3 * 4 * sum(parameter.numel() for parameter in CNN(10, torch.Generator()).parameters())
     server = Postgres()

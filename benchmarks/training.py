@@ -30,14 +30,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from study.training import data as datasets
-from study.training.device import be_deterministic, pick_device
-from study.training.graphs import SWITCH, WARM_UPS
-from study.training.memory import keep_freed_memory
-from study.training.network import CNN
+from study.training.cuda_graphs import SWITCH, WARM_UPS
+from study.training.data import sources
+from study.training.data.placement import DeviceData
+from study.training.data.split import Split, split_dataset
+from study.training.device import be_deterministic, keep_freed_memory, pick_device
+from study.training.networks import CNN
 from study.training.policies import make_policy
-from study.training.seeds import generator
-from study.training.trainer import OnDevice, Trainer
+from study.training.rng import generator
+from study.training.trainer import Trainer
 
 BATCH = 512
 FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -60,7 +61,7 @@ class Task:
     width: float = 1.0
 
     def train(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-        part = datasets.split(datasets.load(self.name, self.root), "paper", train_images=self.images)
+        part = split_dataset(sources.load(self.name, self.root), "paper", train_images=self.images)
         return part.train_images, part.train_labels, len(part.classes)
 
 
@@ -191,8 +192,8 @@ def ours(task: Task) -> Iterator[None]:
     keep_freed_memory()
     images, labels, classes = task.train()
     names = tuple(map(str, range(classes)))
-    split = datasets.Split(images, labels, images[:1], labels[:1], images[:1], labels[:1], names)
-    data, policy = OnDevice.of(split, task.device), make_policy("full", len(labels), 0)
+    split = Split(images, labels, images[:1], labels[:1], images[:1], labels[:1], names)
+    data, policy = DeviceData.of(split, task.device), make_policy("full", len(labels), 0)
     trainer = Trainer(data, policy, 0, epochs=10**6, batch_size=BATCH, width=task.width)
     for result in trainer.run():
         if result is not None:
@@ -379,9 +380,9 @@ def main() -> None:
     device = pick_device(options.device)
     name, root = ("imagefolder", options.data_root) if options.data_root else ("digits", None)
     decode = time.perf_counter()
-    total = len(datasets.load(name, root, print).train_labels)
+    total = len(sources.load(name, root, print).train_labels)
     decode, again = time.perf_counter() - decode, time.perf_counter()
-    datasets.load(name, root)
+    sources.load(name, root)
     again = time.perf_counter() - again
     images = min(options.images or (total if device.type == "cuda" else 5120), total)
     task = Task(name, root, images, device, options.loader_workers, options.width)

@@ -18,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
-from dashboards.words import budget_lines, label, percent, plain_table
-from storage import control, progress, queue
-from storage.progress import Attempt, Progress, Running
-from study.config import PROTOCOLS, StudyConfig
-from study.parsing import parse_config
-from study.space import most_epochs
+from dashboards.formatting import budget_lines, label, percent, plain_table
+from storage import budgets, queries, retry, stop_requests
+from storage.queries import Attempt, Progress, Running
+from study.config.loading import parse_config
+from study.config.models import PROTOCOLS, StudyConfig
+from study.search.space import most_epochs
 
 SECONDS = 1.0
 MOST_FAILURES = 5
@@ -71,20 +71,20 @@ def read(engine: sa.Engine, name: str) -> Status:
     """Raises:
     UserError: no such study, or not one of ours.
     """
-    study_id, attributes = progress.find(engine, name)
-    now = progress.progress(engine, study_id)
-    orders, spent = control.orders(engine, study_id), control.spent(engine, study_id)
+    study_id, attributes = queries.find(engine, name)
+    now = queries.progress(engine, study_id)
+    orders, spent = stop_requests.read_controls(engine, study_id), budgets.spending(engine, study_id)
     return Status(
         name,
         attributes.get("preset", ""),
         parse_config(attributes["config"]),
         now,
-        {} if now.best_trial is None else progress.parameters(engine, study_id, now.best_trial),
+        {} if now.best_trial is None else queries.parameters(engine, study_id, now.best_trial),
         orders.budgets,
         spent.amounts,
-        control.ASKED if orders.stop else spent.reason_to_stop(orders.budgets),
-        progress.failures(engine, study_id) if now.states["failed"] else {},
-        tuple(progress.attempts(engine, study_id, failed=MOST_FAILURES)),
+        stop_requests.STOP_REQUESTED if orders.stop else spent.reason_to_stop(orders.budgets),
+        queries.failures(engine, study_id) if now.states["failed"] else {},
+        tuple(queries.attempts(engine, study_id, failed=MOST_FAILURES)),
     )
 
 
@@ -102,7 +102,7 @@ def watch(engine: sa.Engine, name: str, console: Console) -> None:
                 found = read(engine, name)
                 live.update(page(found), refresh=True)
             except DBAPIError as error:
-                if not queue.passing(error):
+                if not retry.is_transient(error):
                     raise
                 live.update(Text("the database does not answer; waiting"), refresh=True)
 
@@ -123,7 +123,7 @@ def page(found: Status) -> RenderableType:
     if found.seconds_left is not None:
         lines.append(f"about {timedelta(seconds=round(found.seconds_left))} left, if the work goes on as so far")
     if found.stop and found.progress.settled < found.progress.total:
-        lines.append(f"{found.stop}; {control.how_to_go_on(found.name, found.stop)}")
+        lines.append(f"{found.stop}; {stop_requests.how_to_resume(found.name, found.stop)}")
     parts: list[RenderableType] = [Text("\n".join(lines))]
     if found.progress.running:
         parts.append(_workers(found.progress.running))

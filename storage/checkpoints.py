@@ -6,16 +6,16 @@ And on disk, for the time that the database is away.
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 from dataclasses import dataclass
-from pathlib import Path
 
 import sqlalchemy as sa
 
-from storage import files
-from storage.queue import Lease, Queue, retrying, upsert
-from storage.tables import CHECKPOINTS
+from storage import object_store
+from storage.engine import upsert
+from storage.queue import Lease, Queue
+from storage.retry import retry
+from storage.schema import CHECKPOINTS
 
 DATABASE = "database"
 
@@ -41,7 +41,7 @@ def save(queue: Queue, lease: Lease, epoch: int, payload: bytes, store: str = DA
     location = None
     if store != DATABASE:
         location = f"{store.rstrip('/')}/trial-{lease.trial_id}-{lease.token}-{secrets.token_hex(4)}.checkpoint"
-        files.write(location, payload)
+        object_store.write(location, payload)
     row = {
         "token": lease.token,
         "epoch": epoch,
@@ -60,13 +60,13 @@ def save(queue: Queue, lease: Lease, epoch: int, payload: bytes, store: str = DA
             return old
 
     try:
-        superseded = retrying(once)
+        superseded = retry(once)
     except BaseException:
         if location is not None:
-            files.remove(location)
+            object_store.remove(location)
         raise
     if superseded not in (None, location):
-        files.remove(superseded)
+        object_store.remove(superseded)
 
 
 def load(queue: Queue, lease: Lease) -> Found | None:
@@ -77,29 +77,8 @@ def load(queue: Queue, lease: Lease) -> Found | None:
             row = connection.execute(query).one_or_none()
         if row is None:
             return None
-        payload = row.payload if row.location is None else files.read(row.location)
+        payload = row.payload if row.location is None else object_store.read(row.location)
         intact = payload is not None and hashlib.sha256(payload).hexdigest() == row.sha256
         return Found(row.epoch, payload if intact else None)
 
-    return retrying(once)
-
-
-def keep(path: Path, payload: bytes) -> None:
-    """Put a checkpoint that the database could not take into a file of this machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(hashlib.sha256(payload).digest() + payload)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def kept(path: Path) -> bytes | None:
-    """What was kept there, if it is there and whole."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    digest, payload = content[:32], content[32:]
-    return payload if hashlib.sha256(payload).digest() == digest else None
+    return retry(once)

@@ -7,26 +7,25 @@ nothing.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
-import optuna
 import sqlalchemy as sa
 from optuna.trial import TrialState
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
-from storage import files
-from storage.tables import (
+from storage import object_store
+from storage.engine import database_time, upsert
+from storage.retry import retry
+from storage.schema import (
     ATTEMPTS,
     CHECKPOINTS,
     EPOCHS,
@@ -37,15 +36,9 @@ from storage.tables import (
     TRIAL_SYSTEM_ATTRS,
     TRIAL_VALUES,
     TRIALS,
+    UNFINISHED,
     VALUE_TYPE,
 )
-
-UNFINISHED = (TrialState.WAITING, TrialState.RUNNING)
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-PATIENCE_SECONDS = float(os.environ.get("STUDY_PATIENCE_SECONDS", "300"))
-"""How long a database may be away before its absence is an error."""
-
-T = TypeVar("T")
 
 
 class LeaseLost(Exception):
@@ -67,45 +60,12 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Standing:
+class StoredProgress:
     """What is stored of a trial: its epochs, those that the pruner decided about, and the one that it stopped at."""
 
     stored: int
     decided: int
     pruned: int | None
-
-
-def upsert(engine: sa.Engine, table: sa.Table) -> Any:
-    """INSERT for this database, with `on_conflict_do_*`."""
-    # Imported by need: PostgreSQL's brings asyncio along, a tenth of what `study status` takes to start.
-    return importlib.import_module(f"sqlalchemy.dialects.{engine.dialect.name}").insert(table)
-
-
-def now(engine: sa.Engine) -> sa.ColumnElement[float]:
-    """The database's clock, seconds since 1970: the only clock that leases go by."""
-    if engine.dialect.name == "sqlite":
-        return (sa.func.julianday("now") - 2440587.5) * 86400.0
-    return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
-
-
-def passing(error: BaseException) -> bool:
-    """Whether an error is of a kind that ends when the database is back: a restart, a network cut, a full disk."""
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
-        return True
-    return isinstance(error, OperationalError | InterfaceError | optuna.exceptions.StorageInternalError)
-
-
-def retrying(action: Callable[[], T], patience: float | None = None, stopping: Callable[[], bool] = lambda: False) -> T:
-    """`action`, again and again while the database is away; it must be harmless to do twice."""
-    deadline, pause = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience), 0.1
-    while True:
-        try:
-            return action()
-        except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
-            if not passing(error) or stopping() or time.monotonic() + pause > deadline:
-                raise
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
 
 
 class Queue:
@@ -139,7 +99,7 @@ class Queue:
         A trial whose last `max_attempts` holders all vanished without getting an epoch further is failed on the way.
         """
         while True:
-            outcome = retrying(self._claim_one, stopping=self.stopping)
+            outcome = retry(self._claim_one, stopping=self.stopping)
             if not isinstance(outcome, bool):
                 return outcome
             if not outcome:
@@ -147,7 +107,7 @@ class Queue:
 
     def _claim_one(self) -> Lease | bool:
         """A lease; False if there is nothing to claim; True if the candidate went to another or had to be failed."""
-        clock = now(self.engine)
+        clock = database_time(self.engine)
         # Our own live lease can only be one whose claim was committed in a connection that then broke.
         free = sa.or_(LEASES.c.trial_id.is_(None), LEASES.c.expires_at <= clock, LEASES.c.owner == self.owner)
         candidate = (
@@ -228,7 +188,7 @@ class Queue:
         Raises:
             LeaseLost: the token is outdated.
         """
-        values: dict[str, Any] = {"expires_at": now(self.engine) + self.seconds} | also
+        values: dict[str, Any] = {"expires_at": database_time(self.engine) + self.seconds} | also
         # The owner too: tokens start anew where SQLite gives the trial ids of a deleted study again.
         held = sa.and_(LEASES.c.trial_id == lease.trial_id, LEASES.c.token == lease.token, LEASES.c.owner == self.owner)
         if connection.execute(sa.update(LEASES).where(held).values(values)).rowcount != 1:
@@ -236,7 +196,7 @@ class Queue:
 
     def _end(self, connection: sa.Connection, lease: Lease, outcome: str, error: str | None = None) -> None:
         this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
-        ended = {"ended_at": now(self.engine), "outcome": outcome, "error": error}
+        ended = {"ended_at": database_time(self.engine), "outcome": outcome, "error": error}
         connection.execute(sa.update(ATTEMPTS).where(this).values(ended))
 
     def record(
@@ -280,7 +240,7 @@ class Queue:
                     connection.execute(reported.on_conflict_do_nothing(index_elements=["trial_id", "step"]), steps)
                 self._set_attributes(connection, lease.trial_id, notes or {}, TRIAL_SYSTEM_ATTRS)
 
-        retrying(once)
+        retry(once)
 
     def finish(
         self,
@@ -311,7 +271,7 @@ class Queue:
                 self._end(connection, lease, "settled")
                 self._set_attributes(connection, lease.trial_id, attributes or {})
 
-        retrying(once)
+        retry(once)
 
     def release(self, lease: Lease, error: str | None = None) -> None:
         """Give the trial back, claimable at once. With an `error` the attempt counts as failed, and the last of
@@ -331,7 +291,7 @@ class Queue:
                 if connection.execute(tried).scalar_one() >= self.max_attempts:
                     self._fail(connection, lease.trial_id, error)
 
-        retrying(once)
+        retry(once)
 
     def fail(self, lease: Lease, error: str) -> None:
         """Fail the trial for good: an error that another attempt would only repeat."""
@@ -342,7 +302,7 @@ class Queue:
                 self._end(connection, lease, "error", error)
                 self._fail(connection, lease.trial_id, error)
 
-        retrying(once)
+        retry(once)
 
     def unfinished(self) -> int:
         query = sa.select(sa.func.count()).select_from(TRIALS)
@@ -350,26 +310,26 @@ class Queue:
 
         return self._count(query)
 
-    def standing(self, trial_id: int) -> Standing:
+    def standing(self, trial_id: int) -> StoredProgress:
         """How far all attempts at the trial have come together."""
         decided = sa.case((EPOCHS.c.decision.is_not(None), EPOCHS.c.epoch))
         pruned = sa.case((EPOCHS.c.decision == "prune", EPOCHS.c.epoch))
         query = sa.select(sa.func.max(EPOCHS.c.epoch), sa.func.max(decided), sa.func.max(pruned))
         query = query.where(EPOCHS.c.trial_id == trial_id)
 
-        def once() -> Standing:
+        def once() -> StoredProgress:
             with self.engine.connect() as connection:
                 stored, last, stop = connection.execute(query).one()
-            return Standing(stored or 0, last or 0, stop)
+            return StoredProgress(stored or 0, last or 0, stop)
 
-        return retrying(once, stopping=self.stopping)
+        return retry(once, stopping=self.stopping)
 
     def _count(self, query: sa.Select[Any]) -> int:
         def once() -> int:
             with self.engine.connect() as connection:
                 return int(connection.scalar(query) or 0)
 
-        return retrying(once, stopping=self.stopping)
+        return retry(once, stopping=self.stopping)
 
     def _settle(self, connection: sa.Connection, trial_id: int, state: TrialState) -> bool:
         running = sa.and_(TRIALS.c.trial_id == trial_id, TRIALS.c.state.in_(UNFINISHED))
@@ -377,7 +337,7 @@ class Queue:
         kept = sa.delete(CHECKPOINTS).where(CHECKPOINTS.c.trial_id == trial_id).returning(CHECKPOINTS.c.location)
         location = connection.scalar(kept)
         if location is not None:  # should the transaction fail after all, the trial starts again from epoch 0
-            files.remove(location)
+            object_store.remove(location)
         return done.rowcount == 1
 
     def _fail(self, connection: sa.Connection, trial_id: int, error: str) -> None:

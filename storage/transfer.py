@@ -6,21 +6,21 @@ Each is one transaction on tables and columns as they are found: what Optuna or 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
-from storage import files
+from storage import object_store
+from storage.engine import database_time, upsert
 from storage.errors import UserError
-from storage.progress import STATE_NAMES
-from storage.queue import now, retrying, upsert
-from storage.tables import (
+from storage.optuna_internals import DASHBOARD_NOTE, models
+from storage.queries import STATE_NAMES
+from storage.retry import retry
+from storage.schema import (
     CHECKPOINTS,
     EPOCHS,
     LEASES,
@@ -45,8 +45,6 @@ BATCH = 100
 """Trials that are read and written at a time: 20,000 rows of 200 epochs each."""
 PATIENCE_SECONDS = 30.0
 """Somebody waits at a terminal, so a database that is away becomes an error sooner than a worker's does."""
-_NOTE = re.compile(r"dashboard:(\d+):")
-"""optuna-dashboard keeps the note on a trial among the study's attributes, under the trial's id."""
 
 
 def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None = None) -> int:
@@ -85,7 +83,7 @@ def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None
                 _put(into, table, "study_id", {old: new}, _renamed(rows, ids) if table is STUDY_SYSTEM_ATTRS else rows)
             return len(ids)
 
-    return retrying(once, PATIENCE_SECONDS)
+    return retry(once, PATIENCE_SECONDS)
 
 
 def requeue(storage: RDBStorage, name: str, *, trials: Collection[int] | None) -> list[int]:
@@ -118,7 +116,7 @@ def requeue(storage: RDBStorage, name: str, *, trials: Collection[int] | None) -
                 _start_over(connection, ids)
             return chosen
 
-    return retrying(once, PATIENCE_SECONDS)
+    return retry(once, PATIENCE_SECONDS)
 
 
 def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
@@ -148,8 +146,8 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
                 connection.execute(sa.delete(table).where(table.c.study_id == study_id))
             return locations
 
-    for location in retrying(once, PATIENCE_SECONDS):
-        files.remove(location)
+    for location in retry(once, PATIENCE_SECONDS):
+        object_store.remove(location)
 
 
 @contextmanager
@@ -178,7 +176,7 @@ def _study_id(connection: sa.Connection, name: str, lock: bool = False) -> int:
 
 def _refuse_live(connection: sa.Connection, study_id: int, name: str, doing: str, fix: str) -> None:
     held = TRIALS.join(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id)
-    live = sa.and_(TRIALS.c.study_id == study_id, LEASES.c.expires_at > now(connection.engine))
+    live = sa.and_(TRIALS.c.study_id == study_id, LEASES.c.expires_at > database_time(connection.engine))
     count = connection.scalar(sa.select(sa.func.count()).select_from(held).where(live))
     if count:
         held_now = f"workers hold {count} trial{'s' if count > 1 else ''} of {name!r}"
@@ -206,7 +204,7 @@ def _copy_trials(found: sa.Connection, into: sa.Connection, old: int, new: int) 
             rows = _rows(found, table, "trial_id", batch)
             for row in rows if table is CHECKPOINTS else ():
                 if row["location"] is not None:  # a file is one trial's own: the copy has its checkpoint with it
-                    row |= {"payload": files.read(row["location"]), "location": None}
+                    row |= {"payload": object_store.read(row["location"]), "location": None}
             _put(into, table, "trial_id", ids, rows)
     into.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(anew)).values(expires_at=0.0))
     return ids
@@ -233,7 +231,7 @@ def _renamed(attributes: list[dict[str, Any]], ids: Mapping[int, int]) -> list[d
     """Notes follow their trials. One on no trial of the study (Optuna's own copy makes such) might clash: left out."""
     kept = []
     for row in attributes:
-        note = _NOTE.match(row["key"])
+        note = DASHBOARD_NOTE.match(row["key"])
         if note is None:
             kept.append(row)
         elif int(note[1]) in ids:

@@ -5,11 +5,11 @@ def main() -> None:
     import atexit
     import gc
 
-    from study.cli import run
+    from study.cli.app import main as run_command
 
     # The interpreter's last search for garbage would take 0.3 s, of the 1.0 s of `study status`.
     atexit.register(gc.freeze)
-    run()
+    run_command()
 
 
 if __name__ == "__main__":

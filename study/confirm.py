@@ -9,8 +9,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from storage.errors import UserError
-from study import space
-from study.config import GridSampler, NoPruner, Range, StudyConfig
+from study.config.models import GridSamplerConfig, NoPrunerConfig, Range, StudyConfig
+from study.search import space
 
 FAR = 1_000_000
 """From a study's first seed to the first of its confirmation: no search gets that far."""
@@ -43,14 +43,14 @@ def confirmation(study: optuna.Study, config: StudyConfig, top: int, seeds: int)
                 stand_in = value.low if isinstance(value, Range) else value[0]
                 tree[section][name] = first.get("policy" if (section, name) == ("policy", "name") else name, stand_in)
     tree["search"] |= {
-        "sampler": GridSampler(),
+        "sampler": GridSamplerConfig(),
         "trials": None,
         "replicates": seeds,
         "seed": (config.search.seed + FAR) % 2**31,
         "objective": "accuracy",
         "cells": [dict(cell) for cell in best],
     }
-    tree["pruning"] = NoPruner()
+    tree["pruning"] = NoPrunerConfig()
     tree["data"]["test"] = config.data.protocol == "holdout"
     tree["description"] = f"The best {top} settings of {study.study_name!r} again, on {seeds} fresh seeds"
     origin = {"study": study.study_name, "values": [means[cell] for cell in best]}

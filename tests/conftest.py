@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.bench import Bench, config_of
-from tests.postgres import Postgres
+from tests.support.harness import Harness, config_of
+from tests.support.postgres import Postgres
 
 # A script's background jobs ignore Ctrl-C, and so would all that we start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -54,6 +54,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
-    bench = Bench(f"sqlite:///{tmp_path_factory.mktemp('undisturbed') / 'study.db'}", config_of())
+    bench = Harness(f"sqlite:///{tmp_path_factory.mktemp('undisturbed') / 'study.db'}", config_of())
     bench.work()
     return bench.outcome()

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from study.training.seeds import generator
+from study.training.rng import generator
 
 # Accuracies are multiples of 1/V for V validation images: differences closer than this are rounding, not images.
 ROUNDING = 1e-9

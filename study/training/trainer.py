@@ -8,20 +8,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from study.training.adam import Adam
 from study.training.augment import Jitter, gather
-from study.training.data import Split
+from study.training.cuda_graphs import Step, recorder
+from study.training.data.placement import DeviceData
 from study.training.device import pick_precision
 from study.training.energy import EnergyMeter
-from study.training.graphs import Step, recorder
-from study.training.network import CNN
+from study.training.networks import CNN
+from study.training.optimizers import Adam
 from study.training.policies import Policy, Resampling
-from study.training.seeds import generator
+from study.training.rng import generator
 
 VALIDATION_BATCH = 1000
 FORMAT = 2
@@ -56,52 +55,6 @@ class EpochResult:
     """What the policy did after this epoch."""
 
 
-@dataclass(frozen=True)
-class OnDevice:
-    """A split as tensors on one device, shared by all the trials that a worker trains there."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    validation_images: Tensor
-    validation_labels: Tensor
-    classes: int
-    mean: Tensor
-    """Per channel of the training images, shape [3], in [0, 255]."""
-    std: Tensor
-    test_images: Tensor | None = None
-    test_labels: Tensor | None = None
-
-    @staticmethod
-    def of(split: Split, device: torch.device, *, test: bool = False) -> OnDevice:
-        """`test`: the test split too, for a last word on it."""
-        mean, std = _channel_statistics(split.train_images)
-        return OnDevice(
-            torch.from_numpy(split.train_images).to(device),
-            torch.from_numpy(split.train_labels).to(device),
-            torch.from_numpy(split.validation_images).to(device),
-            torch.from_numpy(split.validation_labels).to(device),
-            len(split.classes),
-            mean.to(device),
-            std.to(device),
-            torch.from_numpy(split.test_images).to(device) if test else None,
-            torch.from_numpy(split.test_labels).to(device) if test else None,
-        )
-
-
-def _channel_statistics(images: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[Tensor, Tensor]:
-    """Exact mean and standard deviation from integer sums, in chunks that stay small."""
-    first = second = np.zeros(3, np.int64)
-    for start in range(0, len(images), 4096):
-        chunk = images[start : start + 4096].reshape(-1, 3).astype(np.uint32)
-        first = first + chunk.sum(axis=0, dtype=np.int64)
-        second = second + (chunk * chunk).sum(axis=0, dtype=np.int64)
-    pixels = images.size // 3
-    mean = first / pixels
-    std = np.sqrt(np.maximum(second / pixels - mean**2, 0.0))
-    # A channel without contrast stays as it is.
-    return torch.tensor(mean, dtype=torch.float32), torch.tensor(np.where(std > 0, std, 1.0), dtype=torch.float32)
-
-
 class Trainer:
     """Trains the CNN under a policy with Adam.
 
@@ -117,7 +70,7 @@ class Trainer:
 
     def __init__(
         self,
-        data: OnDevice,
+        data: DeviceData,
         policy: Policy,
         seed: int,
         *,

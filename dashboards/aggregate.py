@@ -1,0 +1,207 @@
+"""Trials of one setting taken together over their seeds: means with intervals, costs, comparisons, and the verdict."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dashboards import paper
+from dashboards.formatting import label
+from dashboards.statistics import (
+    Comparison,
+    Summary,
+    any_difference,
+    binomial_noise,
+    compare,
+    holm,
+    holm_corrected,
+    summary,
+)
+from dashboards.study_data import Row, View
+from study.search import space
+from study.search.space import DATA_PARAMETERS
+
+PAPER_IMAGES = 50_000
+"""The paper's training images: its alphas are parts of these."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The trials of one setting that are complete, by seed, and all others that ended."""
+
+    parameters: dict[str, Any]
+    rows: tuple[Row, ...]
+    ended: tuple[Row, ...]
+    """Complete and pruned."""
+
+    @property
+    def label(self) -> str:
+        return label(self.parameters) or self.ended[0].policy
+
+    @property
+    def policy(self) -> str:
+        return self.ended[0].policy
+
+    @property
+    def pruned(self) -> bool:
+        return len(self.rows) < len(self.ended)
+
+    @property
+    def accuracy(self) -> Summary:
+        """Over the complete trials; where there are none, over the pruned ones, which is no estimate of anything."""
+        return summary([row.value or 0.0 for row in self.rows or self.ended])
+
+    @property
+    def test(self) -> Summary | None:
+        values = [row.test for row in self.rows if row.test is not None]
+        return summary(values) if values else None
+
+    def mean(self, name: str) -> float:
+        return statistics.fmean(getattr(row, name) for row in self.rows or self.ended)
+
+    def by_seed(self, measure: str) -> dict[int, float]:
+        """`value` or `test` of the complete trials."""
+        found = {row.seed: getattr(row, measure) for row in self.rows if row.seed is not None}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def cells(view: View) -> list[Cell]:
+    """In the order of their first trial; settings of which no trial has ended are left out."""
+    found: dict[tuple[tuple[str, Any], ...], list[Row]] = {}
+    for row in view.rows:
+        chosen = {name: row.parameters[name] for name in view.parameters if name in row.parameters}
+        found.setdefault(tuple(chosen.items()), [])
+        if row.state in ("complete", "pruned") and row.value is not None:
+            found[tuple(chosen.items())].append(row)
+    return [
+        Cell(dict(key), tuple(row for row in rows if row.state == "complete"), tuple(rows))
+        for key, rows in found.items()
+        if rows
+    ]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that is said of a study's cells."""
+
+    cells: list[Cell]
+    measure: str
+    """`test` if every complete trial has had the last word on the test split, else `value` (validation)."""
+    comparisons: list[Comparison]
+    effects: dict[str, float]
+    """For a grid of alpha and beta: p of "alpha makes no difference", "beta makes none" (Friedman, Holm-corrected)."""
+    ratios: dict[str, Summary] = field(default_factory=dict)
+    """Cell label to its seconds over those of the full run of the same seed."""
+
+
+def findings(view: View) -> Findings:
+    found = cells(view)
+    done = [row for cell in found for row in cell.rows]
+    measure = "test" if done and all(row.test is not None for row in done) else "value"
+    pairs = [compare(a.label, b.label, a.by_seed(measure), b.by_seed(measure)) for a, b in _opponents(found)]
+    return Findings(
+        found, measure, holm([c for c in pairs if c is not None]), _effects(found, view, measure), _ratios(found)
+    )
+
+
+def _opponents(found: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    """Dynamic training against every other policy in otherwise equal settings."""
+    policies = [cell.policy for cell in found]
+    first = "dynamic" if "dynamic" in policies else policies[0] if policies else ""
+    controls = [cell for cell in found if cell.policy != first]
+    return [(a, b) for b in controls for a in found if a.policy == first and _else_equal(a, b)]
+
+
+def _else_equal(a: Cell, b: Cell) -> bool:
+    """Whether two cells agree in what both have a meaning for, but the policy itself."""
+    common = (a.parameters.keys() & b.parameters.keys()) - {"policy"}
+    alone = (a.parameters.keys() ^ b.parameters.keys()) - {"policy"}
+    return all(a.parameters[name] == b.parameters[name] for name in common) and alone <= DATA_PARAMETERS
+
+
+def _ratios(found: Sequence[Cell]) -> dict[str, Summary]:
+    ratios = {}
+    for full in (cell for cell in found if cell.policy == "full"):
+        theirs = {row.seed: row.seconds for row in full.rows}
+        for cell in (cell for cell in found if _else_equal(cell, full) or cell is full):
+            own = [row.seconds / theirs[row.seed] for row in cell.rows if theirs.get(row.seed)]
+            if own:
+                ratios[cell.label] = summary(own)
+    return ratios
+
+
+def _effects(found: Sequence[Cell], view: View, measure: str) -> dict[str, float]:
+    """Of each parameter of a grid: its levels, each the mean over all that was crossed with it, compared by seed.
+
+    Only of whole grids: of half a one, a level's mean is over other cells than its neighbour's.
+    """
+    if view.config.search.sampler.kind != "grid" or view.config.search.cells or "policy" in view.parameters:
+        return {}
+    if len(found) < len(space.cells(view.config)):
+        return {}
+    raw: dict[str, float] = {}
+    for name in view.parameters:
+        levels: dict[Any, list[dict[int, float]]] = {}
+        for cell in found:
+            levels.setdefault(cell.parameters[name], []).append(cell.by_seed(measure))
+        groups = [_mean_by_seed(group) for group in levels.values()]
+        p = any_difference(groups)
+        if p is not None:
+            raw[name] = p
+    return holm_corrected(raw)
+
+
+def _mean_by_seed(group: Iterable[dict[int, float]]) -> dict[int, float]:
+    members = list(group)
+    seeds = set.intersection(*(set(member) for member in members))
+    return {seed: statistics.fmean(member[seed] for member in members) for seed in seeds}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The alpha x beta table of a study: mean value over all trials of a cell that ended, in [0, 1]."""
+
+    alphas: tuple[int, ...]
+    betas: tuple[float, ...]
+    values: dict[tuple[int, float], Cell]
+
+
+def grid(view: View) -> Grid | None:
+    """The table, if the study is a grid over alpha and beta and nothing else."""
+    searched = view.config.searched()
+    crossed = view.config.search.sampler.kind == "grid" and view.config.search.cells is None
+    if set(view.parameters) != {"alpha", "beta"} or not crossed:
+        return None
+    return Grid(
+        tuple(sorted(searched["alpha"])),
+        tuple(sorted(searched["beta"])),
+        {(cell.parameters["alpha"], cell.parameters["beta"]): cell for cell in cells(view)},
+    )
+
+
+def papers(view: View, cell: Cell) -> paper.Printed | None:
+    """What the paper prints for the cell's policy, beta, and part of all training images."""
+    total, settings = view.counts.get("train"), cell.ended[0].settings
+    if not total or view.config.data.protocol != "paper":
+        return None
+    alpha = cell.ended[0].alpha
+    theirs = None if alpha is None else round(PAPER_IMAGES * alpha / total)
+    beta = settings["beta"] if cell.policy == "dynamic" else None
+    return paper.printed(cell.policy, theirs, beta, augment=view.config.data.augment)
+
+
+def noise(view: View) -> float | None:
+    """Standard deviation of the best trial's validation accuracy by the number of images alone."""
+    best, images = view.best, view.counts.get("validation")
+    return binomial_noise(best.value or 0.0, images) if best is not None and images else None
+
+
+def pareto(rows: Iterable[Row], cost: str = "images") -> list[Row]:
+    """The trials that no other beats in both accuracy and `cost` (`images` or `seconds`), by rising cost."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (getattr(row, cost), -(row.value or 0.0), row.number)):
+        if not front or (row.value or 0.0) > (front[-1].value or 0.0):
+            front.append(row)
+    return front

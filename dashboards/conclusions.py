@@ -1,0 +1,116 @@
+"""What a study shows, in plain words; and "cannot tell" where it does not."""
+
+from __future__ import annotations
+
+from dashboards import paper
+from dashboards.aggregate import Findings, noise
+from dashboards.formatting import percent
+from dashboards.statistics import Comparison, Summary
+from dashboards.study_data import View
+
+FEW = 5
+
+
+def verdict(view: View, found: Findings) -> list[str]:
+    """Sentences, the most important first; empty while nothing has been completed."""
+    cells = [cell for cell in found.cells if cell.rows]
+    if not cells:
+        return []
+    sentences = []
+    if view.config.search.cells is not None and view.study.user_attrs.get("confirms"):
+        sentences += _confirmed(view, found)
+    sentences += [_told(comparison, found.measure) for comparison in found.comparisons]
+    sentences += _explained(found.comparisons)
+    sentences += _timed(view, found)
+    for name, p in found.effects.items():
+        says = f"{name} makes a difference" if p < 0.05 else f"cannot tell whether {name} makes a difference"
+        sentences.append(f"{says} (Friedman over its levels, p = {p:.2g}, Holm-corrected).".capitalize())
+    fewest = min(len(cell.rows) for cell in cells)
+    grid = view.config.search.sampler.kind == "grid"
+    if grid and len(cells) > 1 and fewest < 2:
+        sentences.append(
+            "One seed a setting: their differences cannot be told from chance. More seeds: --set search.replicates=5."
+        )
+    elif len(cells) > 1 and fewest < FEW and found.comparisons:
+        sentences.append(f"Only {fewest} seeds a setting: small differences stay hidden.")
+    if not grid and view.best is not None:
+        sentences.append(
+            f"The best of {len(view.rows)} searched settings is partly luck; `study confirm {view.name}` runs the best "
+            "again on fresh seeds and asks the test split."
+        )
+    spread, delta = noise(view), view.config.policy.delta
+    if spread is not None and isinstance(delta, float) and any(cell.policy == "dynamic" for cell in cells):
+        images = view.counts["validation"]
+        sentences.append(
+            f"Validation on {images:,} images is uncertain by {100 * spread:.2f} points (binomial standard deviation); "
+            f"delta is {100 * delta:.2g} points"
+            + (", which is less: stalls are mostly noise." if delta < spread else ".")
+        )
+    if view.config.data.protocol == "paper":
+        sentences.append("The test split chose the best epoch, as in the paper, so all accuracies here are optimistic.")
+    return sentences
+
+
+def interval(of: Summary, scale: float = 100.0, digits: int = 2) -> str:
+    """`1.23 (0.50 to 1.96)`, or the mean alone."""
+    mean = f"{scale * of.mean:.{digits}f}"
+    if of.low is None or of.high is None:
+        return mean
+    return f"{mean} ({scale * of.low:.{digits}f} to {scale * of.high:.{digits}f})"
+
+
+def _told(comparison: Comparison, measure: str) -> str:
+    where = "on the test split" if measure == "test" else "in validation"
+    of, a, b = comparison.difference, comparison.a, comparison.b
+    amount = f"{interval(of)} points, 95 % interval" if of.n > 1 else f"{100 * of.mean:.2f} points, one pair"
+    p = f", p = {comparison.p_holm:.2g} (paired t, Holm)" if comparison.p_holm is not None else ""
+    if comparison.finding != "cannot tell":
+        return f"{a} is {comparison.finding} than {b} {where}: {amount}, n = {of.n}{p}."
+    seen = ""
+    if comparison.detectable is not None:
+        seen = (
+            f" A true difference of {100 * comparison.detectable:.2f} points would have been found four times in five."
+        )
+    return f"Cannot tell {a} from {b} {where}: {amount}, n = {of.n}{p}.{seen}"
+
+
+def _explained(comparisons: list[Comparison]) -> list[str]:
+    """What the controls say together, where there is one comparison with each."""
+    by = {c.b.split(",")[0]: c.finding for c in comparisons if c.a.split(",")[0] == "dynamic"}
+    names = [c.b.split(",")[0] for c in comparisons]
+    if len(set(names)) < len(names) or "static" not in by:
+        return []
+    if by["static"] != "better":
+        return ["So no gain over training on the same part of the data for ever was shown."]
+    if "fresh" not in by:
+        return ["So renewing the data helps; whether the rule does, only a `fresh` control can tell."]
+    if by["fresh"] == "better":
+        return ["So the rule adds something beyond fresh data."]
+    if by["fresh"] == "worse":
+        return ["So it is the fresh data that help: simply drawing anew every epoch does better than the rule."]
+    return ["So renewing the data helps, but nothing shows that the rule does better than drawing anew every epoch."]
+
+
+def _timed(view: View, found: Findings) -> list[str]:
+    told, claim = [], f" (the paper claims about {100 * paper.CLAIMED_TIME_RATIO:.0f} %)"
+    if view.config.training.images is not None:  # the paper's claim is for equal epochs
+        claim = ", at equally many images trained on"
+    for cell in found.cells:
+        ratio = found.ratios.get(cell.label)
+        if cell.policy == "dynamic" and ratio is not None:
+            told.append(f"{cell.label} took {interval(ratio, digits=0)} % of the full run's time{claim}.")
+    return told
+
+
+def _confirmed(view: View, found: Findings) -> list[str]:
+    origin = view.study.user_attrs["confirms"]
+    told = []
+    for cell, searched in zip(found.cells, origin["values"], strict=False):
+        of = cell.accuracy
+        test = f"; on the untouched test split {interval(cell.test)} %" if cell.test is not None else ""
+        drop = 100 * (searched - of.mean)
+        told.append(
+            f"{cell.label}: {percent(searched)} when {origin['study']} found it, {interval(of)} % on {of.n} fresh seeds"
+            f" ({drop:+.2f} points of winner's curse){test}."
+        )
+    return told

@@ -1,0 +1,197 @@
+"""Accuracy as plotly figures: learning curves, settings with intervals, alpha by beta, cost, importance.
+
+Axes have units, colours are told apart by colour-blind readers, and what would be an empty figure is None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from dashboards import aggregate
+from dashboards.aggregate import Cell, Findings, Grid
+from dashboards.figures.style import COLOURS, INK, REST, finished
+from dashboards.formatting import label, shown
+from dashboards.study_data import Row, View
+
+MARKS = {
+    "type1": ("triangle-down", "type I: no gain"),
+    "type2": ("diamond", "type II: gain of at most delta"),
+}
+MOST_LINES = 60
+"""Learning curves drawn one by one; of more than these, all but the best become a band."""
+
+
+def learning_curves(view: View, found: Findings) -> go.Figure | None:
+    """Validation accuracy by epoch, marks where the active set was resampled. None if no trial has an epoch yet.
+
+    Few settings with several seeds: a colour a setting, its seeds thin, their mean thick. Else the best few trials in
+    colour and in the legend, best first, the others grey, or, if they are many, as a band.
+    """
+    rows = [row for row in view.rows if view.curves.get(row.number)]
+    if not rows:
+        return None
+    figure, used = go.Figure(), set()
+    if 1 < len(found.cells) <= len(COLOURS) and any(len(cell.rows) > 1 for cell in found.cells):
+        ranked = [row for cell in found.cells for row in cell.ended]
+        for i, cell in enumerate(sorted(found.cells, key=lambda cell: -cell.accuracy.mean)):
+            for row in (row for row in cell.ended if row.number in view.curves):
+                used |= _add_curve(figure, view, row, COLOURS[i], width=1, opacity=0.35, size=5)
+            curves = [view.curves[row.number] for row in cell.rows if row.number in view.curves]
+            y = [100 * float(np.mean([e["accuracy"] for e in epochs])) for epochs in zip(*curves, strict=False)]
+            if y:
+                figure.add_scatter(
+                    x=list(range(1, len(y) + 1)), y=y, mode="lines", line={"color": COLOURS[i], "width": 3},
+                    name=cell.label, legendrank=i,
+                    hovertemplate=f"{cell.label}, mean<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
+                )  # fmt: skip
+    else:
+        ranked = sorted(rows, key=lambda row: (row.state == "failed", -(row.value or 0.0), row.number))
+        if len(rows) > MOST_LINES:
+            left_out = sum(row.epochs > 0 for row in view.rows) - len(rows)
+            _add_band(figure, [view.curves[row.number] for row in ranked[len(COLOURS) :]], sampled=left_out > 0)
+            ranked = ranked[: len(COLOURS)]
+        for rank, row in reversed(list(enumerate(ranked))):
+            if rank < len(COLOURS):
+                used |= _add_curve(figure, view, row, COLOURS[rank], width=2, opacity=1.0, size=8, rank=rank)
+            else:
+                _add_curve(figure, view, row, REST, width=1, opacity=0.5, size=0)
+    for i, (symbol, meaning) in enumerate(mark for kind, mark in MARKS.items() if kind in used):
+        figure.add_scatter(
+            x=[None], y=[None], mode="markers", name=meaning, legendrank=100 + i,
+            marker={"symbol": symbol, "color": INK, "size": 8},
+        )  # fmt: skip
+    if any(row.state == "pruned" for row in ranked):
+        figure.add_scatter(
+            x=[None], y=[None], mode="lines", name="pruned", legendrank=200, line={"dash": "dot", "color": INK}
+        )
+    figure.update_xaxes(title="epoch", rangemode="tozero")
+    figure.update_yaxes(title="validation accuracy (%)")
+    return finished(figure, 480)
+
+
+def _add_curve(
+    figure: go.Figure,
+    view: View,
+    row: Row,
+    colour: str,
+    *,
+    width: int,
+    opacity: float,
+    size: int,
+    rank: int | None = None,
+) -> set[str]:
+    """A trial's curve, and marks of `size` where its active set was resampled; the kinds of resampling marked."""
+    curve = view.curves[row.number]
+    figure.add_scatter(
+        x=[e["epoch"] for e in curve], y=[round(100 * e["accuracy"], 3) for e in curve], name=_label(row),
+        mode="lines+markers" if len(curve) == 1 else "lines", opacity=opacity, legendrank=rank,
+        line={"color": colour, "width": width, "dash": "dot" if row.state == "pruned" else "solid"},
+        showlegend=rank is not None,
+        hovertemplate=f"{_label(row)}<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
+    )  # fmt: skip
+    marks = {kind: [e for e in curve if e["kind"] == kind] for kind in MARKS} if size else {}
+    for kind, marked in marks.items():
+        if marked:
+            figure.add_scatter(
+                x=[e["epoch"] for e in marked], y=[100 * e["accuracy"] for e in marked], mode="markers",
+                customdata=[e["k"] for e in marked], showlegend=False, opacity=opacity,
+                marker={"symbol": MARKS[kind][0], "color": colour, "size": size},
+                hovertemplate=f"{_label(row)}<br>after epoch %{{x}}: %{{customdata}} exchanged<extra></extra>",
+            )  # fmt: skip
+    return {kind for kind, marked in marks.items() if marked}
+
+
+def _add_band(figure: go.Figure, curves: list[list[dict[str, Any]]], *, sampled: bool) -> None:
+    longest = max(len(curve) for curve in curves)
+    low: list[float] = []
+    middle: list[float] = []
+    high: list[float] = []
+    for n in range(longest):
+        here = [100 * curve[n]["accuracy"] for curve in curves if len(curve) > n]
+        for line, q in ((low, 10), (middle, 50), (high, 90)):
+            line.append(round(float(np.percentile(here, q)), 3))
+    x = list(range(1, longest + 1))
+    figure.add_scatter(x=x, y=high, mode="lines", line={"width": 0}, showlegend=False, hoverinfo="skip")
+    figure.add_scatter(
+        x=x, y=low, mode="lines", line={"width": 0}, fill="tonexty", fillcolor="rgba(154,154,154,0.3)",
+        name=f"80 % of {'a sample of ' if sampled else 'the other '}{len(curves):,}", legendrank=90, hoverinfo="skip",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=x, y=middle, mode="lines", line={"color": REST, "width": 2}, name="their median", legendrank=91
+    )
+
+
+def _label(row: Row) -> str:
+    return f"{row.number}: {label(row.parameters)}" if row.parameters else f"trial {row.number}"
+
+
+def intervals(view: View, found: Findings) -> go.Figure | None:
+    """Every setting's mean accuracy with its 95 % interval and its seeds; None without a setting of two seeds."""
+    cells = [cell for cell in found.cells if cell.rows]
+    if not any(len(cell.rows) > 1 for cell in cells):
+        return None
+    cells = sorted(cells, key=lambda cell: cell.accuracy.mean)[-40:]
+    figure = go.Figure()
+    seeds = [(100 * value, cell.label) for cell in cells for value in cell.by_seed(found.measure).values()]
+    figure.add_scatter(
+        x=[x for x, _ in seeds], y=[y for _, y in seeds], mode="markers", name="one seed",
+        marker={"color": REST, "size": 6}, hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
+    )  # fmt: skip
+    summaries = [(cell.test if found.measure == "test" else None) or cell.accuracy for cell in cells]
+    means = [100 * of.mean for of in summaries]
+    halves = [100 * ((of.high or of.mean) - of.mean) for of in summaries]
+    figure.add_scatter(
+        x=means, y=[cell.label for cell in cells], mode="markers", name="mean, 95 % interval",
+        marker={"color": COLOURS[0], "size": 10, "symbol": "diamond"},
+        error_x={"type": "data", "array": halves, "color": COLOURS[0], "thickness": 2},
+        hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
+    )  # fmt: skip
+    for cell in cells:
+        theirs = aggregate.papers(view, cell)
+        if theirs:
+            figure.add_scatter(
+                x=[100 * theirs.accuracy], y=[cell.label], mode="markers", name="the paper",
+                marker={"color": COLOURS[1], "size": 11, "symbol": "x"},
+            )  # fmt: skip
+    where = "accuracy on the test split" if found.measure == "test" else "best validation accuracy"
+    figure.update_xaxes(title=f"{where} (%)")
+    figure.update_yaxes(type="category", showgrid=False)
+    return finished(figure, 150 + 32 * len(cells))
+
+
+def heat_map(view: View, grid: Grid) -> go.Figure | None:
+    """Best validation accuracy by alpha and beta, the paper's beneath where it is held; None without a value."""
+    if not grid.values:
+        return None
+    percents, texts = [], []
+    for alpha in grid.alphas:
+        cells = [grid.values.get((alpha, beta)) for beta in grid.betas]
+        percents.append([None if cell is None else 100 * cell.accuracy.mean for cell in cells])
+        texts.append(["" if cell is None else _told(view, cell) for cell in cells])
+    figure = go.Figure(
+        go.Heatmap(
+            x=[shown(beta) for beta in grid.betas],
+            y=[shown(alpha) for alpha in grid.alphas],
+            z=percents,
+            text=texts,
+            texttemplate="%{text}",
+            colorscale="Cividis",
+            xgap=2,
+            ygap=2,
+            colorbar={"title": {"text": "%"}},
+            hovertemplate="alpha %{y}, beta %{x}: %{z:.2f} %<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="beta (fraction of the active set exchanged)", type="category", showgrid=False)
+    figure.update_yaxes(title="alpha (images an epoch)", type="category", showgrid=False)
+    return finished(figure, 160 + 70 * len(grid.alphas))
+
+
+def _told(view: View, cell: Cell) -> str:
+    of, theirs = cell.accuracy, aggregate.papers(view, cell)
+    text = f"{100 * of.mean:.1f}" + (" p" if cell.pruned else "")
+    text += f"<br>± {100 * (of.high - of.mean):.1f}" if of.high is not None else ""
+    return text + (f"<br>paper {100 * theirs.accuracy:.1f}" if theirs else "")

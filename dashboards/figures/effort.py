@@ -1,0 +1,128 @@
+"""What the accuracy took, as plotly figures: exchange and coverage of the data, time against the full run, workers."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import plotly.graph_objects as go
+
+from dashboards import paper
+from dashboards.aggregate import Cell, Findings
+from dashboards.figures.style import COLOURS, INK, REST, finished
+from dashboards.study_data import View
+
+MOST_CELLS = len(COLOURS)
+OUTCOMES = {
+    "settled": (COLOURS[2], "settled its trial"),
+    "released": (COLOURS[4], "asked to stop"),
+    "error": (COLOURS[1], "error"),
+    "vanished": (COLOURS[3], "vanished"),
+    None: (REST, "at work, or not heard of"),
+}
+
+
+def exchange(view: View, found: Findings) -> go.Figure | None:
+    """Share of the active set that is replaced after each epoch, a line a setting; None where nothing is."""
+    figure = go.Figure()
+    for i, cell in enumerate(_best(found)):
+        alpha = cell.ended[0].alpha
+        shares = _by_epoch(view, cell, lambda epoch, alpha=alpha: 100 * epoch["k"] / alpha) if alpha else []
+        if any(shares):
+            _line(figure, cell, i, shares, "epoch %{x}: %{y:.1f} % exchanged")
+    if not figure.data:
+        return None
+    figure.update_xaxes(title="after epoch", rangemode="tozero")
+    figure.update_yaxes(title="active set exchanged (%), mean over seeds", rangemode="tozero")
+    return finished(figure, 380)
+
+
+def coverage(view: View, found: Findings) -> go.Figure | None:
+    """Different images trained on so far; None for studies that did not count them."""
+    total = view.counts.get("train")
+    figure = go.Figure()
+    for i, cell in enumerate(_best(found)):
+        seen = _by_epoch(view, cell, lambda epoch: epoch["seen"] or 0)
+        if total and any(seen):
+            _line(figure, cell, i, [100 * count / total for count in seen], "epoch %{x}: %{y:.1f} % seen")
+    if not figure.data:
+        return None
+    figure.update_xaxes(title="epoch", rangemode="tozero")
+    figure.update_yaxes(title=f"different images seen (% of {total:,})", rangemode="tozero")
+    return finished(figure, 380)
+
+
+def _best(found: Findings) -> list[Cell]:
+    having = [cell for cell in found.cells if cell.rows]
+    return sorted(having, key=lambda cell: -cell.accuracy.mean)[:MOST_CELLS]
+
+
+def _by_epoch(view: View, cell: Cell, of: object) -> list[float]:
+    """Mean over the cell's trials, epoch by epoch, as far as all of them go."""
+    curves = [view.curves[row.number] for row in cell.rows if row.number in view.curves]
+    return [round(sum(of(epoch) for epoch in epochs) / len(epochs), 3) for epochs in zip(*curves, strict=False)]  # type: ignore[operator]
+
+
+def _line(figure: go.Figure, cell: Cell, i: int, y: list[float], hover: str) -> None:
+    figure.add_scatter(
+        x=list(range(1, len(y) + 1)), y=y, mode="lines", name=cell.label, line={"color": COLOURS[i], "width": 2},
+        hovertemplate=f"{cell.label}<br>{hover}<extra></extra>",
+    )  # fmt: skip
+
+
+def times(view: View, found: Findings) -> go.Figure | None:
+    """Each setting's seconds over those of the full run with the same seed; None without a full run to compare with."""
+    others = [cell for cell in found.cells if cell.label in found.ratios and cell.policy != "full"]
+    if not others:
+        return None
+    ratios = [found.ratios[cell.label] for cell in others]
+    figure = go.Figure(
+        go.Bar(
+            x=[100 * ratio.mean for ratio in ratios],
+            y=[cell.label for cell in others],
+            orientation="h",
+            marker={"color": COLOURS[0]},
+            error_x={"type": "data", "array": [100 * ((r.high or r.mean) - r.mean) for r in ratios], "color": INK},
+            hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
+            showlegend=False,
+        )
+    )
+    if view.config.training.images is None:  # the paper's claim is for equal epochs
+        claim = 100 * paper.CLAIMED_TIME_RATIO
+        figure.add_vline(
+            x=claim, line={"color": COLOURS[1], "dash": "dash"}, annotation_text=f"the paper's claim: {claim:.0f} %"
+        )
+    figure.update_xaxes(title="seconds, % of the full run (mean, 95 % interval)", rangemode="tozero")
+    figure.update_yaxes(type="category", showgrid=False)
+    return finished(figure, 150 + 40 * len(others))
+
+
+def timeline(view: View) -> go.Figure | None:
+    """Who worked on what, when: a line a worker, a bar an attempt; None before the first."""
+    if not view.attempts:
+        return None
+    latest = max(a.ended_at or a.started_at for a in view.attempts)
+    workers = list(dict.fromkeys(a.owner for a in view.attempts))
+    names = {owner: f"{owner.split(':')[0][:24]} #{i}" for i, owner in enumerate(workers, 1)}
+    figure = go.Figure()
+    for outcome, (colour, meaning) in OUTCOMES.items():
+        these = [a for a in view.attempts if a.outcome == outcome]
+        if not these:
+            continue
+        ends = [max(a.ended_at or latest, a.started_at) for a in these]
+        figure.add_bar(
+            base=[datetime.fromtimestamp(a.started_at, UTC).isoformat() for a in these],
+            x=[1000 * (end - a.started_at) for a, end in zip(these, ends, strict=True)],
+            y=[names[a.owner] for a in these],
+            orientation="h", name=meaning, marker={"color": colour, "line": {"color": "rgba(0,0,0,0)"}},
+            text=[str(a.number) for a in these] if len(view.attempts) <= 100 else None, textposition="inside",
+            customdata=[
+                (a.number, f"{end - a.started_at:.1f} s", a.device, f"<br>{a.error[:100]}" if a.error else "")
+                for a, end in zip(these, ends, strict=True)
+            ],
+            hovertemplate=f"trial %{{customdata[0]}}, %{{customdata[1]}}, {meaning}"
+            "<br>%{customdata[2]}%{customdata[3]}<extra></extra>",
+        )  # fmt: skip
+    figure.update_layout(barmode="overlay")
+    figure.update_xaxes(title="time (UTC)", type="date")
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
+    return finished(figure, min(900, 150 + 26 * len(workers)))

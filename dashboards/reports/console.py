@@ -1,0 +1,108 @@
+"""A study's report on a terminal: its cells with intervals, the paper's tables, comparisons, trials."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dashboards import aggregate
+from dashboards.aggregate import Findings, Grid
+from dashboards.conclusions import interval, verdict
+from dashboards.formatting import percent, plain_table, shown
+from dashboards.status import heading
+from dashboards.study_data import View
+
+MOST_TRIALS = 60
+
+
+def report_text(view: View) -> RenderableType:
+    found = aggregate.findings(view)
+    parts: list[RenderableType] = [Text("\n".join(heading(view.status)))]
+    if any(len(cell.ended) > 1 for cell in found.cells) or "policy" in view.parameters:
+        parts.append(plain_table("Settings: mean (95 % interval)", *cells_table(view, found), left=(0,)))
+    else:
+        parts.append(_trials(view))
+    if found.comparisons:
+        heads, lines = comparisons_table(found)
+        parts.append(plain_table("Comparisons, paired by seed (points)", heads, lines, left=(0, len(heads) - 1)))
+    table = aggregate.grid(view)
+    if table is not None and table.values:
+        parts.append(_grid(view, table))
+    sentences = verdict(view, found)
+    if sentences:
+        parts.append(Text("\n".join(["", *sentences])))
+    return Group(*parts)
+
+
+def cells_table(view: View, found: Findings) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: a cell a line, costs as means over its seeds."""
+    printed = {cell.label: aggregate.papers(view, cell) for cell in found.cells}
+    with_test = any(cell.test for cell in found.cells)
+    heads = ["setting", "n", "validation %", "sd", *(["test %"] if with_test else []), "images", "different", "seconds"]
+    heads += ["% of full time"] if found.ratios else []
+    heads += ["paper %"] if any(printed.values()) else []
+    lines = []
+    for cell in found.cells:
+        of, ratio, theirs = cell.accuracy, found.ratios.get(cell.label), printed[cell.label]
+        line = [cell.label, str(of.n) + (" p" if cell.pruned else ""), interval(of)]
+        line.append("–" if of.sd is None else f"{100 * of.sd:.2f}")
+        if with_test:
+            line.append(interval(cell.test) if cell.test else "–")
+        line += [f"{cell.mean('images'):,.0f}", f"{cell.mean('seen'):,.0f}", f"{cell.mean('seconds'):.1f}"]
+        if found.ratios:
+            line.append(interval(ratio, digits=0) if ratio else "–")
+        if any(printed.values()):
+            line.append(f"{100 * theirs.accuracy:.1f}" if theirs else "–")
+        lines.append(line)
+    return heads, lines
+
+
+def comparisons_table(found: Findings) -> tuple[list[str], list[list[str]]]:
+    heads = ["settings", "n", "difference (95 %)", "p t", "p Wilcoxon", "p Holm", "could show", "finding"]
+    lines = []
+    for c in found.comparisons:
+        numbers = [_p(c.p_t), _p(c.p_wilcoxon), _p(c.p_holm)]
+        could = "–" if c.detectable is None else f"{100 * c.detectable:.2f}"
+        lines.append([f"{c.a} – {c.b}", str(c.difference.n), interval(c.difference), *numbers, could, c.finding])
+    return heads, lines
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def trials_table(view: View) -> tuple[list[str], list[list[str]]]:
+    """The heads and cells of the table of trials, best first; the state is the last column."""
+    replicated = view.config.search.replicates > 1
+    heads = ["trial", *view.parameters, *(["seed"] if replicated else [])]
+    heads += ["accuracy", "best at", "epochs", "images", "seconds", "state"]
+    lines = []
+    for row in sorted(view.rows, key=lambda row: (row.value is None, -(row.value or 0.0), row.number)):
+        chosen = [shown(row.parameters[name]) if name in row.parameters else "" for name in view.parameters]
+        numbers = [percent(row.value), str(row.best_epoch or ""), str(row.epochs), f"{row.images:,}"]
+        seed = [str(row.seed)] if replicated else []
+        lines.append([str(row.number), *chosen, *seed, *numbers, f"{row.seconds:.1f}", row.state])
+    return heads, lines
+
+
+def _trials(view: View) -> Table:
+    heads, lines = trials_table(view)
+    more = f" ({MOST_TRIALS} of {len(lines)})" if len(lines) > MOST_TRIALS else ""
+    return plain_table(f"Trials, best first{more}", heads, lines[:MOST_TRIALS], left=(len(heads) - 1,))
+
+
+def _grid(view: View, grid: Grid) -> Table:
+    papers = any(aggregate.papers(view, cell) for cell in grid.values.values())
+    lines = []
+    for alpha in grid.alphas:
+        line = [f"{alpha:,}"]
+        for beta in grid.betas:
+            cell = grid.values.get((alpha, beta))
+            theirs = aggregate.papers(view, cell) if cell else None
+            own = "–" if cell is None else f"{100 * cell.accuracy.mean:.2f}" + (" p" if cell.pruned else "")
+            line.append(own + (f" / {100 * theirs.accuracy:.1f}" if theirs else " / –" if papers else ""))
+        lines.append(line)
+    beside = " / the paper's, where held" if papers else ""
+    title = f"Accuracy (%) by alpha, beta{beside}; p: pruned"
+    return plain_table(title, ["alpha \\ beta", *(shown(beta) for beta in grid.betas)], lines)

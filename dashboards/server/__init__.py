@@ -1,0 +1,1 @@
+"""optuna-dashboard on a study's database, behind access control."""

@@ -1,0 +1,147 @@
+"""A study as read from its database: one row a trial, its epochs, who worked on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from dashboards import status
+from dashboards.status import Status
+from storage import queries
+from storage.cached_storage import CachedStorage
+from storage.queries import Attempt
+from study.config.loading import parse_config
+from study.config.models import StudyConfig
+from study.search.space import relevant, settings
+
+MOST_CURVES = 400
+NOTHING = queries.Totals(0, 0.0, 0, 0, 0.0, 0.0, 0.0, None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial."""
+
+    number: int
+    state: str
+    parameters: dict[str, Any]
+    """What was chosen for it."""
+    settings: dict[str, Any]
+    """All of its parameters: what was chosen over what the config fixes."""
+    seed: int | None
+    value: float | None
+    """Best validation accuracy in [0, 1]; of an unfinished trial, the best so far."""
+    best_epoch: int | None
+    epochs: int
+    images: int
+    """Trained on (forward and backward), counted with repetition."""
+    seen: int
+    """Different images trained on."""
+    train_seconds: float
+    validation_seconds: float
+    selection_seconds: float
+    joules: float | None
+    test: float | None
+    """Accuracy of the best epoch's network on the untouched test split, where the study asks for it."""
+    error: str | None
+    attributes: dict[str, Any]
+
+    @property
+    def policy(self) -> str:
+        return str(self.settings["policy"])
+
+    @property
+    def alpha(self) -> int | None:
+        """Images an epoch, for the policies that have a fixed number."""
+        return self.settings["alpha"] if relevant(self.policy, "alpha") else None
+
+    @property
+    def seconds(self) -> float:
+        return self.train_seconds + self.validation_seconds + self.selection_seconds
+
+
+@dataclass(frozen=True)
+class View:
+    """A study as read from its database."""
+
+    name: str
+    preset: str
+    config: StudyConfig
+    rows: tuple[Row, ...]
+    curves: dict[int, list[dict[str, Any]]]
+    """Trial number to its rows of `trial_epochs`; of more than MOST_CURVES trials, the best and a sample."""
+    attempts: tuple[Attempt, ...]
+    study: optuna.Study
+    status: Status
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What its trials differ in, in the config's order."""
+        policies = self.config.policies()
+        return tuple(name for name in self.config.searched() if any(relevant(policy, name) for policy in policies))
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Images by split: train, validation, test; empty for studies of the first version."""
+        return dict(self.study.user_attrs.get("images", {}))
+
+    @property
+    def best(self) -> Row | None:
+        done = [row for row in self.rows if row.state == "complete" and row.value is not None]
+        return max(done, key=lambda row: (row.value or 0.0, -row.number), default=None)
+
+
+def read(storage: RDBStorage, name: str) -> View:
+    """Raises:
+    UserError: no such study.
+    """
+    study_id, attributes = queries.find(storage.engine, name)
+    config = parse_config(attributes["config"])
+    study = optuna.load_study(study_name=name, storage=CachedStorage(storage))
+    totals = queries.epoch_totals(storage.engine, study_id)
+    errors = queries.last_errors(storage.engine, study_id)
+    curves = queries.epoch_rows(storage.engine, study_id, _chosen(totals))
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        of = totals.get(trial.number, NOTHING)
+        curve = curves.get(trial.number, [])
+        top = max(curve, key=lambda epoch: (epoch["accuracy"], -epoch["epoch"]), default=None)
+        failed, ran = trial.state == TrialState.FAIL, trial.number in totals
+        rows.append(
+            Row(
+                trial.number,
+                queries.STATE_NAMES[trial.state],
+                dict(trial.params),
+                settings(config, trial.params),
+                trial.user_attrs.get("seed"),
+                of.accuracy if ran and not failed else None,
+                trial.user_attrs.get("best_epoch") if top is None else top["epoch"],
+                of.epochs,
+                of.images,
+                of.seen,
+                of.train_seconds,
+                of.validation_seconds,
+                of.selection_seconds,
+                of.joules,
+                trial.user_attrs.get("test_accuracy"),
+                trial.user_attrs.get("error") or errors.get(trial.number),
+                dict(trial.user_attrs),
+            )
+        )
+    attempts = tuple(queries.attempts(storage.engine, study_id))
+    found = status.read(storage.engine, name)
+    return View(name, found.preset, config, tuple(rows), curves, attempts, study, found)
+
+
+def _chosen(totals: dict[int, queries.Totals]) -> list[int] | None:
+    """Whose epochs to read one by one; None: everybody's."""
+    if len(totals) <= MOST_CURVES:
+        return None
+    ranked = sorted(totals, key=lambda number: (-totals[number].accuracy, number))
+    best, others = ranked[: MOST_CURVES // 4], ranked[MOST_CURVES // 4 :]
+    return best + others[:: -(-len(others) // (MOST_CURVES - len(best)))]

@@ -1,0 +1,163 @@
+"""What holds for all workers of a study, wherever they are: a request to stop, and budgets that they share."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import sqlalchemy as sa
+
+from storage.engine import database_time, upsert
+from storage.errors import UserError
+from storage.schema import ATTEMPTS, LEASES, SPENDING, TRIALS
+from storage.study_attributes import set_attribute
+
+MOST_AGE_SECONDS = 60.0
+"""Of sums that are still told: whoever was to renew them may have died."""
+BUDGETS = "budgets"
+"""Key of the study's user attribute."""
+UNITS = {
+    "gpu-hours": ("gpu-hour", "gpu-hours", "gpu-h"),
+    "hours": ("h", "hour", "hours"),
+    "images": ("image", "images"),
+    "kWh": ("kwh",),
+}
+"""What can be budgeted: hours of workers at trials (each counts with its share of a GPU, on a processor as one), hours
+in which any was, images trained on, energy of the GPUs."""
+AMOUNT = re.compile(r"((?:[0-9][0-9_]*|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z-]+)")
+"""A number, which may be written 1_000 or 1,000, and a unit."""
+
+
+def parse_budgets(texts: Iterable[str]) -> dict[str, float]:
+    """`20 gpu-hours`, `2 h`, `500000000 images`, `3 kWh`; `none` alone: no budget.
+
+    Raises:
+        UserError: not an amount above 0 and a unit, or a unit twice.
+    """
+    given = list(texts)
+    if [text.strip().lower() for text in given] == ["none"]:
+        return {}
+    budgets: dict[str, float] = {}
+    for text in given:
+        match = AMOUNT.fullmatch(text.strip().lower())
+        unit = next((unit for unit, names in UNITS.items() if match and match[2] in names), None)
+        amount = float(re.sub("[_,]", "", match[1])) if match else 0.0
+        if unit is None or not 0 < amount < float("inf"):
+            raise UserError(
+                f'a budget is an amount and a unit, such as "20 gpu-hours", "2 h", "500000000 images" or "3 kWh", '
+                f"or none; got {text!r}"
+            )
+        if unit in budgets:
+            raise UserError(f"two budgets in {unit}: give one")
+        budgets[unit] = amount
+    return budgets
+
+
+def set_budgets(engine: sa.Engine, study_id: int, budgets: Mapping[str, float]) -> None:
+    """These and no others."""
+    set_attribute(engine, study_id, BUDGETS, dict(budgets))
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a study has used so far."""
+
+    amounts: dict[str, float]
+    """In every unit."""
+    workers: int
+    """At work now."""
+    seconds_worked: float
+    """By all workers together, whatever their shares."""
+    at: float = 0.0
+    """Seconds since 1970 on the database's clock."""
+
+    def reason_to_stop(self, budgets: Mapping[str, float]) -> str | None:
+        for unit, limit in budgets.items():
+            if self.amounts[unit] >= limit:
+                return f"the budget is spent: {self.amounts[unit]:,.4g} of {limit:,.4g} {unit}"
+        return None
+
+    def seconds_left(self, budgets: Mapping[str, float], before: Spending | None = None) -> float:
+        """Until the first budget is spent, if those now at work go on at the pace so far; 0 if there is none yet.
+
+        Args:
+            before: what had been used earlier; if the pace since then is the faster one, that counts.
+        """
+        found = [math.inf]
+        for unit, limit in budgets.items():
+            each = self.amounts[unit] / self.seconds_worked if self.seconds_worked else 0.0
+            pace = 1 / 3600 if unit == "hours" else self.workers * each
+            if before is not None and self.at > before.at:
+                pace = max(pace, (self.amounts[unit] - before.amounts[unit]) / (self.at - before.at))
+            found.append((limit - self.amounts[unit]) / pace if pace else 0.0)
+        return max(0.0, min(found))
+
+
+def recent_spending(engine: sa.Engine, study_id: int, part: float = 0.1) -> Spending:
+    """What `spent` says, or what it said to somebody else a moment ago.
+
+    Adding up takes longer the more attempts there were, and every worker asks. So one at a time adds up, for all.
+
+    Args:
+        part: of the time that is spent adding up, at most; what is told is about 1 / part times as old as that takes.
+    """
+    clock = database_time(engine)
+    stored = sa.select(SPENDING.c.spent, SPENDING.c.took, (clock - SPENDING.c.at).label("age"))
+    with engine.execution_options(reading=True).connect() as connection:
+        row = connection.execute(stored.where(SPENDING.c.study_id == study_id)).one_or_none()
+    if row is not None and 0 <= row.age < MOST_AGE_SECONDS:  # unless the database's clock was put back
+        if row.age < row.took / part:
+            return Spending(**json.loads(row.spent))
+        mine = sa.and_(SPENDING.c.study_id == study_id, SPENDING.c.at < clock - SPENDING.c.took / part)
+        with engine.begin() as connection:
+            if connection.execute(sa.update(SPENDING).where(mine).values(at=clock)).rowcount == 0:
+                return Spending(**json.loads(row.spent))  # somebody else is at it
+    began = time.monotonic()
+    found = spending(engine, study_id)
+    insert = upsert(engine, SPENDING).values(
+        study_id=study_id, at=found.at, took=time.monotonic() - began, spent=json.dumps(asdict(found))
+    )
+    latest = {name: insert.excluded[name] for name in ("at", "took", "spent")}
+    with engine.begin() as connection:
+        connection.execute(insert.on_conflict_do_update(index_elements=["study_id"], set_=latest))
+    return found
+
+
+def spending(engine: sa.Engine, study_id: int) -> Spending:
+    clock = database_time(engine)
+    lease = sa.and_(LEASES.c.trial_id == ATTEMPTS.c.trial_id, LEASES.c.token == ATTEMPTS.c.token)
+    # At work until now; if it vanished, at most until its lease ran out; nothing, if its trial was taken from it.
+    live = sa.and_(ATTEMPTS.c.ended_at.is_(None), LEASES.c.expires_at >= clock)
+    open_end = sa.case((live, clock), else_=sa.func.coalesce(LEASES.c.expires_at, 0.0))
+    last_sign = sa.func.coalesce(ATTEMPTS.c.ended_at, open_end)
+    start = ATTEMPTS.c.started_at
+    each = (
+        sa.select(
+            start,
+            sa.case((last_sign > start, last_sign), else_=start).label("end"),
+            ATTEMPTS.c.images,
+            ATTEMPTS.c.joules,
+            sa.case((live, 1), else_=0).label("live"),
+            sa.func.coalesce(ATTEMPTS.c.share, 1.0).label("share"),
+        )
+        .select_from(TRIALS.join(ATTEMPTS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id).outerjoin(LEASES, lease))
+        .where(TRIALS.c.study_id == study_id)
+        .cte()
+    )
+    # Of each attempt what no earlier one covers: together the time in which anybody worked.
+    covered = sa.func.max(each.c.end).over(order_by=(each.c.started_at, each.c.end), rows=(None, -1))
+    apart = sa.select(each, sa.func.coalesce(covered, each.c.started_at).label("covered")).cte()
+    begin = sa.case((apart.c.covered > apart.c.started_at, apart.c.covered), else_=apart.c.started_at)
+    new = sa.case((apart.c.end > begin, apart.c.end - begin), else_=0.0)
+    lasted = apart.c.end - apart.c.started_at
+    sums = (lasted, lasted * apart.c.share, new, apart.c.images, apart.c.joules, apart.c.live)
+    with engine.execution_options(reading=True).connect() as connection:
+        at = connection.scalar(sa.select(clock)) or 0.0
+        row = connection.execute(sa.select(*(sa.func.coalesce(sa.func.sum(column), 0) for column in sums))).one()
+    worked, by_share, elapsed, images, joules, workers = row
+    amounts = {"gpu-hours": by_share / 3600, "hours": elapsed / 3600, "images": int(images), "kWh": joules / 3.6e6}
+    return Spending(amounts, int(workers), worked, at)

@@ -1,0 +1,225 @@
+"""A study's past as samplers and pruners look at it: read in columns, kept, and after that only what is new.
+
+Optuna's own way loads every report of every trial through its ORM before the first suggestion: docs/overhead.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import threading
+from array import array
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from storage.optuna_internals import OptunaCachedStorage
+from storage.schema import REPORTS, TRIAL_ATTRS, TRIAL_PARAMS, TRIAL_SYSTEM_ATTRS, TRIAL_VALUES, TRIALS
+
+FINAL = (TrialState.COMPLETE, TrialState.PRUNED)
+"""States that no trial leaves; what has failed may be put back into the queue."""
+BATCH = 500
+"""Trials that are read at a time: 100,000 reports of 200 epochs each."""
+
+Stamp = tuple[TrialState, datetime | None]
+
+
+@dataclass
+class _Past:
+    """What is known of one study."""
+
+    trials: dict[int, FrozenTrial] = field(default_factory=dict)
+    """By trial id."""
+    stamps: dict[int, Stamp] = field(default_factory=dict)
+    ordered: list[FrozenTrial] = field(default_factory=list)
+    """By number."""
+    complete: int = 0
+    last_final: int = -1
+    """The largest id of a trial in a final state."""
+    open: list[int] = field(default_factory=list)
+    """Trials to look at again each time; of those WAITING beyond `last_final` we are told which no longer do."""
+    columns: dict[int, array[float]] | None = None
+    """Step to its reports by COMPLETE trials, in no particular order; None: nobody has asked yet."""
+
+
+class CachedStorage(OptunaCachedStorage):
+    """Optuna's storage with a fast way to read; what is written goes to the database as ever.
+
+    Of reports, the trials of `get_all_trials` have their last one only, which is what samplers and successive halving
+    look at. Percentile pruners look at one step of all COMPLETE trials: `reports_at`. `get_trial` has all of its trial.
+    """
+
+    def __init__(self, backend: RDBStorage) -> None:
+        super().__init__(backend)
+        self._engine = backend.engine.execution_options(reading=True)
+        if self._engine.dialect.name == "postgresql":  # one round trip a query, not three: no BEGIN, no ROLLBACK
+            self._engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._pasts: dict[int, _Past] = defaultdict(_Past)
+        self._turn = threading.Lock()  # the training thread asks, the scribe's decides
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        with self._turn, self._engine.connect() as connection:
+            past = self._pasts[study_id]
+            _refresh(connection, study_id, past, running=states is None or TrialState.RUNNING in states)
+            found = [trial for trial in past.ordered if states is None or trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        with self._engine.connect() as connection:
+            found = _read(connection, [trial_id], _ALL_REPORTS)
+        if not found:
+            raise KeyError(f"no trial with the id {trial_id}")
+        return found[trial_id]
+
+    def reports_at(self, study_id: int, step: int) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
+        """How many trials are COMPLETE, and what those that reported at `step` reported there."""
+        with self._turn, self._engine.connect() as connection:
+            past = self._pasts[study_id]
+            _refresh(connection, study_id, past, running=False)
+            if past.columns is None:
+                columns: dict[int, array[float]] = defaultdict(lambda: array("d"))
+                complete = [id for id, trial in past.trials.items() if trial.state == TrialState.COMPLETE]
+                _add_reports(connection, complete, columns)
+                past.columns = columns
+            return past.complete, np.array(past.columns.get(step, ()), dtype=float)
+
+    def set_trial_param(self, trial_id: int, name: str, value: float, distribution: BaseDistribution) -> None:
+        self._backend.set_trial_param(trial_id, name, value, distribution)
+
+
+def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: bool) -> None:
+    """Bring `past` up to date; of running trials their states only, unless `running`."""
+    last = max(past.stamps, default=-1)
+    known = {"study": study_id, "last": last, "last_final": past.last_final, "open": past.open}
+    found: dict[int, Stamp] = {id: (state, done) for id, state, done in connection.execute(_CHANGED, known)}
+    stale = [
+        id
+        for id, stamp in found.items()
+        if past.stamps.get(id) != stamp or (running and stamp[0] == TrialState.RUNNING)
+    ]
+    if not stale:
+        return
+    news = _read(connection, stale, _LAST_REPORTS)
+    if past.columns is not None:
+        done = [id for id, trial in news.items() if trial.state == TrialState.COMPLETE]
+        _add_reports(connection, done, past.columns)
+    past.trials.update(news)
+    past.stamps.update((id, (news[id].state, found[id][1])) for id in news)
+    past.ordered = sorted(past.trials.values(), key=lambda trial: trial.number)
+    past.complete = sum(trial.state == TrialState.COMPLETE for trial in past.ordered)
+    past.last_final = max((id for id, (state, _) in past.stamps.items() if state in FINAL), default=-1)
+    past.open = [
+        id
+        for id, (state, _) in past.stamps.items()
+        if state not in FINAL and (state != TrialState.WAITING or id < past.last_final)
+    ]
+
+
+def _read(connection: sa.Connection, ids: Sequence[int], reported: sa.Select[Any]) -> dict[int, FrozenTrial]:
+    """The trials with these ids that exist, with their reports as the query `reported` has them."""
+    trials: dict[int, FrozenTrial] = {}
+    for batch in (ids[start : start + BATCH] for start in range(0, len(ids), BATCH)):
+
+        def rows(query: sa.Select[Any], batch: Sequence[int] = batch) -> Iterator[Any]:
+            return iter(connection.execute(query, {"ids": batch}))
+
+        values: dict[int, list[float]] = defaultdict(list)
+        for id, value, kind in rows(_VALUES):
+            values[id].append(_number(value, kind))
+        for id, number, state, start, end in rows(_TRIALS):
+            trials[id] = FrozenTrial(
+                number, state, None, _local(start), _local(end), {}, {}, {}, {}, {}, id, values=values.get(id)
+            )
+        for id, name, value, text in rows(_PARAMS):
+            distribution = _distribution(text)
+            trials[id].distributions[name] = distribution
+            trials[id].params[name] = distribution.to_external_repr(value)
+        for id, key, text in rows(_USER_ATTRS):
+            trials[id].user_attrs[key] = json.loads(text)
+        for id, key, text in rows(_SYSTEM_ATTRS):
+            trials[id].system_attrs[key] = json.loads(text)
+        for id, step, value, kind in rows(reported):
+            trials[id].intermediate_values[step] = _number(value, kind)
+    return trials
+
+
+def _add_reports(connection: sa.Connection, ids: Sequence[int], columns: dict[int, array[float]]) -> None:
+    for start in range(0, len(ids), BATCH):
+        for _, step, value, kind in connection.execute(_ALL_REPORTS, {"ids": ids[start : start + BATCH]}):
+            columns[step].append(value if value is not None else _number(value, kind))
+
+
+def _number(value: float | None, kind: str) -> float:
+    return value if value is not None else {"INF_POS": np.inf, "INF_NEG": -np.inf, "NAN": np.nan}[kind]
+
+
+def _local(utc: datetime | None) -> datetime | None:
+    """A time as Optuna's trials have it: naive, in the zone of this machine."""
+    return utc and utc.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
+
+
+_distribution = functools.lru_cache(json_to_distribution)
+"""A study has a handful of distributions, however many trials."""
+
+
+_IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
+_CHANGED = sa.select(TRIALS.c.trial_id, TRIALS.c.state, TRIALS.c.datetime_complete).where(
+    TRIALS.c.study_id + 0 == sa.bindparam("study"),  # + 0: not by the index on it, which leads to all of the study
+    sa.or_(
+        TRIALS.c.trial_id > sa.bindparam("last"),
+        sa.and_(TRIALS.c.trial_id > sa.bindparam("last_final"), TRIALS.c.state != TrialState.WAITING),
+        TRIALS.c.trial_id.in_(sa.bindparam("open", expanding=True)),
+    ),
+)
+"""All trials that are new, or may have changed since they were read."""
+_TRIALS = sa.select(
+    TRIALS.c.trial_id, TRIALS.c.number, TRIALS.c.state, TRIALS.c.datetime_start, TRIALS.c.datetime_complete
+).where(TRIALS.c.trial_id.in_(_IDS))
+# The kinds as text: SQLAlchemy's conversion to an enum costs more than all the rest of a row.
+_VALUES = (
+    sa.select(TRIAL_VALUES.c.trial_id, TRIAL_VALUES.c.value, sa.type_coerce(TRIAL_VALUES.c.value_type, sa.String))
+    .where(TRIAL_VALUES.c.trial_id.in_(_IDS))
+    .order_by(TRIAL_VALUES.c.objective)
+)
+_PARAMS = (
+    sa.select(
+        TRIAL_PARAMS.c.trial_id,
+        TRIAL_PARAMS.c.param_name,
+        TRIAL_PARAMS.c.param_value,
+        TRIAL_PARAMS.c.distribution_json,
+    )
+    .where(TRIAL_PARAMS.c.trial_id.in_(_IDS))
+    .order_by(TRIAL_PARAMS.c.param_id)
+)
+_USER_ATTRS, _SYSTEM_ATTRS = (
+    sa.select(table.c.trial_id, table.c.key, table.c.value_json).where(table.c.trial_id.in_(_IDS))
+    for table in (TRIAL_ATTRS, TRIAL_SYSTEM_ATTRS)
+)
+_REPORT = (
+    REPORTS.c.trial_id,
+    REPORTS.c.step,
+    REPORTS.c.intermediate_value,
+    sa.type_coerce(REPORTS.c.intermediate_value_type, sa.String),
+)
+_ALL_REPORTS = sa.select(*_REPORT).where(REPORTS.c.trial_id.in_(_IDS))
+_OTHERS = REPORTS.alias()
+_LAST_REPORTS = (
+    sa.select(*_REPORT)
+    .select_from(TRIALS.join(REPORTS, TRIALS.c.trial_id == REPORTS.c.trial_id))
+    .where(
+        TRIALS.c.trial_id.in_(_IDS),
+        REPORTS.c.step
+        == sa.select(sa.func.max(_OTHERS.c.step)).where(_OTHERS.c.trial_id == TRIALS.c.trial_id).scalar_subquery(),
+    )
+)

@@ -1,0 +1,112 @@
+"""Tickets: the work of a study, laid down whole before anyone trains, and once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import distribution_to_json
+from optuna.trial import FrozenTrial, TrialState
+
+from storage.retry import retry
+from storage.schema import (
+    ATTEMPTS,
+    CHECKPOINTS,
+    EPOCHS,
+    LEASES,
+    REPORTS,
+    STUDIES,
+    STUDY_ATTRS,
+    TRIAL_ATTRS,
+    TRIAL_PARAMS,
+    TRIAL_SYSTEM_ATTRS,
+    TRIAL_VALUES,
+    TRIALS,
+)
+
+
+def enqueue_trials(
+    engine: sa.Engine,
+    study_id: int,
+    attributes: Mapping[str, Any],
+    tickets: Sequence[FrozenTrial],
+    instead_of: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Give a study its attributes and its tickets, all or nothing, once.
+
+    Attributes that the study has already stay as they are; if one of them has another value, no ticket is laid. The
+    tickets that it has already (user attribute `ticket` below their count) are not laid again, so a longer sequence
+    adds work and a repeated call adds none.
+
+    Args:
+        instead_of: attributes that do get their new value, if what is stored is still this.
+
+    Returns:
+        The study's user attributes.
+    """
+
+    def once() -> dict[str, Any]:
+        with engine.begin() as connection:
+            connection.execute(
+                sa.select(STUDIES.c.study_id).where(STUDIES.c.study_id == study_id).with_for_update()
+            ).one()
+            query = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(STUDY_ATTRS.c.study_id == study_id)
+            found = {key: json.loads(text) for key, text in connection.execute(query)}
+            missing = {key: value for key, value in attributes.items() if key not in found}
+            if missing:
+                rows = [{"study_id": study_id, "key": k, "value_json": json.dumps(v)} for k, v in missing.items()]
+                connection.execute(sa.insert(STUDY_ATTRS), rows)
+            for key, old in (instead_of or {}).items():
+                if found.get(key) == old:
+                    this = sa.and_(STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key == key)
+                    connection.execute(
+                        sa.update(STUDY_ATTRS).where(this).values(value_json=json.dumps(attributes[key]))
+                    )
+                    found[key] = attributes[key]
+            of_study = TRIALS.c.study_id == study_id
+            trials = connection.execute(sa.select(sa.func.count()).select_from(TRIALS).where(of_study)).scalar_one()
+            laid = connection.execute(
+                sa.select(sa.func.count())
+                .select_from(TRIALS.join(TRIAL_ATTRS, TRIALS.c.trial_id == TRIAL_ATTRS.c.trial_id))
+                .where(of_study, TRIAL_ATTRS.c.key == "ticket")
+            ).scalar_one()
+            # Two first launches with different settings: the second is told by the attributes, and adds no work.
+            if all(found.get(key, value) == value for key, value in attributes.items()):
+                _insert_tickets(connection, study_id, trials, tickets[laid:])
+            return found | missing
+
+    return retry(once)
+
+
+def _insert_tickets(connection: sa.Connection, study_id: int, first: int, tickets: Sequence[FrozenTrial]) -> None:
+    if not tickets:
+        return
+    rows = [{"study_id": study_id, "number": first + i, "state": TrialState.WAITING} for i in range(len(tickets))]
+    insert = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
+    ids = list(connection.execute(insert, rows).scalars())
+    # SQLite gives a deleted study's trial ids again, and its workers may have written since. (These ids are ours alone
+    # and in a row there; PostgreSQL's never return.)
+    if connection.dialect.name == "sqlite":
+        for table in (LEASES, ATTEMPTS, CHECKPOINTS, EPOCHS, REPORTS, TRIAL_VALUES, TRIAL_SYSTEM_ATTRS):
+            connection.execute(sa.delete(table).where(table.c.trial_id.between(min(ids), max(ids))))
+    params = [
+        {
+            "trial_id": trial_id,
+            "param_name": name,
+            "param_value": ticket.distributions[name].to_internal_repr(value),
+            "distribution_json": distribution_to_json(ticket.distributions[name]),
+        }
+        for trial_id, ticket in zip(ids, tickets, strict=True)
+        for name, value in ticket.params.items()
+    ]
+    if params:
+        connection.execute(sa.insert(TRIAL_PARAMS), params)
+    attributes = [
+        {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+        for trial_id, ticket in zip(ids, tickets, strict=True)
+        for key, value in ticket.user_attrs.items()
+    ]
+    if attributes:
+        connection.execute(sa.insert(TRIAL_ATTRS), attributes)

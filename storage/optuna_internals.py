@@ -1,0 +1,62 @@
+"""Every part of Optuna and optuna-dashboard that we use although it is private, and what each is for.
+
+`tests/unit/test_optuna_internals.py` names them all and fails first when an upgrade changes one; pyproject.toml has the
+upper bounds.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import optuna
+from optuna.pruners._percentile import _is_first_in_interval_step as is_first_in_interval_step
+from optuna.storages import BaseStorage
+from optuna.storages import _CachedStorage as OptunaCachedStorage
+from optuna.storages._rdb import models
+
+__all__ = [
+    "DASHBOARD_NOTE",
+    "DASHBOARD_RENAME_ROUTE",
+    "OptunaCachedStorage",
+    "forget_cached_trials",
+    "is_first_in_interval_step",
+    "models",
+    "storage_of",
+    "study_id_of",
+    "with_storage",
+]
+
+# `models`: Optuna's tables. Claims, reports and decisions are single statements on them, in one transaction with our
+# own; Optuna's public storage has no transaction that others could join.
+# `OptunaCachedStorage`: what optuna.load_study wraps an RDBStorage in. `CachedStorage` derives from it, so that
+# load_study takes it as it is.
+# `is_first_in_interval_step`: at which steps PercentilePruner looks; our faster one must look at the same.
+
+DASHBOARD_NOTE = re.compile(r"dashboard:(\d+):")
+"""optuna-dashboard keeps the note on a trial among the study's system attributes, under the trial's id."""
+
+# optuna-dashboard renames by copying the trials and deleting the study: its workers would lose what they work on.
+DASHBOARD_RENAME_ROUTE = re.compile(r"/api/studies/-?\d+/rename/*")
+
+
+def study_id_of(study: optuna.Study) -> int:
+    """The key of the study's row; Optuna's public interface knows studies by name only."""
+    return study._study_id
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """The storage that the study reads and writes."""
+    return study._storage
+
+
+def with_storage(study: optuna.Study, storage: BaseStorage) -> optuna.Study:
+    """The same study on another storage object; pruners take a study and no storage."""
+    other = copy.copy(study)
+    other._storage = storage
+    return other
+
+
+def forget_cached_trials(study: optuna.Study) -> None:
+    """What `Study.ask` does first: samplers must see the trials that have finished since."""
+    study._thread_local.cached_all_trials = None

@@ -1,0 +1,280 @@
+"""What those who watch a study read of it: how far it is, who works on what, the epochs of its trials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import json_to_distribution
+from optuna.trial import TrialState
+
+from storage.engine import database_time
+from storage.errors import UserError
+from storage.schema import (
+    ATTEMPTS,
+    EPOCHS,
+    LEASES,
+    STUDIES,
+    STUDY_ATTRS,
+    TRIAL_ATTRS,
+    TRIAL_PARAMS,
+    TRIAL_VALUES,
+    TRIALS,
+)
+
+STATE_NAMES = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial in somebody's hands, for those who watch."""
+
+    number: int
+    owner: str
+    device: str
+    epoch: int
+    images: int
+    """Trained on so far, counted with repetition."""
+    seconds: float
+    """Training and validation so far."""
+    accuracy: float | None
+    """The best so far."""
+    lease_seconds_left: float
+    held_seconds: float
+    """Since the worker took it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    states: dict[str, int]
+    """Trials by state: waiting, running, complete, pruned, failed."""
+    running: tuple[Running, ...]
+    epochs: int
+    """Epochs stored for all trials that are not settled."""
+    images: int
+    """Images trained on in them."""
+    best: float | None
+    """The highest value of a complete trial; of two the lower number."""
+    best_trial: int | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.states.values())
+
+    @property
+    def settled(self) -> int:
+        return self.states["complete"] + self.states["pruned"] + self.states["failed"]
+
+
+def find(engine: sa.Engine, name: str) -> tuple[int, dict[str, Any]]:
+    """A study of ours: its id and its attributes.
+
+    Raises:
+        UserError: no study of that name (with the names there are), or one that this program did not lay down.
+    """
+    attributes = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(
+        STUDY_ATTRS.c.study_id == STUDIES.c.study_id
+    )
+    with engine.connect() as connection:
+        study_id = connection.scalar(sa.select(STUDIES.c.study_id).where(STUDIES.c.study_name == name))
+        if study_id is None:
+            names = connection.scalars(sa.select(STUDIES.c.study_name).order_by(STUDIES.c.study_name)).all()
+            there = f"studies there: {', '.join(names)}" if names else "there are none yet"
+            raise UserError(f"no study {name!r} in this storage; {there}")
+        found = {
+            key: json.loads(value)
+            for key, value in connection.execute(attributes.where(STUDIES.c.study_id == study_id))
+        }
+    if "config" not in found:
+        raise UserError(f"the study {name!r} was not laid down by `study launch`: it has no config")
+    return study_id, found
+
+
+def progress(engine: sa.Engine, study_id: int) -> Progress:
+    """How far a study is, in three small queries."""
+    of_study = TRIALS.c.study_id == study_id
+    by_state = sa.select(TRIALS.c.state, sa.func.count()).where(of_study).group_by(TRIALS.c.state)
+    left = LEASES.c.expires_at - database_time(engine)
+    age = database_time(engine) - ATTEMPTS.c.started_at
+    attempt = sa.and_(ATTEMPTS.c.trial_id == LEASES.c.trial_id, ATTEMPTS.c.token == LEASES.c.token)
+    held = (
+        sa.select(
+            TRIALS.c.number,
+            LEASES.c.owner,
+            left.label("left"),
+            age.label("age"),
+            ATTEMPTS.c.device,
+            sa.func.coalesce(sa.func.max(EPOCHS.c.epoch), 0).label("epoch"),
+            sa.func.coalesce(sa.func.sum(EPOCHS.c.images), 0).label("images"),
+            sa.func.coalesce(sa.func.sum(EPOCHS.c.train_seconds + EPOCHS.c.validation_seconds), 0).label("seconds"),
+            sa.func.max(EPOCHS.c.accuracy).label("accuracy"),
+        )
+        .select_from(
+            TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id)
+            .outerjoin(ATTEMPTS, attempt)
+            .outerjoin(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id)
+        )
+        .where(of_study, TRIALS.c.state == TrialState.RUNNING)
+        .group_by(TRIALS.c.number, LEASES.c.owner, LEASES.c.expires_at, ATTEMPTS.c.device, ATTEMPTS.c.started_at)
+        .order_by(TRIALS.c.number)
+    )
+    best = (
+        sa.select(TRIAL_VALUES.c.value, TRIALS.c.number)
+        .select_from(TRIALS.join(TRIAL_VALUES))
+        .where(of_study, TRIALS.c.state == TrialState.COMPLETE, TRIAL_VALUES.c.objective == 0)
+        .order_by(TRIAL_VALUES.c.value.desc(), TRIALS.c.number)
+        .limit(1)
+    )
+    with engine.connect() as connection:
+        counts = dict.fromkeys(STATE_NAMES.values(), 0)
+        counts |= {STATE_NAMES[state]: count for state, count in connection.execute(by_state)}
+        rows = connection.execute(held).all()
+        value, number = connection.execute(best).one_or_none() or (None, None)
+    live = tuple(
+        Running(r.number, r.owner, r.device or "", r.epoch, r.images, r.seconds, r.accuracy, r.left, r.age or 0.0)
+        for r in rows
+        if (r.left or 0) > 0
+    )
+    return Progress(counts, live, sum(r.epoch for r in rows), sum(r.images for r in rows), value, number)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A trial's epochs, added up."""
+
+    epochs: int
+    accuracy: float
+    """The best."""
+    images: int
+    seen: int
+    train_seconds: float
+    validation_seconds: float
+    selection_seconds: float
+    joules: float | None
+    """None if any epoch has none."""
+
+
+def epoch_totals(engine: sa.Engine, study_id: int) -> dict[int, Totals]:
+    """Number to totals, of every trial of a study that has an epoch."""
+    count = sa.func.count(EPOCHS.c.epoch)
+    energy = sa.case((sa.func.count(EPOCHS.c.joules) == count, sa.func.sum(EPOCHS.c.joules)))
+    query = (
+        sa.select(
+            TRIALS.c.number,
+            count,
+            sa.func.max(EPOCHS.c.accuracy),
+            sa.func.sum(EPOCHS.c.images),
+            sa.func.coalesce(sa.func.max(EPOCHS.c.seen), 0),
+            sa.func.sum(EPOCHS.c.train_seconds),
+            sa.func.sum(EPOCHS.c.validation_seconds),
+            sa.func.coalesce(sa.func.sum(EPOCHS.c.selection_seconds), 0.0),
+            energy,
+        )
+        .select_from(TRIALS.join(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id))
+        .where(TRIALS.c.study_id == study_id)
+        .group_by(TRIALS.c.number)
+    )
+    with engine.connect() as connection:
+        return {number: Totals(*values) for number, *values in connection.execute(query)}
+
+
+def epoch_rows(
+    engine: sa.Engine, study_id: int, numbers: Collection[int] | None = None
+) -> dict[int, list[dict[str, Any]]]:
+    """The stored epochs of the trials of a study (all, or those with these numbers): number to rows, in order."""
+    query = (
+        sa.select(TRIALS.c.number, *[column for column in EPOCHS.c if column.name != "trial_id"])
+        .select_from(TRIALS.join(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id))
+        .where(TRIALS.c.study_id == study_id)
+        .order_by(TRIALS.c.number, EPOCHS.c.epoch)
+    )
+    if numbers is not None:
+        query = query.where(TRIALS.c.number.in_(numbers))
+    found: dict[int, list[dict[str, Any]]] = {}
+    with engine.connect() as connection:
+        for row in connection.execute(query).mappings():
+            cells = dict(row)
+            found.setdefault(cells.pop("number"), []).append(cells)
+    return found
+
+
+def parameters(engine: sa.Engine, study_id: int, number: int) -> dict[str, Any]:
+    """What was chosen for a trial."""
+    query = (
+        sa.select(TRIAL_PARAMS.c.param_name, TRIAL_PARAMS.c.param_value, TRIAL_PARAMS.c.distribution_json)
+        .select_from(TRIALS.join(TRIAL_PARAMS))
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.number == number)
+        .order_by(TRIAL_PARAMS.c.param_id)
+    )
+    with engine.connect() as connection:
+        return {
+            name: json_to_distribution(text).to_external_repr(value) for name, value, text in connection.execute(query)
+        }
+
+
+def failures(engine: sa.Engine, study_id: int) -> dict[int, str]:
+    """Trial number to error, of the trials that failed for good."""
+    told = sa.and_(TRIAL_ATTRS.c.trial_id == TRIALS.c.trial_id, TRIAL_ATTRS.c.key == "error")
+    query = (
+        sa.select(TRIALS.c.number, TRIAL_ATTRS.c.value_json, LEASES.c.last_error)
+        .select_from(TRIALS.outerjoin(TRIAL_ATTRS, told).outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.FAIL)
+        .order_by(TRIALS.c.number)
+    )
+    with engine.connect() as connection:
+        return {
+            number: json.loads(text) if text else error or "no reason is known"
+            for number, text, error in connection.execute(query)
+        }
+
+
+def last_errors(engine: sa.Engine, study_id: int) -> dict[int, str]:
+    """Trial number to the error of its last failed attempt, where there is one."""
+    query = (
+        sa.select(TRIALS.c.number, LEASES.c.last_error)
+        .select_from(TRIALS.join(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
+        .where(TRIALS.c.study_id == study_id, LEASES.c.last_error.is_not(None))
+        .order_by(TRIALS.c.number)
+    )
+    with engine.connect() as connection:
+        return {row.number: row.last_error for row in connection.execute(query)}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One worker's time with one trial."""
+
+    number: int
+    owner: str
+    device: str
+    started_at: float
+    """Seconds since 1970 on the database's clock."""
+    ended_at: float | None
+    outcome: str | None
+    """settled, released, error or vanished; None: at work, or vanished and not taken over yet."""
+    error: str | None
+
+
+def attempts(engine: sa.Engine, study_id: int, *, failed: int | None = None) -> list[Attempt]:
+    """All attempts at a study's trials, by their start; or the last `failed` of those that ended in an error."""
+    query = (
+        sa.select(TRIALS.c.number, *[column for column in ATTEMPTS.c if column.name in Attempt.__annotations__])
+        .select_from(TRIALS.join(ATTEMPTS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id))
+        .where(TRIALS.c.study_id == study_id)
+    )
+    if failed is None:
+        query = query.order_by(ATTEMPTS.c.started_at)
+    else:
+        query = query.where(ATTEMPTS.c.error.is_not(None)).order_by(ATTEMPTS.c.started_at.desc()).limit(failed)
+    with engine.connect() as connection:
+        found = [Attempt(**row) for row in connection.execute(query).mappings()]
+    return found if failed is None else found[::-1]

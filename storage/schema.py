@@ -1,0 +1,104 @@
+"""Our five tables beside Optuna's, and the few of Optuna's columns that we read and write ourselves."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from storage.optuna_internals import models
+
+METADATA = sa.MetaData()
+
+LEASES = sa.Table(
+    "trial_leases",
+    METADATA,
+    sa.Column("trial_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("token", sa.Integer, nullable=False, doc="Grows by one at every claim; an older token writes nothing."),
+    sa.Column("owner", sa.String(255), nullable=False, doc="host:pid of the worker that claimed last."),
+    sa.Column(
+        "expires_at",
+        sa.Double,
+        nullable=False,
+        doc="Seconds since 1970 on the database's clock; 0: released.",
+    ),
+    sa.Column("attempts", sa.Integer, nullable=False, doc="Claims in a row that got no epoch further."),
+    sa.Column("last_error", sa.Text, doc="Why the last attempt ended, if it failed."),
+)
+
+CHECKPOINTS = sa.Table(
+    "trial_checkpoints",
+    METADATA,
+    sa.Column("trial_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("token", sa.Integer, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False, doc="Whole epochs done."),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("payload", sa.LargeBinary, doc="The checkpoint, if it is kept here."),
+    sa.Column("location", sa.Text, doc="Where else it is kept: a URL or path that fsspec opens."),
+)
+
+EPOCHS = sa.Table(
+    "trial_epochs",
+    METADATA,
+    sa.Column("trial_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False, doc="From 1."),
+    sa.Column("accuracy", sa.Double, nullable=False, doc="Validation accuracy in [0, 1]."),
+    sa.Column("loss", sa.Double, nullable=False, doc="Mean training loss, nats."),
+    sa.Column("images", sa.Integer, nullable=False, doc="Images trained on in the epoch."),
+    sa.Column("train_seconds", sa.Double, nullable=False),
+    sa.Column("validation_seconds", sa.Double, nullable=False),
+    sa.Column(
+        "kind", sa.String(8), nullable=False, doc="What the policy did after: keep, type1, type2, fresh or soft."
+    ),
+    sa.Column("k", sa.Integer, nullable=False, doc="Images exchanged."),
+    sa.Column("beta", sa.Double, nullable=False, doc="The beta that gave k."),
+    sa.Column(
+        "decision", sa.String(8), doc="The pruner's, made once: go or prune; NULL: none was asked for, or not yet."
+    ),
+    # Since the second version, so NULL in older databases.
+    sa.Column("selection_seconds", sa.Double, doc="Choosing the epoch's images."),
+    sa.Column("seen", sa.Integer, doc="Different images trained on up to here."),
+    sa.Column("joules", sa.Double, doc="Energy of the epoch; NULL: the device does not tell."),
+)
+
+ATTEMPTS = sa.Table(
+    "trial_attempts",
+    METADATA,
+    sa.Column("trial_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("token", sa.Integer, primary_key=True, autoincrement=False, doc="The lease's."),
+    sa.Column("owner", sa.String(255), nullable=False, doc="host:pid of the worker."),
+    sa.Column("device", sa.String(255), nullable=False, doc="What it trained on."),
+    sa.Column("started_at", sa.Double, nullable=False, doc="Seconds since 1970 on the database's clock."),
+    sa.Column("ended_at", sa.Double, doc="NULL: at work, or vanished and not taken over yet."),
+    sa.Column("outcome", sa.String(8), doc="settled, released, error, or vanished."),
+    sa.Column("error", sa.Text),
+    sa.Column("images", sa.Integer, doc="Trained on in this attempt, in whole epochs."),
+    sa.Column("joules", sa.Double, doc="Energy of those epochs, where the device tells."),
+    sa.Column("share", sa.Double, doc="Of a GPU, that the worker had; NULL: one."),
+)
+
+SPENDING = sa.Table(
+    "study_spending",
+    METADATA,
+    sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Double, nullable=False, doc="Seconds since 1970 when somebody began to add up."),
+    sa.Column("took", sa.Double, nullable=False, doc="Seconds that adding up took."),
+    sa.Column("spent", sa.Text, nullable=False, doc="The sums, as JSON."),
+)
+
+# Optuna's own tables, through its models: names and types stay its business.
+STUDIES: sa.Table = models.StudyModel.__table__
+STUDY_ATTRS: sa.Table = models.StudyUserAttributeModel.__table__
+TRIALS: sa.Table = models.TrialModel.__table__
+TRIAL_PARAMS: sa.Table = models.TrialParamModel.__table__
+TRIAL_ATTRS: sa.Table = models.TrialUserAttributeModel.__table__
+TRIAL_SYSTEM_ATTRS: sa.Table = models.TrialSystemAttributeModel.__table__
+TRIAL_VALUES: sa.Table = models.TrialValueModel.__table__
+REPORTS: sa.Table = models.TrialIntermediateValueModel.__table__
+REPORT_TYPE = models.TrialIntermediateValueModel.TrialIntermediateValueType
+VALUE_TYPE = models.TrialValueModel.TrialValueType
+
+
+UNFINISHED = (TrialState.WAITING, TrialState.RUNNING)
+
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)

@@ -1,0 +1,1 @@
+"""What a study is: validated models, how they are read from presets, files and `--set`."""

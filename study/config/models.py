@@ -1,0 +1,368 @@
+"""What a study is: frozen, validated, and the same on every machine that works on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+PROTOCOLS = {
+    "paper": "paper: the test split validates, so it chose the best epoch too",
+    "holdout": "holdout: part of the training split validates, the test split is untouched",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Range(Section):
+    """An interval that a sampler draws from: `{low = 0.001, high = 0.1, log = true}`."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+    @model_validator(mode="after")
+    def _is_an_interval(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low:g} and {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range starts above 0, got {self.low:g}")
+        if self.step is not None and (self.log or self.step <= 0):
+            raise ValueError("step must be above 0 and does not go with log")
+        return self
+
+
+def _searchable(kind: type[int] | type[float] | type[str], rule: str, holds: Callable[[Any], bool]) -> Any:
+    """A field that is one value, a list of values (each tried), or a Range (sampled); all obey `rule`."""
+
+    def one(value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+        fits = isinstance(value, str) if kind is str else number
+        if not fits or (kind is int and value != int(value)) or not holds(value):
+            raise ValueError(f"must be {rule}, got {value!r}")
+        return kind(value)
+
+    def parse(value: Any) -> Any:
+        if value is None:  # for fields that may be left out; the others refuse it by their type
+            return None
+        if isinstance(value, list | tuple):
+            parsed = tuple(one(each) for each in value)
+            if not parsed or len(set(parsed)) < len(parsed):
+                raise ValueError(f"a list needs at least one value and no value twice, got {list(parsed)}")
+            return parsed
+        if isinstance(value, Mapping | Range) and kind is not str:
+            span = value if isinstance(value, Range) else Range.model_validate(dict(value))
+            one(kind(span.low)), one(kind(span.high))
+            if kind is int and any(edge not in (None, int(edge or 0)) for edge in (span.low, span.high, span.step)):
+                raise ValueError("a range of whole numbers needs whole low, high and step")
+            return span
+        return one(value)
+
+    return BeforeValidator(parse)
+
+
+Integer = int | tuple[int, ...] | Range
+Real = float | tuple[float, ...] | Range
+POLICIES = ("dynamic", "static", "full", "fresh", "infobatch")
+
+_count = _searchable(int, "a whole number of at least 1", lambda v: v >= 1)
+_positive = _searchable(float, "a number above 0", lambda v: v > 0)
+_not_negative = _searchable(float, "a number of at least 0", lambda v: v >= 0)
+_fraction = _searchable(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
+_policy = _searchable(str, f"one of {', '.join(POLICIES)}", lambda v: v in POLICIES)
+
+
+class DataConfig(Section):
+    """Which images, and which of them validate."""
+
+    name: Literal["digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "imagefolder"] = "digits"
+    protocol: Literal["holdout", "paper"] = "holdout"
+    """`holdout`: a stratified part of the training split validates and the test split stays untouched.
+    `paper`: the test split validates, as in the paper; such numbers are selected on the test split."""
+    holdout: float = Field(default=0.1, gt=0, lt=1)
+    """Fraction of the training split that validates under the `holdout` protocol."""
+    train_images: int | None = Field(default=None, ge=1)
+    """Use only this many training images (stratified), after the holdout is taken. None: all."""
+    augment: bool = False
+    """Random horizontal flip and 4-pixel shift."""
+    test: bool = False
+    """After a trial's last epoch, evaluate its best epoch's network once on the untouched test split (holdout only)."""
+
+    @model_validator(mode="after")
+    def _test_is_untouched(self) -> DataConfig:
+        if self.test and self.protocol == "paper":
+            raise ValueError("test needs the holdout protocol: under `paper` the test split validates")
+        return self
+
+
+class NetworkConfig(Section):
+    """The CNN of Table 1."""
+
+    width: float = Field(default=1.0, gt=0, le=8)
+    norm: Literal["batch", "none"] = "batch"
+
+
+class PolicyConfig(Section):
+    """Which images an epoch trains on (paper, section 3)."""
+
+    name: Annotated[str | tuple[str, ...], _policy] = "dynamic"
+    alpha: Annotated[Integer | None, _count] = None
+    """Images an epoch. Needed by every policy but `full` and `infobatch`."""
+    beta: Annotated[Real, _fraction] = 0.5
+    """Fraction of alpha that is exchanged."""
+    delta: Annotated[Real, _not_negative] = 0.01
+    """Accuracy gain, as a fraction in [0, 1], up to which an improvement counts as a stall."""
+    gamma: Annotated[Real, _fraction] = 0.97
+    """Decay of beta in the epoch number (equation 3)."""
+    decay: Literal["type2", "both"] = "type2"
+    """Which kind of resampling the decay applies to; the paper's wording says type II."""
+    ratio: float = Field(default=0.5, gt=0, lt=1)
+    """infobatch: the part of the images below the mean loss that an epoch leaves out."""
+    anneal: float = Field(default=0.875, gt=0, le=1)
+    """infobatch: the part of the run after which all images are trained on."""
+
+
+class TrainingConfig(Section):
+    epochs: Annotated[Integer, _count] = 200
+    images: int | None = Field(default=None, ge=1)
+    """Train until exactly this many images have been trained on, counted with repetition, instead of for `epochs`."""
+    batch_size: Annotated[Integer, _count] = 512
+    lr: Annotated[Real, _positive] = 0.001
+    weight_decay: Annotated[Real, _not_negative] = 0.0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 autocast where the processor multiplies bf16 natively, else fp32."""
+    deterministic: bool = True
+
+
+class GridSamplerConfig(Section):
+    kind: Literal["grid"] = "grid"
+
+
+class RandomSamplerConfig(Section):
+    kind: Literal["random"]
+
+
+class TPESamplerConfig(Section):
+    kind: Literal["tpe"]
+    n_startup_trials: int = Field(default=10, ge=1)
+    n_ei_candidates: int = Field(default=24, ge=1)
+    multivariate: bool = False
+    constant_liar: bool = True
+
+
+class GPSamplerConfig(Section):
+    kind: Literal["gp"]
+    n_startup_trials: int = Field(default=10, ge=1)
+
+
+class CmaEsSamplerConfig(Section):
+    kind: Literal["cma-es"]
+    n_startup_trials: int = Field(default=1, ge=1)
+    sigma0: float | None = Field(default=None, gt=0)
+
+
+class QMCSamplerConfig(Section):
+    kind: Literal["qmc"]
+    qmc_type: Literal["sobol", "halton"] = "sobol"
+    scramble: bool = True
+
+
+SamplerConfig = (
+    GridSamplerConfig | RandomSamplerConfig | TPESamplerConfig | GPSamplerConfig | CmaEsSamplerConfig | QMCSamplerConfig
+)
+_a_bare_kind = BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+
+
+class SearchConfig(Section):
+    sampler: Annotated[Annotated[SamplerConfig, Field(discriminator="kind")], _a_bare_kind] = GridSamplerConfig()
+    trials: int | None = Field(default=None, ge=1)
+    """Trials in all; for every sampler but grid, whose cells are counted from the lists."""
+    replicates: int = Field(default=1, ge=1)
+    """Grid only: every cell is run with this many seeds."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    objective: Literal["accuracy", "accuracy,images"] = "accuracy"
+    """`accuracy,images`: the most accuracy for the fewest images trained on, as a Pareto front."""
+    cells: tuple[dict[str, int | float | str], ...] | None = None
+    """Grid only: these settings instead of all combinations of lists (`study confirm` writes them)."""
+
+
+class NoPrunerConfig(Section):
+    kind: Literal["none"] = "none"
+
+
+class PruningConfig(Section):
+    step: Literal["epochs", "images"] = "epochs"
+    """What trials are compared at: equal epochs, or equal images trained on (a step is the smallest alpha)."""
+
+
+class MedianPrunerConfig(PruningConfig):
+    kind: Literal["median"]
+    n_startup_trials: int = Field(default=5, ge=0)
+    n_warmup_steps: int = Field(default=0, ge=0)
+    interval_steps: int = Field(default=1, ge=1)
+    n_min_trials: int = Field(default=1, ge=1)
+
+
+class PercentilePrunerConfig(PruningConfig):
+    kind: Literal["percentile"]
+    percentile: float = Field(default=25.0, ge=0, le=100)
+    n_startup_trials: int = Field(default=5, ge=0)
+    n_warmup_steps: int = Field(default=0, ge=0)
+    interval_steps: int = Field(default=1, ge=1)
+    n_min_trials: int = Field(default=1, ge=1)
+
+
+class SuccessiveHalvingPrunerConfig(PruningConfig):
+    kind: Literal["successive-halving"]
+    min_resource: int | Literal["auto"] = "auto"
+    reduction_factor: int = Field(default=4, ge=2)
+    min_early_stopping_rate: int = Field(default=0, ge=0)
+    bootstrap_count: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _resource(self) -> SuccessiveHalvingPrunerConfig:
+        if isinstance(self.min_resource, int) and self.min_resource < 1:
+            raise ValueError(f"min_resource must be at least 1, got {self.min_resource}")
+        if self.bootstrap_count and self.min_resource == "auto":
+            raise ValueError("bootstrap_count needs a min_resource in epochs, not 'auto'")
+        return self
+
+
+class HyperbandPrunerConfig(PruningConfig):
+    kind: Literal["hyperband"]
+    min_resource: int = Field(default=1, ge=1)
+    reduction_factor: int = Field(default=3, ge=2)
+    bootstrap_count: int = Field(default=0, ge=0)
+
+
+class PatientPrunerConfig(PruningConfig):
+    """Prunes a trial whose best accuracy has risen by no more than min_delta in `patience` epochs."""
+
+    kind: Literal["patient"]
+    patience: int = Field(default=10, ge=1)
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+PrunerConfig = (
+    NoPrunerConfig
+    | MedianPrunerConfig
+    | PercentilePrunerConfig
+    | SuccessiveHalvingPrunerConfig
+    | HyperbandPrunerConfig
+    | PatientPrunerConfig
+)
+
+
+class CheckpointConfig(Section):
+    every_seconds: float = Field(default=30.0, ge=0)
+    """Seconds between checkpoints; longer where they would cost more than 1 % of the time."""
+    store: str = "database"
+    """`database`, or a folder that all machines reach, as a path or an fsspec URL (`s3://…`): for many workers or
+    large networks."""
+
+
+class LeaseConfig(Section):
+    seconds: float = Field(default=60.0, ge=1)
+    """A trial whose worker has been silent for this long may be taken over."""
+    max_attempts: int = Field(default=5, ge=1)
+    """Attempts in a row, none of which got an epoch further, after which a trial is failed."""
+
+
+class StudyConfig(Section):
+    description: str = ""
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    policy: PolicyConfig = PolicyConfig()
+    training: TrainingConfig = TrainingConfig()
+    search: SearchConfig = SearchConfig()
+    pruning: Annotated[Annotated[PrunerConfig, Field(discriminator="kind")], _a_bare_kind] = NoPrunerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    lease: LeaseConfig = LeaseConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StudyConfig:
+        faults = []
+        searched = self.searched()
+        if self.policy.alpha is None and not {"full", "infobatch"}.issuperset(self.policies()):
+            faults.append("policy.alpha is needed: the number of images an epoch trains on")
+        if self.training.images is not None and "epochs" in searched:
+            faults.append("training.images takes the place of training.epochs, so epochs cannot be searched")
+        if self.pruning.kind != "none":
+            if self.search.objective != "accuracy":
+                faults.append('pruning goes by accuracy alone: search.objective "accuracy,images" needs pruning "none"')
+            if self.pruning.step == "images" and self.policy.alpha is None:
+                faults.append('pruning.step "images" counts in policy.alpha, which is not given')
+            if self.pruning.step == "epochs" and self.training.images is not None:
+                faults.append('training.images makes epochs unequal: pruning.step must be "images"')
+        if self.search.objective != "accuracy" and self.search.sampler.kind == "cma-es":
+            faults.append('sampler "cma-es" has one objective: search.objective must be "accuracy"')
+        if self.search.cells is not None:
+            if self._listed() or self.search.sampler.kind != "grid":
+                faults.append('search.cells takes the place of lists and ranges, and is for sampler "grid"')
+            faults += [fault for cell in self.search.cells for fault in self._faults_of(cell)]
+        if self.search.sampler.kind == "grid":
+            ranges = [name for name, value in searched.items() if isinstance(value, Range)]
+            if ranges:
+                faults.append(f"a grid needs lists of values, not ranges: {', '.join(ranges)}")
+            if self.search.trials is not None:
+                faults.append("search.trials does not go with a grid: its cells x search.replicates are the trials")
+        else:
+            if not searched:
+                faults.append(f"nothing to search for sampler {self.search.sampler.kind!r}: give a parameter a range")
+            if self.search.trials is None:
+                faults.append(f"search.trials is needed for sampler {self.search.sampler.kind!r}")
+            if self.search.replicates != 1:
+                faults.append("search.replicates is for grids")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _faults_of(self, cell: Mapping[str, Any]) -> list[str]:
+        """What is wrong with one of `search.cells`, by the rules of the settings that it stands for."""
+        faults = [f"search.cells: no parameter {name!r}" for name in cell if name not in self.searchable()]
+        policy = {"name" if key == "policy" else key: value for key, value in cell.items()}
+        for part, values in ((self.policy, policy), (self.training, cell)):
+            given = {key: value for key, value in values.items() if key in type(part).model_fields}
+            try:
+                type(part).model_validate(part.model_dump() | given)
+            except ValidationError as error:
+                told = [str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors()]
+                faults.append(f"search.cells: {', '.join(given)}: {'; '.join(told)}")
+        return faults
+
+    def searchable(self) -> dict[str, Any]:
+        """Every parameter that a trial may vary: its short name and its value, list or Range."""
+        policy, training = self.policy, self.training
+        return {
+            "policy": policy.name,
+            "alpha": policy.alpha,
+            "beta": policy.beta,
+            "delta": policy.delta,
+            "gamma": policy.gamma,
+            "epochs": training.epochs,
+            "batch_size": training.batch_size,
+            "lr": training.lr,
+            "weight_decay": training.weight_decay,
+        }
+
+    def searched(self) -> dict[str, Any]:
+        """Those of them that this study does vary."""
+        if self.search.cells is not None:
+            return {
+                name: tuple(dict.fromkeys(cell.get(name, fixed) for cell in self.search.cells))
+                for name, fixed in self.searchable().items()
+                if any(name in cell for cell in self.search.cells)
+            }
+        return self._listed()
+
+    def policies(self) -> tuple[str, ...]:
+        """All that its trials are trained under."""
+        found = self.searched().get("policy", self.policy.name)
+        return (found,) if isinstance(found, str) else tuple(found)
+
+    def _listed(self) -> dict[str, Any]:
+        return {name: value for name, value in self.searchable().items() if isinstance(value, tuple | Range)}

@@ -1,0 +1,192 @@
+"""What a study will take on this machine: the pace of its network on random images, times the images it trains on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from study.config.models import Range, StudyConfig
+from study.search import space
+from study.training.data import dataset
+from study.training.data.split import Split
+
+SIZES = {
+    "digits": (1438, 359),
+    "cifar10": (50000, 10000),
+    "cifar100": (50000, 10000),
+    "svhn": (73257, 26032),
+    "fashion-mnist": (60000, 10000),
+    "imagefolder": (50000, 10000),  # as CIFAR-10: `bench` looks into no folder
+}
+"""Images of the training and the test split."""
+MEASURE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Images/s on one device, and when they were measured."""
+
+    train: float
+    validate: float
+    device: str
+    on: str
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one trial goes through if nothing prunes it."""
+
+    train: int
+    validate: int
+
+
+def split_sizes(config: StudyConfig, sizes: tuple[int, int] | None = None) -> tuple[int, int, int]:
+    """Images that train, that validate, and of the test split, as `datasets.split` would have it."""
+    train, test = sizes or SIZES[config.data.name]
+    validation = test
+    if config.data.protocol == "holdout":
+        validation = round(config.data.holdout * train)
+        train -= validation
+    return min(train, config.data.train_images or train), validation, test
+
+
+def loads(config: StudyConfig, sizes: tuple[int, int] | None = None) -> list[Load]:
+    """One for each trial. A range or list that a sampler draws from counts with its middle.
+
+    Args:
+        sizes: images of the training and the test split; None: those that the data set is known to have.
+    """
+    everything, validation, test = split_sizes(config, sizes)
+    found = []
+    for ticket in space.queued_trials(config):
+        chosen = {name: _middle(value) for name, value in (config.searchable() | ticket.params).items()}
+        alpha = everything
+        if "alpha" in space.USES[chosen["policy"]]:
+            alpha = min(everything, int(chosen["alpha"]))
+        train = config.training.images or int(chosen["epochs"]) * alpha
+        found.append(Load(train, math.ceil(train / alpha) * validation + (test if config.data.test else 0)))
+    return found
+
+
+def _middle(value: Any) -> Any:
+    if isinstance(value, Range):
+        return (value.low + value.high) / 2
+    return value[len(value) // 2] if isinstance(value, tuple) else value
+
+
+def seconds(work: list[Load], pace: Pace, devices: int) -> float:
+    """Training and validation of a whole study, its trials spread over `devices` of one pace."""
+    each = [load.train / pace.train + load.validate / pace.validate for load in work]
+    return max(max(each), sum(each) / devices)
+
+
+def measure(config: StudyConfig, device_name: str) -> Pace:
+    """Train the config's network on random images for a moment: a first epoch to warm up, then at least a second."""
+    import torch
+
+    from study.training.data.placement import DeviceData
+    from study.training.device import be_deterministic, keep_freed_memory
+    from study.training.policies import make_policy
+    from study.training.trainer import VALIDATION_BATCH, Trainer
+    from study.trial.metadata import device_name as called
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    be_deterministic(config.training.deterministic)
+    keep_freed_memory()
+    device = torch.device(device_name)
+    everything, validation, _ = split_sizes(config)
+    batch = _largest(config.training.batch_size)
+    size = min(space.largest_alpha(config) or everything, (2 if device.type == "cpu" else 16) * batch)
+    draws = np.random.default_rng(0)
+    images = draws.integers(0, 256, (max(size, min(validation, VALIDATION_BATCH)), 32, 32, 3), dtype=np.uint8)
+    labels = draws.integers(0, 10, len(images))
+    held = images[: min(validation, VALIDATION_BATCH)], labels[: min(validation, VALIDATION_BATCH)]
+    split = Split(images[:size], labels[:size], *held, *held, tuple("0123456789"))
+    trainer = Trainer(
+        DeviceData.of(split, device),
+        make_policy("full", size, 0),
+        0,
+        epochs=10**6,
+        batch_size=batch,
+        width=config.network.width,
+        norm=config.network.norm,
+        augment=config.data.augment,
+        precision=config.training.precision,
+    )
+    epochs = (result for result in trainer.run() if result is not None)
+    next(epochs)
+    deadline = time.perf_counter() + MEASURE_SECONDS
+    measured = [next(epochs)]
+    while time.perf_counter() < deadline:
+        measured.append(next(epochs))
+    return Pace(
+        statistics.median(size / (epoch.train_seconds + epoch.selection_seconds) for epoch in measured),
+        statistics.median(len(held[1]) / epoch.validation_seconds for epoch in measured),
+        called(device),
+        date.today().isoformat(),
+    )
+
+
+def _largest(value: Any) -> int:
+    return int(value.high) if isinstance(value, Range) else max(value) if isinstance(value, tuple) else int(value)
+
+
+def estimate(config: StudyConfig, pace: Pace, devices: int, sizes: tuple[int, int] | None = None) -> str:
+    """`about 11 minutes on 2 x NVIDIA …: 21 trials, …`"""
+    work = loads(config, sizes)
+    where = f"{devices} x {pace.device}" if devices > 1 else pace.device
+    pruned = "" if config.pruning.kind == "none" else " if nothing is pruned"
+    return (
+        f"about {duration(seconds(work, pace, devices))}{pruned} on {where}: {len(work)} trials, "
+        f"{sum(load.train for load in work):,} training images at {pace.train:,.0f}/s, "
+        f"{sum(load.validate for load in work):,} validation images at {pace.validate:,.0f}/s"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Two digits at most: nothing here is known better."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            count = seconds / size
+            return f"{count:.0f} {unit}" if count >= 10 else f"{count:.1f} {unit}"
+    return f"{max(1.0, seconds):.0f} s"
+
+
+def remember(config: StudyConfig, kind: str, pace: Pace) -> None:
+    """Keep a pace for `study launch`, which must not wait for a measurement."""
+    file = _file(config, kind)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(pace)))
+
+
+def recall(config: StudyConfig, kind: str) -> Pace | None:
+    """What was last measured on this machine for this network on a `kind` of device (`cpu`, `cuda`, `mps`)."""
+    try:
+        return Pace(**json.loads(_file(config, kind).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def key(config: StudyConfig) -> tuple[Any, ...]:
+    """All of a config that its pace depends on: configs of one key need one measurement."""
+    largest = min(_largest(config.training.batch_size), space.largest_alpha(config) or split_sizes(config)[0])
+    training = config.training
+    return (*config.network.model_dump().values(), largest, training.precision, training.deterministic,
+            config.data.augment)  # fmt: skip
+
+
+def _file(config: StudyConfig, kind: str) -> Path:
+    here = (platform.node(), os.cpu_count(), kind, metadata.version("torch"), *key(config))
+    return dataset.cache_dir() / f"pace-{hashlib.sha256(repr(here).encode()).hexdigest()[:16]}.json"

@@ -1,0 +1,1 @@
+"""Starting and watching workers, on this machine or on a Ray cluster."""

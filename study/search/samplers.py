@@ -1,0 +1,38 @@
+"""Optuna's sampler and pruner for a config."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+
+import optuna
+from optuna import samplers
+
+from study.config.models import StudyConfig
+
+
+def make_sampler(config: StudyConfig, number: int) -> samplers.BaseSampler:
+    """The sampler that fills the blanks of trial `number`.
+
+    Seeded by the study's seed and the trial, not by a worker's history: what a trial draws depends on the trials
+    finished before it and on nothing else. QMC walks one sequence for the whole study, so its seed is the study's.
+    """
+    search = config.search
+    options = search.sampler.model_dump(exclude={"kind"})
+    digest = hashlib.sha256(f"{search.seed}/sampler/{number}".encode()).digest()
+    seed = int.from_bytes(digest[:4], "little")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        match search.sampler.kind:
+            case "tpe":
+                return samplers.TPESampler(seed=seed, **options)
+            case "gp":
+                return samplers.GPSampler(seed=seed, **options)
+            case "cma-es":
+                return samplers.CmaEsSampler(seed=seed, **options)
+            case "qmc":
+                return samplers.QMCSampler(
+                    seed=search.seed, independent_sampler=samplers.RandomSampler(seed=seed), **options
+                )
+            case _:  # a grid's tickets leave nothing to sample
+                return samplers.RandomSampler(seed=seed)

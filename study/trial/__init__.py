@@ -1,0 +1,1 @@
+"""One trial: its training, what it writes to the database, its checkpoint."""

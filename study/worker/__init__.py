@@ -1,0 +1,1 @@
+"""One worker process: claim a trial, run it, repeat."""

@@ -1,0 +1,332 @@
+"""The command as users have it: launched, looked at, killed, gone on with; and its answers to bad input."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from sqlalchemy import Engine
+
+from dashboards import study_data
+from storage.engine import open_engine, open_storage
+from storage.errors import UserError
+from storage.queries import find, progress
+from study.cli import app
+
+SMALL = [
+    *("--set", "network.width=0.125", "--set", "data.train_images=300", "--set", "policy.alpha=[100, 150]"),
+    *("--set", "policy.beta=[0.3, 0.6]", "--set", "training.epochs=6", "--set", "training.batch_size=50"),
+    *("--set", "pruning=none", "--set", "checkpoint.every_seconds=0", "--set", "lease.seconds=1.5", "--device", "cpu"),
+]
+"""The smallest study that is one: digits, an eighth of the width; every step checkpointed, short leases."""
+
+
+def study(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "study", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, **options)
+
+
+def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "study", *arguments]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(url: str, name: str) -> list[tuple[Any, ...]]:
+    view = study_data.read(open_storage(url, create=False, reading=True), name)
+    timeless = {
+        number: [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
+        for number, rows in view.curves.items()
+    }
+    return [(row.number, row.state, row.parameters, row.value, timeless[row.number]) for row in view.rows]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+opened = functools.cache(open_engine)
+
+
+def there(url: str, name: str) -> tuple[Engine, int] | None:
+    """The study, once it is laid down."""
+    with suppress(UserError):
+        return opened(url), find(opened(url), name)[0]
+    return None
+
+
+def worker_pid(url: str, name: str, epochs: range = range(1, 1_000_000)) -> int | None:
+    """The process that holds a live lease, if it has stored so many epochs of its trial."""
+    found = there(url, name)
+    running = progress(*found).running if found else ()
+    return next((int(trial.owner.split(":")[-2]) for trial in running if trial.epoch in epochs), None)
+
+
+def held_in_mid_trial(url: str) -> int:
+    """The worker of SMALL, stopped (SIGSTOP) where some epochs of its trial are stored and some are to come."""
+    middle = range(1, 4)
+    while True:
+        worker = wait_for(lambda: worker_pid(url, "quick", middle))
+        os.kill(worker, signal.SIGSTOP)
+        time.sleep(0.05)
+        if worker_pid(url, "quick", middle) == worker:
+            return worker
+        os.kill(worker, signal.SIGCONT)
+
+
+def has_a_signal_waiting(process: int) -> bool:
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("ShdPnd:")[2].split()[0], 16) != 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished study in study.db."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = study("launch", "quick", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "trial 3 complete" in done.stderr
+    assert "Trials, best first" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr  # no terminal, no escapes
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Path) -> list[tuple[Any, ...]]:
+    return outcome(f"sqlite:///{finished}/study.db", "quick")
+
+
+def test_status_tells_people_and_programs(finished: Path) -> None:
+    told = json.loads(study("status", "quick", "--json", cwd=finished).stdout)
+    assert told["name"] == "quick"
+    assert told["tickets"] == 4
+    assert told["states"] == {"waiting": 0, "running": 0, "complete": 4, "pruned": 0, "failed": 0}
+    assert set(told["best_params"]) == {"alpha", "beta"}
+    assert 0 < told["best_value"] <= 1
+    people = study("status", "quick", cwd=finished).stdout
+    assert "4 complete" in people
+    assert "holdout" in people
+
+
+def test_launching_again_adds_nothing(finished: Path, undisturbed: list[tuple[Any, ...]]) -> None:
+    again = study("launch", "quick", *SMALL, cwd=finished)
+    assert again.returncode == 0
+    assert "going on with" in again.stderr
+    assert outcome(f"sqlite:///{finished}/study.db", "quick") == undisturbed
+
+
+def test_report_shows_every_cell_and_the_grid(finished: Path) -> None:
+    page = finished / "report.html"
+    report = study("report", "quick", "--html", str(page), cwd=finished)
+    assert report.returncode == 0
+    assert "alpha \\ beta" in report.stdout
+    assert report.stdout.count("complete") >= 4
+    html = re.sub(r"<script.*?</script>", "", whole := page.read_text(), flags=re.DOTALL)
+    assert "Plotly.newPlot" in whole
+    assert "validation accuracy (%)" in whole
+    assert not any(f'{attribute}="http' in html for attribute in ("src", "href"))  # nothing to fetch
+
+
+def test_the_best_are_confirmed_and_told_beside_what_they_were_found_at(finished: Path, tmp_path: Path) -> None:
+    exported = study("export", "quick", str(tmp_path / "study.db"), cwd=finished)
+    assert exported.returncode == 0, exported.stderr
+    done = study("confirm", "quick", "--top", "1", "--seeds", "2", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "points of winner's curse" in done.stdout
+    assert "on the untouched test split" in done.stdout
+    numbers = tmp_path / "report.json"
+    assert study("report", "quick", "quick-confirmed", "--json", str(numbers), cwd=tmp_path).returncode == 0
+    found, confirmed = json.loads(numbers.read_text())
+    assert confirmed["cells"][0]["parameters"] == found["best_params"]
+    assert confirmed["cells"][0]["test"]["n"] == 2
+    refused = study("confirm", "quick", "--top", "99", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--top must be at most the 4 settings" in refused.stderr
+
+
+def test_dashboard_serves_the_study_on_loopback(finished: Path) -> None:
+    import urllib.request
+
+    server = started("dashboard", "--port", "0", cwd=finished)
+    try:
+        assert server.stderr is not None
+        line = server.stderr.readline()
+        address = line.split()[2]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(f"{address}/api/studies", timeout=20) as answer:
+            studies = json.load(answer)["study_summaries"]
+        assert [s["study_name"] for s in studies] == ["quick"]
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "terminate", "kill the launcher", "kill the worker"])
+def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    launcher = started("launch", "quick", *SMALL, cwd=tmp_path)
+    try:
+        worker = held_in_mid_trial(url)
+        if how == "kill the worker":
+            os.kill(worker, signal.SIGKILL)
+            _, err = launcher.communicate(timeout=120)
+            assert launcher.returncode == 0, err
+            assert "died" in err
+        else:
+            number = {"ctrl-c": signal.SIGINT, "terminate": signal.SIGTERM}.get(how, signal.SIGKILL)
+            launcher.send_signal(number)
+            wait_for(lambda: launcher.poll() is not None or has_a_signal_waiting(worker))
+            os.kill(worker, signal.SIGCONT)
+            launcher.communicate(timeout=20)
+            assert launcher.returncode == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+            wait_for(lambda: not Path(f"/proc/{worker}").exists(), 20)  # nobody is left behind
+            again = study("launch", "quick", *SMALL, cwd=tmp_path)
+            assert again.returncode == 0, again.stderr
+            assert "goes on after epoch" in again.stderr
+    finally:
+        launcher.kill()
+    assert outcome(url, "quick") == undisturbed
+
+
+def test_a_study_moves_by_file_and_by_copy(finished: Path, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    def fine(*arguments: str) -> str:
+        done = study(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    home = f"sqlite:///{finished}/study.db"
+    fine("export", "quick", "moved.study", "--storage", home)
+    assert [p.name for p in tmp_path.iterdir()] == ["moved.study"]  # one file
+    fine("import", "moved.study", "--name", "again")
+    assert outcome(f"sqlite:///{tmp_path}/study.db", "again") == undisturbed
+    fine("copy", "again", "--from", "sqlite:///study.db", "--to", "sqlite:///other.db")
+    assert outcome(f"sqlite:///{tmp_path}/other.db", "again") == undisturbed
+    assert "study resume again" in fine("copy", "again", "--from", "sqlite:///other.db", "--to", "sqlite:///third.db")
+    refused = study("delete", "again", cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert (refused.returncode, "say --yes" in refused.stderr) == (2, True)
+    fine("delete", "again", "--yes")
+    assert "there are none yet" in study("status", "again", cwd=tmp_path).stderr
+    refused = study("export", "nope", "x.study", "--storage", home, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert not (tmp_path / "x.study").exists()
+    assert study("requeue", "quick", "--trial", "0", "--storage", home, cwd=tmp_path).returncode == 2
+
+
+def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tmp_path: Path) -> None:
+    """On PostgreSQL, with a budget of blank tickets: exactly as many trials as tickets."""
+    url = postgres.new_database()
+    searched = ["--set", "search.sampler=tpe", "--set", "policy.beta={low=0.1, high=0.9}", "--trials", "7"]
+    launcher = started("launch", "quick", *SMALL, *searched, "--workers", "2", "--storage", url, cwd=tmp_path)
+    wait_for(lambda: worker_pid(url, "quick", range(7)))
+    joined = study("worker", "quick", cwd=tmp_path, env=os.environ | {"STUDY_STORAGE": url})
+    out, err = launcher.communicate(timeout=120)
+    assert (launcher.returncode, joined.returncode) == (0, 0), err + joined.stderr
+    told = json.loads(study("status", "quick", "--json", "--storage", url, cwd=tmp_path).stdout)
+    assert told["states"]["complete"] == told["tickets"] == 7
+    assert "7 complete" in out
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in this process, in an empty folder; gives its exit code and its lines on stderr."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+
+    def refused(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["study", *arguments])
+        with pytest.raises(SystemExit) as end:
+            app.run()
+        assert end.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert list(empty.iterdir()) == []  # nothing half-made is left
+        lines = [line for line in captured.err.splitlines() if not line.startswith("decoding")]
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("study: ")
+        return lines[0]
+
+    return refused
+
+
+BAD_INPUT: list[tuple[list[str], str]] = [
+    (
+        ["launch", "nope"],
+        "no preset 'nope'; presets: paper-augmented, paper-baselines, paper-grid, quick",
+    ),
+    (["launch"], "Missing argument"),
+    (["lunch"], "No such command"),
+    (["launch", "quick", "--sett", "x=1"], "No such option"),
+    (["launch", "quick", "--set", "training.epoch=5"], "unknown key training.epoch (did you mean 'epochs'?)"),
+    (["launch", "quick", "--set", "policy.alpha=0"], "at least 1, got 0"),
+    (["launch", "quick", "--set", "policy.alpha=1079"], "at most the 1078 training images of 'digits'"),
+    (["launch", "quick", "--set", "policy.beta=1.01"], "(0, 1], got 1.01"),
+    (["launch", "quick", "--set", "policy.delta=-1"], "at least 0, got -1"),
+    (["launch", "quick", "--set", "policy.beta=[0.1, 'x']"], "got 'x'"),
+    (["launch", "quick", "--set", "data.name=imagefolder"], "needs --data-root"),
+    (["launch", "quick", "--set", "data.name=imagefolder", "--data-root", "/nowhere"], "no folder /nowhere"),
+    (["launch", "quick", "--storage", "study.db"], "write sqlite:///study.db"),
+    (["launch", "quick", "--storage", "sqlite:////nowhere/study.db"], "no folder /nowhere"),
+    (["launch", "quick", "--storage", "sqlite:////proc/study.db"], "unable to open database file"),
+    (["launch", "quick", "--storage", "postgresql://me:hunter2@127.0.0.1:1/db"], "me:***@127.0.0.1:1/db"),
+    (["launch", "quick", "--device", "tpu"], "got 'tpu'"),
+    (["launch", "quick", "--set", "checkpoint.store=ftpx://a/b"], "checkpoint.store must be 'database', a folder"),
+    (["launch", "quick", "--workers", "0"], "--workers"),
+    (["launch", "quick", "--budget", "2 weeks"], "a budget is an amount and a unit"),
+    (["launch", "quick", "--objective", "speed"], "search.objective: must be accuracy or accuracy,images, got 'speed'"),
+    (["launch", "quick", "--set", "training.images=5000"], 'pruning.step must be "images"'),
+    (["launch", "verdict", "--set", "data.protocol=paper"], "test needs the holdout protocol"),
+    (["confirm", "quick"], "no database file study.db"),
+    (["stop", "quick"], "no database file study.db"),
+    (["report", "quick", "--json", "/nowhere/x.json"], "no folder /nowhere"),
+    (["status", "quick"], "no database file study.db"),
+    (["report", "quick", "--html", "/nowhere/x.html"], "no folder /nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fault"), BAD_INPUT, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], fault: str, run: Any) -> None:
+    line = run(*arguments)
+    assert fault in line
+    assert "hunter2" not in line
+
+
+def test_an_undecodable_image_is_named(tmp_path: Path, run: Any) -> None:
+    for part in ("train", "test"):
+        (tmp_path / "images" / part / "cat").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / part / "cat" / "good.png")
+    (tmp_path / "images" / "train" / "cat" / "bad.png").write_text("no image")
+    options = ["--set", "data.name=imagefolder", "--data-root", str(tmp_path / "images"), "--set", "policy.alpha=1"]
+    assert "bad.png" in run("launch", "quick", *options)
+
+
+def test_questions_about_a_study_that_is_not_there_name_those_that_are(finished: Path, run: Any) -> None:
+    url = f"sqlite:///{finished}/study.db"
+    for verb in ("status", "report", "worker"):
+        assert "no study 'other' in this storage; studies there: quick" in run(verb, "other", "--storage", url)
+    assert "training.epochs: 4 != 6" in run("launch", "quick", *SMALL, "--set", "training.epochs=4", "--storage", url)
+
+
+def test_help_and_presets_load_neither_torch_nor_optuna() -> None:
+    for arguments in (["--help"], ["presets"]):
+        code = f"import sys; sys.argv = ['study', *{arguments}]\nfrom study.cli import run\n"
+        code += "try: run()\nexcept SystemExit: pass\n"
+        code += "print(sorted({'torch', 'optuna', 'sqlalchemy'} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

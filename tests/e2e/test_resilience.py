@@ -1,0 +1,273 @@
+"""Databases that go away, workers that freeze, kills under a pruner: the outcome stays that of a quiet run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from storage import retry as retry_module
+from storage.engine import open_storage
+from storage.queries import progress
+from storage.queue import Queue
+from study.create import load_study
+from study.trial.runner import DatabaseUnavailable
+from tests.e2e.test_command import there, wait_for
+from tests.support.harness import Harness, StopAfter, config_of
+from tests.support.postgres import Postgres
+
+Outcome = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def restartable() -> Iterator[Postgres]:
+    """A server of this test's own: others do not like theirs to go away."""
+    server = Postgres()
+    yield server
+    server.stop()
+
+
+def test_restarts_of_the_database_are_waited_out(restartable: Postgres, undisturbed: Outcome) -> None:
+    bench = Harness(restartable.new_database(), config_of(checkpoint={"every_seconds": 0}))
+    done = threading.Event()
+
+    def restart() -> None:
+        for _ in range(3):
+            time.sleep(0.15)
+            restartable.control("restart", "-m", "immediate")
+        done.set()
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    bench.work()
+    thread.join()
+    assert done.is_set()
+    assert bench.outcome() == undisturbed
+
+
+def test_a_long_absence_keeps_the_checkpoint_on_disk_and_takes_it_up(
+    restartable: Postgres, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Harness(restartable.new_database(), config_of())
+    monkeypatch.setattr(retry_module, "PATIENCE_SECONDS", 0.5)
+    stopped_at = 4
+
+    def stop_the_server() -> bool:
+        """Polled at every step, as the stop signal is; never true."""
+        nonlocal stopped_at
+        stopped_at -= 1
+        if stopped_at == 0:
+            restartable.control("stop", "-m", "immediate")
+        return False
+
+    with pytest.raises(DatabaseUnavailable):
+        bench.work(stop_the_server)
+    (kept,) = bench.aside.glob("*.checkpoint")
+    restartable.control("start")
+    with bench.storage.engine.begin() as connection:  # the lease of the dead attempt, a minute later
+        connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
+    monkeypatch.setattr(retry_module, "PATIENCE_SECONDS", 30)
+    bench.work()
+    # Trained to its end while the database was away: all of its epochs came from disk.
+    assert "trial 0 goes on after epoch 3" in bench.said
+    assert not kept.exists()
+    assert bench.outcome() == undisturbed
+
+
+def test_a_launch_ends_with_75_when_the_database_stays_away(restartable: Postgres, tmp_path: Path) -> None:
+    url = restartable.new_database()
+    environment = os.environ | {"STUDY_PATIENCE_SECONDS": "1", "STUDY_STORAGE": url}
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "study", "launch", "quick", "--device", "cpu", "--set", "training.epochs=500"],
+        env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    engine, study_id = wait_for(lambda: there(url, "quick"))
+    wait_for(lambda: progress(engine, study_id).running)
+    engine.dispose()
+    restartable.control("stop", "-m", "immediate")
+    try:
+        _, said = launched.communicate(timeout=60)
+    finally:
+        restartable.control("start")
+    assert launched.returncode == 75, said
+    assert "when it is back: study resume quick" in said
+
+
+def test_asked_to_stop_while_the_database_is_away(restartable: Postgres, undisturbed: Outcome) -> None:
+    bench = Harness(restartable.new_database(), config_of())
+    steps = 0
+
+    def stop() -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            restartable.control("stop", "-m", "immediate")
+        return steps >= 3
+
+    started = time.monotonic()
+    bench.work(stop, most=1)
+    assert time.monotonic() - started < 8  # of which up to 3 s went to the server's end
+    assert any("kept in" in line for line in bench.said)
+    restartable.control("start")
+    with bench.storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
+    bench.work()
+    assert any("goes on after epoch" in line for line in bench.said)
+    assert bench.outcome() == undisturbed
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        {"kind": "hyperband", "min_resource": 1, "reduction_factor": 2},
+        {"kind": "successive-halving", "min_resource": 1, "reduction_factor": 2},
+        {"kind": "median", "n_startup_trials": 2},
+    ],
+    ids=lambda pruning: pruning["kind"],
+)
+def test_pruners_decide_the_same_with_and_without_kills(pruning: dict[str, Any], tmp_path: Path) -> None:
+    """A worker that vanishes at random steps (its lease expires, its checkpoint is an old one), and a quiet one."""
+    config = config_of(
+        policy={"alpha": [40, 60, 80, 100], "beta": [0.2, 0.8]},
+        training={"epochs": 6},
+        pruning=pruning,
+        checkpoint={"every_seconds": 0.02},
+        lease={"max_attempts": 100},
+    )
+    quiet, killed = (Harness(f"sqlite:///{tmp_path / name}.db", config, "same-name") for name in ("quiet", "killed"))
+    quiet.work()
+
+    class Killed(Exception):
+        pass
+
+    chance, kills = random.Random(0), 0
+
+    def kill() -> bool:
+        if chance.random() < 0.25:
+            raise Killed
+        return False
+
+    while True:
+        try:
+            killed.work(kill)
+            break
+        except Killed:
+            kills += 1
+            with killed.storage.engine.begin() as connection:
+                connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
+    assert kills >= 5
+    assert killed.outcome() == quiet.outcome()
+    assert TrialState.PRUNED in {trial.state for trial in quiet.study.trials}
+
+
+def freeze(worker: subprocess.Popen[str], engine: sa.Engine) -> None:
+    """SIGSTOP between two transactions: one that is stopped within holds its locks for longer than its lease."""
+    while True:
+        os.kill(worker.pid, signal.SIGSTOP)
+        time.sleep(0.05)
+        if not within_a_transaction(engine):
+            return
+        os.kill(worker.pid, signal.SIGCONT)
+        time.sleep(0.01)
+
+
+def within_a_transaction(engine: sa.Engine) -> bool:
+    """Whether anybody else is."""
+    if engine.dialect.name == "sqlite":
+        with sqlite3.connect(str(engine.url.database), timeout=0, isolation_level=None) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.rollback()
+            except sqlite3.OperationalError:
+                return True
+        return False
+    others = "datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'"
+    with engine.connect() as connection:
+        return connection.exec_driver_sql(f"SELECT count(*) FROM pg_stat_activity WHERE {others}").scalar() != 0
+
+
+def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) -> None:
+    """SIGSTOP for longer than the lease, the trial taken over and finished by another, then SIGCONT."""
+    config = config_of(
+        policy={"alpha": 90, "beta": [0.2, 0.6]}, training={"epochs": 16}, lease={"seconds": 1.0},
+        checkpoint={"every_seconds": 0},
+    )  # fmt: skip
+    bench = Harness(url, config)
+    environment = os.environ | {"STUDY_STORAGE": url}
+    command = [sys.executable, "-m", "study", "worker", "s", "--device", "cpu"]
+    worker = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (now := progress(bench.storage.engine, bench.study._study_id)).running or now.running[0].epoch < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        freeze(worker, bench.storage.engine)
+        time.sleep(1.5)
+        bench.work(most=1)  # takes over trial 0 and settles it
+        before = bench.outcome()[0]
+        assert before[1] == TrialState.COMPLETE
+        os.kill(worker.pid, signal.SIGCONT)
+        _, said = worker.communicate(timeout=100)
+    finally:
+        worker.kill()
+    assert worker.returncode == 0, said
+    assert "trial 0 has been taken over; this worker drops it" in said
+    assert bench.outcome()[0] == before
+    quiet = Harness(f"sqlite:///{tmp_path}/quiet.db", config)
+    quiet.work()
+    assert bench.outcome() == quiet.outcome()
+
+
+def test_a_worker_waits_for_others_and_takes_over(sqlite_url: str) -> None:
+    """Nothing to claim while another lives; its trial, once it is dead."""
+    bench = Harness(sqlite_url, config_of(policy={"alpha": 60, "beta": 0.5}))
+    other = Queue(bench.storage.engine, bench.study._study_id, owner="other", seconds=2)
+    assert other.claim() is not None
+    assert bench.queue().claim() is None
+    assert bench.queue().unfinished() == 1
+    time.sleep(2.2)
+    bench.work()
+    assert bench.study.trials[0].state == TrialState.COMPLETE
+
+
+def test_stop_after_is_used() -> None:
+    """The helper that these tests lean on does stop."""
+    stop = StopAfter(2)
+    assert [stop(), stop(), stop()] == [False, True, False]
+
+
+def test_storages_open_while_studies_are_there(sqlite_url: str) -> None:
+    bench = Harness(sqlite_url, config_of())
+    study, config = load_study(open_storage(sqlite_url, create=False, reading=True), "s")
+    assert config == bench.config
+    assert len(study.trials) == 4
+
+
+def test_a_workers_start_waits_for_a_database_that_is_away(restartable: Postgres, tmp_path: Path) -> None:
+    """A launcher's worker does; one started by a person says at once what is wrong."""
+    url = restartable.new_database()
+    Harness(url, config_of(policy={"alpha": 60, "beta": 0.5}))
+    restartable.control("stop", "-m", "immediate")
+    command = [sys.executable, "-m", "study", "worker", "s", "--device", "cpu"]
+    environment = os.environ | {"STUDY_STORAGE": url}
+    person = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert person.returncode == 2
+    assert "cannot use the database" in person.stderr
+    supervised = environment | {"STUDY_SUPERVISED": str(os.getpid())}
+    worker = subprocess.Popen(command, env=supervised, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(6)
+    restartable.control("start")
+    _, said = worker.communicate(timeout=60)
+    assert worker.returncode == 0, said

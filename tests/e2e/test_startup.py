@@ -1,0 +1,51 @@
+"""What a verb loads before it answers: nothing heavy that it has no use for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.harness import Harness, config_of
+
+PROGRAM = """
+import json, sys
+from study.cli.app import main as run
+try:
+    run()
+except SystemExit as end:
+    assert not end.code, end.code
+print(json.dumps(sorted(sys.modules)))
+"""
+HEAVY = {"torch", "torchvision", "scipy", "plotly", "sklearn", "PIL"}
+
+
+def loaded(*arguments: str, cwd: Path) -> set[str]:
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, check=True)
+    return set(json.loads(ran.stdout.splitlines()[-1]))
+
+
+def test_help_and_presets_load_no_database_and_no_torch(tmp_path: Path) -> None:
+    for arguments in (("--help",), ("launch", "--help"), ("presets",)):
+        assert not loaded(*arguments, cwd=tmp_path) & (HEAVY | {"optuna", "sqlalchemy", "numpy"})
+
+
+@pytest.mark.parametrize("verb", [("status", "s"), ("status", "s", "--json")])
+def test_status_loads_no_torch(verb: tuple[str, ...], tmp_path: Path) -> None:
+    Harness(f"sqlite:///{tmp_path / 'study.db'}", config_of())
+    found = loaded(*verb, cwd=tmp_path)
+    assert not found & HEAVY
+    assert "optuna" in found  # it did look
+
+
+def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
+    """torch.compile is 160 MB and more than a second of every worker's start."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    Harness(url, config_of(training={"epochs": 1}))
+    found = loaded("worker", "s", "--storage", url, "--device", "cpu", cwd=tmp_path)
+    assert "torch.nn" in found
+    assert "torch._dynamo" not in found

@@ -1,0 +1,338 @@
+"""Stopping a study wherever its workers are, and budgets that they share."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from storage import budgets, queue, stop_requests
+from storage.engine import database_time, open_storage
+from storage.errors import UserError
+from storage.schema import ATTEMPTS, EPOCHS, SPENDING
+from study.worker.stop_monitor import Stop
+from tests.support.harness import Harness, config_of
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["20 gpu-hours"], {"gpu-hours": 20.0}),
+        (["2h", "500_000_000 images"], {"hours": 2.0, "images": 5e8}),
+        (["3 kWh", "0.5 GPU-hours"], {"kWh": 3.0, "gpu-hours": 0.5}),
+        (["5e8 images"], {"images": 5e8}),
+        (["1,500,000 images", "1.5 h"], {"images": 1.5e6, "hours": 1.5}),
+        (["none"], {}),
+    ],
+)
+def test_budgets_are_read(texts: list[str], expected: dict[str, float]) -> None:
+    assert budgets.parse_budgets(texts) == expected
+
+
+@pytest.mark.parametrize(
+    "texts", [["20"], ["h"], ["0 h"], ["-1 h"], ["2 weeks"], ["1 h", "2 hours"], ["nan h"], [""], ["1,5 h"]]
+)
+def test_what_is_no_budget_is_refused(texts: list[str]) -> None:
+    with pytest.raises(UserError, match="budget"):
+        budgets.parse_budgets(texts)
+
+
+def test_a_request_to_stop_holds_until_somebody_goes_on(url: str) -> None:
+    bench = Harness(url, config_of())
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    assert stop_requests.reason_to_stop(engine, study_id) is None
+    stop_requests.request_stop(engine, study_id)
+    stop_requests.request_stop(engine, study_id)
+    assert "study stop" in (stop_requests.reason_to_stop(engine, study_id) or "")
+    stop_requests.withdraw_stop(engine, study_id)
+    assert stop_requests.reason_to_stop(engine, study_id) is None
+
+
+def test_what_is_spent_is_counted_over_all_attempts(url: str) -> None:
+    """Two workers side by side, a pause, one more: gpu-hours add up, hours are those in which anybody worked."""
+    bench = Harness(url, config_of())
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    ids = [trial._trial_id for trial in bench.study.trials]
+    rows = [(ids[0], 0, 3600, 100, 3.6e6), (ids[1], 1800, 5400, 200, 0.0), (ids[2], 9000, 10800, 50, 1.8e6)]
+    with engine.begin() as connection:
+        for trial_id, start, end, images, joules in rows:
+            row = {"trial_id": trial_id, "token": 1, "owner": "w", "device": "gpu", "outcome": "settled"}
+            row |= {"started_at": start, "ended_at": end, "images": images, "joules": joules}
+            connection.execute(sa.insert(ATTEMPTS).values(row))
+    expected = {"gpu-hours": 2.5, "hours": 2.0, "images": 350, "kWh": 1.5}
+    assert budgets.spending(engine, study_id).amounts == pytest.approx(expected)
+    assert budgets.spending(engine, study_id).workers == 0
+    taken = {"trial_id": ids[3], "token": 1, "owner": "w", "device": "gpu", "started_at": 20000, "images": 0}
+    with engine.begin() as connection:  # its trial was put back: nobody will write its end
+        connection.execute(sa.insert(ATTEMPTS).values(taken))
+    assert budgets.spending(engine, study_id).amounts["gpu-hours"] == pytest.approx(2.5)
+    budgets.set_budgets(engine, study_id, {"hours": 2.1, "images": 350})
+    assert stop_requests.reason_to_stop(engine, study_id) == "the budget is spent: 350 of 350 images"
+    budgets.set_budgets(engine, study_id, {})
+    assert stop_requests.reason_to_stop(engine, study_id) is None
+    lease = bench.queue(seconds=60).claim()
+    assert lease is not None
+    assert budgets.spending(engine, study_id).workers == 1
+
+
+@pytest.mark.parametrize(
+    ("amounts", "workers", "budgets", "seconds"),
+    [
+        ({"gpu-hours": 2.0, "hours": 1.0, "images": 7200}, 4, {}, math.inf),
+        ({"gpu-hours": 2.0, "hours": 1.0, "images": 7200}, 4, {"images": 10800}, 900.0),  # one image a second each
+        ({"gpu-hours": 2.0, "hours": 1.0, "images": 7200}, 0, {"images": 10800}, 0.0),
+        ({"gpu-hours": 2.0, "hours": 1.0, "images": 0}, 4, {"images": 10800}, 0.0),
+        ({"gpu-hours": 0.0, "hours": 0.0, "images": 0}, 4, {"gpu-hours": 1.0}, 0.0),
+        ({"gpu-hours": 2.0, "hours": 1.0, "images": 0}, 4, {"gpu-hours": 3.0}, 900.0),
+        ({"gpu-hours": 2.0, "hours": 1.0, "images": 0}, 4, {"hours": 1.5, "gpu-hours": 10.0}, 1800.0),
+        ({"gpu-hours": 2.0, "hours": 1.0, "images": 7200}, 4, {"images": 100}, 0.0),
+    ],
+)
+def test_how_long_budgets_will_last(
+    amounts: dict[str, float], workers: int, budgets: dict[str, float], seconds: float
+) -> None:
+    spent = budgets.Spending(amounts, workers, 3600 * amounts["gpu-hours"])
+    assert spent.seconds_left(budgets) == pytest.approx(seconds)
+
+
+def test_the_faster_pace_counts_towards_how_long_budgets_will_last() -> None:
+    """A slow start, then 100 images a second: the mean over all history would see 10."""
+    before, now = ({"gpu-hours": s / 3600, "hours": s / 3600, "images": i} for s, i in ((90, 0), (100, 1000)))
+    spent = budgets.Spending(now, 1, 100.0, at=1100.0)
+    assert spent.seconds_left({"images": 2000}) == pytest.approx(100.0)
+    assert spent.seconds_left({"images": 2000}, budgets.Spending(before, 1, 90.0, at=1090.0)) == pytest.approx(10.0)
+
+
+def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is fresh, and while somebody is at it; who should have renewed it may have died."""
+    bench = Harness(url, config_of())
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    added = []
+    real = budgets.spending
+    monkeypatch.setattr(budgets, "spending", lambda *where: added.append(where) or real(*where))
+
+    def stored(**cells: Any) -> None:
+        values = {SPENDING.c[name]: value for name, value in cells.items()}
+        with engine.begin() as connection:
+            connection.execute(sa.update(SPENDING).values(values))
+
+    first = budgets.recent_spending(engine, study_id)
+    assert first == budgets.Spending(dict.fromkeys(budgets.UNITS, 0.0) | {"images": 0}, 0, 0, at=first.at)
+    assert abs(first.at - time.time()) < 60
+    stored(took=1.0)
+    assert budgets.recent_spending(engine, study_id) == first
+    assert len(added) == 1
+    stored(took=0.01, at=database_time(engine) - 0.2)
+    assert budgets.recent_spending(engine, study_id).at > first.at
+    assert len(added) == 2
+    stored(took=1.0, at=database_time(engine) - 61.0)
+    budgets.recent_spending(engine, study_id)
+    assert len(added) == 3
+    stored(took=1.0, at=database_time(engine) + 3600.0)  # the database's clock was put back
+    budgets.recent_spending(engine, study_id)
+    assert len(added) == 4
+
+
+def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Harness(url, config_of())
+    study_id = bench.study._study_id
+    budgets.recent_spending(bench.storage.engine, study_id)
+    with bench.storage.engine.begin() as connection:
+        connection.execute(sa.update(SPENDING).values(took=0.02, at=database_time(bench.storage.engine) - 0.3))
+    added, real = [], budgets.spent
+    monkeypatch.setattr(budgets, "spending", lambda *where: added.append(where) or real(*where))
+    engines = [open_storage(url, create=False).engine for _ in range(8)]
+    threads = [threading.Thread(target=budgets.recent_spending, args=(engine, study_id)) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(added) == 1
+
+
+def test_workers_that_share_a_gpu_spend_its_hours_together(url: str) -> None:
+    bench = Harness(url, config_of())
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    row = {"token": 1, "owner": "w", "device": "gpu", "started_at": 0, "ended_at": 3600, "images": 0}
+    with engine.begin() as connection:
+        for trial, share in zip(bench.study.trials, (0.5, 0.5, None), strict=False):
+            connection.execute(sa.insert(ATTEMPTS).values(row | {"trial_id": trial._trial_id, "share": share}))
+    spent = budgets.spending(engine, study_id)
+    assert spent.amounts["gpu-hours"] == pytest.approx(2.0)  # one GPU by two workers, one by one
+    assert spent.amounts["hours"] == pytest.approx(1.0)
+    assert spent.seconds_worked == pytest.approx(3 * 3600)
+    assert bench.queue(share=0.25).claim() is not None
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(ATTEMPTS.c.share).where(ATTEMPTS.c.ended_at.is_(None))) == 0.25
+
+
+def test_an_epoch_whose_commit_was_not_answered_counts_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection breaks after the commit: the same statements come again."""
+    bench = Harness(url, config_of())
+    work = bench.queue()
+    lease = work.claim()
+    assert lease is not None
+    monkeypatch.setattr(queue, "retry", lambda action, *_, **__: (action(), action())[1])
+    row = {"accuracy": 0.5, "loss": 1.0, "images": 60, "train_seconds": 2.0, "validation_seconds": 1.0}
+    row |= {"kind": "keep", "k": 0, "beta": 0.0, "joules": 5.0}  # type: ignore[dict-item]
+    for epoch in (1, 2):
+        work.record(lease, row | {"epoch": epoch}, {epoch: 0.5})
+    spent = budgets.spending(bench.storage.engine, bench.study._study_id).amounts
+    assert spent["images"] == 120
+    assert spent["kWh"] == pytest.approx(10.0 / 3.6e6)
+
+
+def test_a_worker_looks_at_a_far_budget_seldom_and_at_a_near_one_after_every_epoch(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Harness(url, config_of(training={"epochs": 20}))
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    looks: list[str] = []
+    real = budgets.recent_spending
+    monkeypatch.setattr(budgets, "recent_spending", lambda *where: looks.append("") or real(*where))
+
+    def epochs_and_looks(budget: float) -> int:
+        budgets.set_budgets(engine, study_id, {"images": budget})
+        stop = Stop()
+        stop.watch(engine, study_id)
+        looks.clear()
+        bench.work(stop, most=1)
+        looked = len(looks)
+        stop._ask()  # its thread ends
+        return looked
+
+    # Once, because nothing is known of the pace yet; on a slow machine every 2 s, of 20 epochs.
+    assert 1 <= epochs_and_looks(1e12) < 10
+    assert epochs_and_looks(1e12) < 10
+    used = int(budgets.spending(engine, study_id).amounts["images"])
+    assert epochs_and_looks(used + 10 * 90) >= 10
+    # One more where the machine was so busy that adding up took as long as an epoch.
+    assert used + 10 * 90 <= budgets.spending(engine, study_id).amounts["images"] < used + 12 * 90
+
+
+# With real workers, from the command line.
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Any:
+    environment = os.environ | {"STUDY_STORAGE": f"sqlite:///{tmp_path / 'study.db'}", "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "study", *arguments],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        )  # fmt: skip
+
+    return start
+
+
+LAUNCH = ("launch", "quick", "--device", "cpu", "--set", "pruning=none", "--set", "network.width=0.125")
+
+
+def test_a_budget_ends_the_work_and_a_larger_one_goes_on(command: Any) -> None:
+    """12 trials of 2 epochs; 3,000 images are spent somewhere in the fourth."""
+    first = command(*LAUNCH, "--set", "training.epochs=2", "--workers", "2", "--budget", "3000 images")
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, said
+    assert "the budget is spent" in said
+    status = command("status", "quick").communicate(timeout=60)[0]
+    spent = float(status.partition("spent ")[2].partition(" of")[0].replace(",", ""))
+    assert 3000 <= spent < 3000 + 2 * 600  # an epoch a worker
+    last = command("resume", "quick", "--device", "cpu", "--budget", "none")
+    said, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, said
+    assert "12 complete" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unit", "budget"), [("images", "60000 images"), ("gpu-hours", "0.04 gpu-hours"), ("hours", "0.005 h")]
+)
+def test_eight_workers_overrun_a_budget_by_an_epoch_each_at_most(
+    unit: str, budget: str, command: Any, tmp_path: Path
+) -> None:
+    launched = command(*LAUNCH, "--set", "training.epochs=1000", "--workers", "8", "--budget", budget)
+    said, _ = launched.communicate(timeout=600)
+    assert launched.returncode == 130, said
+    told = json.loads(command("status", "quick", "--json").communicate(timeout=60)[0])
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'study.db'}")
+    longest = sa.func.max(EPOCHS.c.train_seconds + EPOCHS.c.validation_seconds + EPOCHS.c.selection_seconds)
+    with engine.connect() as connection:
+        seconds, images, workers = connection.execute(
+            sa.select(
+                longest,
+                sa.func.max(EPOCHS.c.images),
+                sa.select(sa.func.count(ATTEMPTS.c.owner.distinct())).scalar_subquery(),
+            )
+        ).one()
+    assert workers == 8
+    over = told["spent"][unit] - told["budgets"][unit]
+    # Hours run on while the last checkpoint is stored.
+    allowed = {"images": 8 * images, "gpu-hours": 8 * (seconds + 1) / 3600, "hours": (seconds + 1) / 3600}[unit]
+    print(f"{budget}: {over:.4g} {unit} over; allowed {allowed:.4g}; longest epoch {seconds:.2f} s, {images} images")  # noqa: T201
+    assert 0 <= over < allowed
+
+
+def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> None:
+    launched = command(*LAUNCH, "--set", "training.epochs=200")
+    database = tmp_path / "study.db"
+    deadline = time.monotonic() + 60
+    while "running" not in (status := command("status", "quick").communicate(timeout=60)[0]):
+        assert time.monotonic() < deadline, status
+        time.sleep(0.2)
+    alone = command("worker", "quick", "--device", "cpu")
+    time.sleep(1)
+    assert command("stop", "quick").wait(60) == 0
+    assert launched.wait(60) == 130
+    assert alone.wait(60) == 130
+    engine = sa.create_engine(f"sqlite:///{database}")
+    with engine.connect() as connection:
+        states = connection.exec_driver_sql("SELECT state, count(*) FROM trials GROUP BY state").all()
+        live = connection.exec_driver_sql("SELECT count(*) FROM trial_leases WHERE expires_at > 0").scalar()
+    assert TrialState.FAIL.name not in dict(states)  # type: ignore[arg-type]
+    assert live == 0
+    for start in (("worker", "quick", "--device", "cpu"), (*LAUNCH, "--set", "training.epochs=200")):
+        refused = command(*start)  # a machine that restarts its launcher must not take the request back
+        said, _ = refused.communicate(timeout=60)
+        assert refused.returncode == 130
+        assert "asked to stop by `study stop`; go on with: study resume quick" in said
+    resumed = command("resume", "quick", "--device", "cpu", "--budget", "1 images")
+    said, _ = resumed.communicate(timeout=60)
+    assert resumed.returncode == 130
+    assert "stopped: the budget is spent" in said
+    assert "go on with: study resume quick --budget" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--budget", "3 kWh"), "a budget in kWh needs devices that tell their energy; cpu does not"),
+        (("--workers", "9" * 20), "--workers must be at most"),
+        (
+            ("--on", "ray", "--cpus-per-worker", "inf"),
+            "--cpus-per-worker must be 0 or a number from 0.0001 on, got inf",
+        ),
+        (("--on", "ray", "--gpus-per-worker", "0.00001"), "--gpus-per-worker must be 0 or a number from 0.0001 on"),
+        (("--on", "ray", "--storage", "postgresql://me:hunt%65r2@h/x"), "Ray shows a launcher's arguments"),
+        (("--on", "ray", "--storage", "postgresql://me@h/x?password=hunter2"), "Ray shows a launcher's arguments"),
+    ],
+)
+def test_what_workers_cannot_do_is_refused_before_anything_is_made(
+    more: tuple[str, ...], told: str, command: Any, tmp_path: Path
+) -> None:
+    refused = command(*LAUNCH, *more)
+    said, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 2
+    assert len(said.splitlines()) == 1
+    assert told in said
+    assert not (tmp_path / "study.db").exists()

@@ -1,0 +1,406 @@
+"""Tickets and leases, on SQLite and on PostgreSQL alike."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from storage import checkpoints, queries
+from storage import engine as engine_module
+from storage.engine import open_storage
+from storage.enqueue import enqueue_trials
+from storage.errors import UserError
+from storage.queue import Lease, LeaseLost, Queue
+from storage.retry import retry
+from storage.schema import CHECKPOINTS, LEASES
+from tests.support.postgres import Postgres
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def some_tickets(count: int) -> list[FrozenTrial]:
+    space = {"x": FloatDistribution(0.0, 100.0)}
+    return [
+        create_trial(state=TrialState.WAITING, params={"x": float(i)}, distributions=space, user_attrs={"ticket": i})
+        for i in range(count)
+    ]
+
+
+def laid(url: str, count: int) -> tuple[optuna.Study, sa.Engine]:
+    storage = open_storage(url)
+    study = optuna.create_study(study_name="s", storage=storage, direction="maximize", load_if_exists=True)
+    enqueue_trials(storage.engine, study._study_id, {"config": {"a": 1}}, some_tickets(count))
+    return study, storage.engine
+
+
+def epoch(number: int, accuracy: float = 0.5) -> dict[str, Any]:
+    zeros = dict.fromkeys(("loss", "train_seconds", "validation_seconds", "beta"), 0.0)
+    return zeros | {"epoch": number, "accuracy": accuracy, "images": 10, "kind": "keep", "k": 0}
+
+
+def expire(engine: sa.Engine, lease: Lease) -> None:
+    with engine.begin() as connection:
+        connection.execute(sa.update(LEASES).where(LEASES.c.trial_id == lease.trial_id).values(expires_at=1.0))
+
+
+def claimed(queue: Queue) -> Lease:
+    lease = queue.claim()
+    assert lease is not None
+    return lease
+
+
+def state(study: optuna.Study, lease: Lease) -> FrozenTrial:
+    return study._storage.get_trial(lease.trial_id)
+
+
+def test_laying_is_done_once_and_grows(url: str) -> None:
+    study, engine = laid(url, 5)
+    assert [t.params["x"] for t in study.trials] == [0, 1, 2, 3, 4]
+    assert [t.number for t in study.trials] == [0, 1, 2, 3, 4]
+    assert {t.state for t in study.trials} == {TrialState.WAITING}
+    found = enqueue_trials(engine, study._study_id, {"config": {"a": 2}}, some_tickets(9))
+    assert found == {"config": {"a": 1}}
+    assert len(study.trials) == 5  # somebody else's study: nothing is added
+    found = enqueue_trials(engine, study._study_id, {"config": {"a": 1}, "new": [1]}, some_tickets(7))
+    assert found == {"config": {"a": 1}, "new": [1]}
+    assert [t.params["x"] for t in study.trials] == [0, 1, 2, 3, 4, 5, 6]
+    assert study.user_attrs == found
+
+
+def test_a_laid_ticket_is_what_optuna_would_have_enqueued(url: str) -> None:
+    study, _ = laid(url, 1)
+    stock = optuna.create_study(study_name="stock", storage=study._storage, direction="maximize")
+    stock.add_trial(some_tickets(1)[0])
+    ours, theirs = study.trials[0], stock.trials[0]
+    for name in ("number", "state", "params", "distributions", "user_attrs", "system_attrs", "intermediate_values"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_claim_gives_each_ticket_once_in_order(url: str) -> None:
+    study, engine = laid(url, 3)
+    workers = [Queue(engine, study._study_id, owner=f"w{i}") for i in range(4)]
+    leases = [worker.claim() for worker in workers]
+    assert [lease and (lease.number, lease.token) for lease in leases] == [(0, 1), (1, 1), (2, 1), None]
+    assert {t.state for t in study.trials} == {TrialState.RUNNING}
+    assert all(t.datetime_start is not None for t in study.trials)
+
+
+def test_every_attempt_is_logged_with_its_end(url: str) -> None:
+    study, engine = laid(url, 3)
+    first, second = (Queue(engine, study._study_id, owner=name, device=f"gpu {name}") for name in ("a", "b"))
+    gone = claimed(first)
+    expire(engine, gone)
+    retaken = claimed(second)
+    assert retaken.number == gone.number
+    second.release(retaken)
+    third = claimed(second)
+    second.finish(third, TrialState.COMPLETE, [0.5])
+    broken = claimed(second)
+    second.release(broken, error="boom")
+    second.fail(claimed(second), "for good")
+    log = queries.attempts(engine, study._study_id)
+    assert [(a.number, a.owner, a.device, a.outcome, a.error) for a in log] == [
+        (0, "a", "gpu a", "vanished", None),
+        (0, "b", "gpu b", "released", None),
+        (0, "b", "gpu b", "settled", None),
+        (1, "b", "gpu b", "error", "boom"),
+        (2, "b", "gpu b", "error", "for good"),
+    ]
+    assert all(a.ended_at is not None and a.started_at > 1e9 for a in log)
+    assert all(a.ended_at >= a.started_at for a in log[1:] if a.ended_at)
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date(url: str) -> None:
+    study, engine = laid(url, 1)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE trial_attempts")
+        for column in ("selection_seconds", "seen", "joules"):
+            connection.exec_driver_sql(f"ALTER TABLE trial_epochs DROP COLUMN {column}")
+    engine.dispose()
+    later = open_storage(url, create=False)  # as a worker or `study status` would
+    worker = Queue(later.engine, study._study_id)
+    lease = claimed(worker)
+    worker.record(lease, epoch(1) | {"seen": 7}, {1: 0.5})
+    assert queries.epoch_rows(later.engine, study._study_id)[0][0]["seen"] == 7
+    assert len(queries.attempts(later.engine, study._study_id)) == 1
+
+
+def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> None:
+    study, engine = laid(url, 1)
+    old, new = (Queue(engine, study._study_id, owner=name) for name in ("old", "new"))
+    stale = claimed(old)
+    old.record(stale, epoch(1), {1: 0.5})
+    assert new.claim() is None
+    expire(engine, stale)
+    lease = claimed(new)
+    assert (lease.number, lease.token) == (stale.number, stale.token + 1)
+
+    for forbidden in (
+        lambda: old.record(stale, epoch(2), {2: 0.6}),
+        lambda: old.finish(stale, TrialState.COMPLETE, [0.6]),
+        lambda: checkpoints.save(old, stale, 1, b"old"),
+    ):
+        with pytest.raises(LeaseLost):
+            forbidden()
+    old.release(stale, error="too late")  # quietly nothing
+    old.fail(stale, "too late")
+    trial = state(study, lease)
+    assert (trial.state, trial.intermediate_values, trial.user_attrs) == (TrialState.RUNNING, {1: 0.5}, {"ticket": 0})
+    assert checkpoints.load(new, lease) is None
+
+    new.record(lease, epoch(1, 0.9), {1: 0.9})  # repeated since the checkpoint: the first record stays
+    new.record(lease, epoch(2), {2: 0.7})
+    new.finish(lease, TrialState.COMPLETE, [0.7], {"best_epoch": 2})
+    trial = state(study, lease)
+    assert (trial.value, trial.intermediate_values) == (0.7, {1: 0.5, 2: 0.7})
+    assert [row["accuracy"] for row in queries.epoch_rows(engine, study._study_id)[0]] == [0.5, 0.5]
+    with pytest.raises(LeaseLost):
+        new.finish(stale, TrialState.FAIL, [])
+
+
+@pytest.mark.parametrize("end", [TrialState.COMPLETE, TrialState.PRUNED])
+def test_finishing_leaves_what_stock_optuna_leaves(url: str, end: TrialState) -> None:
+    study, engine = laid(url, 1)
+    worker = Queue(engine, study._study_id)
+    lease = claimed(worker)
+    for n, value in enumerate((0.25, 0.5), 1):
+        worker.record(lease, epoch(n), {n: value})
+    worker.finish(lease, end, [0.5], {"seconds": 1.5})
+    stock = optuna.create_study(study_name="stock", storage=study._storage, direction="maximize")
+    stock.add_trial(some_tickets(1)[0])
+    trial = stock.ask()
+    for n, value in enumerate((0.25, 0.5), 1):
+        trial.report(value, n)
+    trial.set_user_attr("seconds", 1.5)
+    stock.tell(trial, 0.5 if end == TrialState.COMPLETE else None, state=end)
+    ours, theirs = study.trials[0], stock.trials[0]
+    for name in ("number", "state", "params", "values", "user_attrs", "intermediate_values"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.datetime_complete is not None
+    assert theirs.datetime_complete is not None
+    assert abs((ours.datetime_complete - theirs.datetime_complete).total_seconds()) < 60
+
+
+def test_release_is_claimable_at_once_and_costs_no_attempt(url: str) -> None:
+    study, engine = laid(url, 1)
+    workers = [Queue(engine, study._study_id, owner=f"w{i}", max_attempts=2) for i in range(2)]
+    for turn in range(6):
+        workers[turn % 2].release(claimed(workers[turn % 2]))
+    assert claimed(workers[0]).token == 7
+
+
+def test_errors_in_a_row_fail_the_trial_with_the_last_one(url: str) -> None:
+    study, engine = laid(url, 1)
+    worker = Queue(engine, study._study_id, max_attempts=3)
+    for attempt in range(3):
+        worker.release(claimed(worker), error=f"boom {attempt}")
+    assert worker.claim() is None
+    trial = study.trials[0]
+    assert (trial.state, trial.user_attrs["error"]) == (TrialState.FAIL, "boom 2")
+
+
+def test_vanishing_workers_fail_the_trial_too(url: str) -> None:
+    study, engine = laid(url, 1)
+    for attempt in range(3):
+        worker = Queue(engine, study._study_id, owner=f"w{attempt}", max_attempts=3)
+        expire(engine, claimed(worker))
+    assert Queue(engine, study._study_id, owner="last", max_attempts=3).claim() is None
+    assert study.trials[0].state == TrialState.FAIL
+    assert "3 attempts got no further" in study.trials[0].user_attrs["error"]
+
+
+def test_an_attempt_that_gets_further_starts_the_count_anew(url: str) -> None:
+    study, engine = laid(url, 1)
+    for attempt in range(10):
+        worker = Queue(engine, study._study_id, owner=f"w{attempt}", max_attempts=2)
+        lease = claimed(worker)
+        worker.record(lease, epoch(attempt + 1), {attempt + 1: 0.5})
+        expire(engine, lease)
+    assert study.trials[0].state == TrialState.RUNNING
+
+
+def test_the_lease_is_renewed_while_the_training_thread_is_busy(url: str) -> None:
+    study, engine = laid(url, 1)
+    worker = Queue(engine, study._study_id, owner="busy", seconds=1.0)
+    thief = Queue(engine, study._study_id, owner="thief")
+    lease = claimed(worker)
+    with worker.renewing(lease):
+        for _ in range(20):
+            time.sleep(0.1)
+            assert thief.claim() is None
+    time.sleep(1.3)
+    taken = claimed(thief)
+    with worker.renewing(lease):
+        assert lease.lost.wait(3)
+    assert taken.token == lease.token + 1
+
+
+def test_a_trial_settled_by_hand_is_dropped(url: str) -> None:
+    study, engine = laid(url, 1)
+    worker = Queue(engine, study._study_id)
+    lease = claimed(worker)
+    study._storage.set_trial_state_values(lease.trial_id, TrialState.FAIL)
+    with pytest.raises(LeaseLost):
+        worker.finish(lease, TrialState.COMPLETE, [0.5])
+    assert study.trials[0].values is None
+
+
+def test_checkpoints_come_back_whole_or_not_at_all(url: str) -> None:
+    study, engine = laid(url, 1)
+    worker = Queue(engine, study._study_id)
+    lease = claimed(worker)
+    assert checkpoints.load(worker, lease) is None
+    for n, payload in enumerate((b"one" * 100_000, bytes(range(256)))):
+        checkpoints.save(worker, lease, n, payload)
+        found = checkpoints.load(worker, lease)
+        assert found == checkpoints.Found(n, payload)
+    with engine.begin() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(CHECKPOINTS)).scalar_one() == 1
+        connection.execute(sa.update(CHECKPOINTS).values(payload=b"altered"))
+    assert checkpoints.load(worker, lease) == checkpoints.Found(1, None)
+    worker.finish(lease, TrialState.COMPLETE, [0.5])
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(CHECKPOINTS)).scalar_one() == 0
+
+
+def test_progress_counts(url: str) -> None:
+    study, engine = laid(url, 4)
+    worker = Queue(engine, study._study_id, owner="me")
+    for end in (TrialState.COMPLETE, TrialState.PRUNED):
+        lease = claimed(worker)
+        worker.record(lease, epoch(1), {1: 0.5})
+        worker.finish(lease, end, [0.5])
+    lease = claimed(worker)
+    worker.record(lease, epoch(1, 0.25), {1: 0.25})
+    worker.record(lease, epoch(2, 0.75), {2: 0.75})
+    now = queries.progress(engine, study._study_id)
+    assert now.states == {"waiting": 1, "running": 1, "complete": 1, "pruned": 1, "failed": 0}
+    assert (now.total, now.settled, now.epochs, now.best) == (4, 2, 2, 0.5)
+    (running,) = now.running
+    assert (running.number, running.owner, running.epoch, running.accuracy) == (2, "me", 2, 0.75)
+    assert 50 < running.lease_seconds_left <= 60
+
+
+def test_a_new_study_inherits_nothing_of_a_deleted_one(url: str) -> None:
+    """SQLite gives the trial ids of a deleted study again."""
+    study, engine = laid(url, 1)
+    worker = Queue(engine, study._study_id)
+    lease = claimed(worker)
+    worker.record(lease, epoch(1), {1: 0.5})
+    checkpoints.save(worker, lease, 1, b"x")
+    optuna.delete_study(study_name="s", storage=study._storage)
+    study, engine = laid(url, 1)
+    fresh = Queue(engine, study._study_id)
+    lease = claimed(fresh)
+    assert lease.token == 1
+    assert checkpoints.load(fresh, lease) is None
+    assert queries.epoch_rows(engine, study._study_id) == {}
+
+
+def test_a_database_that_comes_back_is_waited_for() -> None:
+    calls = []
+
+    def flaky() -> str:
+        calls.append(1)
+        if len(calls) < 3:
+            raise sa.exc.OperationalError("select", {}, Exception("server closed the connection"))
+        return "done"
+
+    assert retry(flaky) == "done"
+    with pytest.raises(sa.exc.OperationalError):
+        retry(lambda: (_ for _ in ()).throw(sa.exc.OperationalError("x", {}, Exception())), patience=0.3)
+    with pytest.raises(sa.exc.IntegrityError):  # not a is_transient fault: at once
+        retry(lambda: (_ for _ in ()).throw(sa.exc.IntegrityError("x", {}, Exception())))
+
+
+def _run_all(url: str) -> list[int]:
+    """A worker: claim, record, finish, until nothing is left."""
+    study, engine = laid(url, 40)
+    worker, ran = Queue(engine, study._study_id), []
+    while (lease := worker.claim()) is not None:
+        worker.record(lease, epoch(1), {1: 0.5})
+        worker.finish(lease, TrialState.COMPLETE, [0.5])
+        ran.append(lease.number)
+    return ran
+
+
+def in_processes(function: Callable[[str], Any], url: str, processes: int) -> list[Any]:
+    with ProcessPoolExecutor(processes, mp_context=SPAWN) as pool:
+        return list(pool.map(function, [url] * processes))
+
+
+def test_many_workers_create_one_study_at_once_and_run_every_ticket_exactly_once(url: str) -> None:
+    ran = [number for worker in in_processes(_run_all, url, 6) for number in worker]
+    assert sorted(ran) == list(range(40))
+    study, _ = laid(url, 40)
+    assert [t.number for t in study.trials] == list(range(40))
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE}
+
+
+def test_no_tables_are_made_by_those_who_only_look(url: str) -> None:
+    with pytest.raises(UserError, match=r"no database file|holds no studies"):
+        open_storage(url, create=False, reading=True)
+
+
+def test_a_reader_does_not_hold_up_the_writers(sqlite_url: str) -> None:
+    study, engine = laid(sqlite_url, 1)
+    worker = Queue(engine, study._study_id)
+    lease = claimed(worker)
+    reader = open_storage(sqlite_url, create=False, reading=True)
+    with reader.engine.connect() as connection:
+        connection.execute(sa.select(LEASES)).all()  # its transaction stays open
+        started = time.monotonic()
+        worker.record(lease, epoch(1), {1: 0.5})
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("doing", ["renewing", "recording"])
+def test_who_is_frozen_within_a_transaction_loses_its_locks(
+    doing: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would outlive its lease, and its machine answers every keep-alive. (On SQLite it holds the whole file.)"""
+    url = postgres.new_database()
+    study, other_engine = laid(url, 1)
+    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 2)
+    engine = open_storage(url).engine
+    frozen, other = (Queue(of, study._study_id, seconds=0.5) for of in (engine, other_engine))
+    lease = claimed(frozen)
+    in_it, thaw, lost = threading.Event(), threading.Event(), threading.Event()
+
+    @sa.event.listens_for(engine, "commit")
+    def freeze_once(_: sa.Connection) -> None:
+        if not in_it.is_set():
+            in_it.set()
+            assert thaw.wait(30)
+
+    def renew() -> None:
+        with engine.begin() as connection:
+            frozen.fence(connection, lease)
+
+    writes = {"renewing": lambda: retry(renew), "recording": lambda: frozen.record(lease, epoch(1), {1: 0.5})}
+
+    def work() -> None:
+        with pytest.raises(LeaseLost):
+            writes[doing]()
+        lost.set()
+
+    threading.Thread(target=work, daemon=True).start()
+    assert in_it.wait(30)
+    deadline = time.monotonic() + 20
+    while (taken := other.claim()) is None:
+        assert time.monotonic() < deadline, "still locked"
+        time.sleep(0.1)
+    thaw.set()
+    assert lost.wait(30)
+    assert queries.epoch_rows(other.engine, study._study_id) == {}
+    other.record(taken, epoch(1), {1: 0.5})

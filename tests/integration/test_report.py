@@ -1,0 +1,322 @@
+"""What a report says: settings over their seeds, comparisons, the verdict, figures, and their limits."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from rich.console import Console
+
+from dashboards import aggregate, status, study_data
+from dashboards.conclusions import verdict
+from dashboards.figures import accuracy as accuracy_figures
+from dashboards.figures import effort, search
+from dashboards.reports import html
+from dashboards.reports import json as json_report
+from dashboards.server.publish import publish
+from dashboards.status import Status
+from dashboards.study_data import Row, View
+from storage import budgets, queries, stop_requests
+from storage.engine import open_storage
+from storage.errors import UserError
+from study.config.models import StudyConfig
+from study.confirm import FAR, confirmation
+from study.create import create_study, load_study, noise_warning, prepare
+from study.search.space import settings
+from tests.support.harness import Harness, config_of
+
+ALL = ["dynamic", "static", "fresh", "full", "infobatch"]
+
+
+def text_of(found: View) -> str:
+    console = Console(file=io.StringIO(), width=400)
+    console.print(console.report_text(found))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.fixture(scope="module")
+def controls(tmp_path_factory: pytest.TempPathFactory) -> View:
+    """Every policy, two seeds, equal images, with the last word."""
+    bench = Harness(
+        f"sqlite:///{tmp_path_factory.mktemp('controls') / 'study.db'}",
+        config_of(
+            data={"train_images": 200, "test": True},
+            policy={"name": ALL, "alpha": 60, "beta": 0.5},
+            training={"images": 450},
+            search={"replicates": 2},
+        ),
+    )
+    bench.work()
+    return study_data.read(bench.storage, "s")
+
+
+def test_all_policies_train_on_equally_many_images(controls: View) -> None:
+    assert [row.images for row in controls.rows] == [450] * 10
+    seen = {row.policy: row.seen for row in controls.rows}
+    assert seen["static"] == 60 < seen["dynamic"] <= seen["full"] == 200
+    assert {row.epochs for row in controls.rows if row.policy == "full"} == {3}
+    assert {row.epochs for row in controls.rows if row.policy == "static"} == {8}
+
+
+def test_comparisons_are_with_each_control_on_the_test_split(controls: View) -> None:
+    found = aggregate.findings(controls)
+    assert found.measure == "test"
+    assert [(c.a, c.b, c.difference.n) for c in found.comparisons] == [("dynamic", b, 2) for b in ALL[1:]]
+    by = {cell.policy: cell for cell in found.cells}
+    expected = np.mean([by["dynamic"].by_seed("test")[s] - by["full"].by_seed("test")[s] for s in (0, 1)])
+    assert found.comparisons[2].difference.mean == pytest.approx(expected)
+    assert set(found.ratios) == set(ALL)
+    assert found.ratios["full"].mean == 1.0
+
+
+def test_the_report_tells_it_on_the_terminal_as_a_page_and_as_json(controls: View) -> None:
+    told = text_of(controls)
+    assert "Comparisons, paired by seed" in told
+    assert "test %" in told
+    page = html.page([controls])
+    assert page.count('class="plotly-graph-div"') == 7  # settings, curves, times, cost, exchange, coverage, workers
+    found = json.loads(json_report.text([controls]))
+    assert [cell["accuracy"]["n"] for cell in found["cells"]] == [2] * 5
+    assert len(found["comparisons"]) == 4
+    assert found["manifest"]["images"] == {"train": 200, "validation": 144, "test": 359}
+    assert found["manifest"]["versions"]["torch"]
+    assert [trial["images"] for trial in found["trials"]] == [450] * 10
+
+
+def test_figures_and_note_reach_optuna_dashboard(controls: View) -> None:
+    storage = open_storage(str(controls.study._storage._backend.url), create=False)  # type: ignore[attr-defined]
+    publish(controls, storage)
+    publish(controls, storage)  # again, in place
+    attributes = controls.study._storage.get_study_system_attrs(controls.study._study_id)
+    note = "".join(value for key, value in attributes.items() if key.startswith("dashboard:note_str"))
+    assert "study resume s" in note
+    plots = {key for key in attributes if key.startswith("dashboard:plot_data")}
+    for name in ("settings", "learning-curves", "cost", "workers"):
+        assert any(f"study-{name}" in json.dumps([key, attributes[key]]) for key in plots), (name, plots)
+
+
+def test_two_studies_share_a_page(controls: View) -> None:
+    page = html.page([controls, controls])
+    assert "Side by side" in page
+    assert "their accuracies do not compare" not in page
+    assert len(json.loads(json_report.text([controls, controls]))) == 2
+
+
+# Views made by hand, to know what must be found in them.
+
+
+def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -> View:
+    """Trials of the policies `values`, accuracies by seed; trial n of `epochs` epochs that rise to its accuracy."""
+    rows, curves = [], {}
+    for policy, accuracies in values.items():
+        for seed, accuracy in enumerate(accuracies):
+            number = len(rows)
+            chosen = {"policy": policy} if isinstance(config.policy.name, tuple) else {}
+            curves[number] = [
+                {"epoch": n, "accuracy": accuracy * n / epochs, "images": 60, "kind": "type1", "k": 30, "seen": 60}
+                for n in range(1, epochs + 1)
+            ]
+            costs: dict[str, Any] = {"images": 60 * epochs, "seen": 60, "train_seconds": 1.0, "validation_seconds": 0.5}
+            costs |= {"selection_seconds": 0.0, "joules": None, "test": None, "error": None, "attributes": {}}
+            what = (number, "complete", chosen, settings(config, chosen), seed, accuracy, epochs, epochs)
+            rows.append(Row(*what, **costs))
+    study = optuna.create_study(direction="maximize")
+    study.set_user_attr("images", {"train": 200, "validation": 1000, "test": 1000})
+    states = dict.fromkeys(queries.STATE_NAMES.values(), 0) | {"complete": len(rows)}
+    top = max(rows, key=lambda row: row.value or 0, default=None)
+    now = queries.Progress(states, (), 0, 0, top and top.value, top and top.number)
+    known = Status(
+        "made", "test", config, now, top.parameters if top else {}, {}, dict.fromkeys(budgets.UNITS, 0.0), None, {}, ()
+    )
+    return View("made", "test", config, tuple(rows), curves, (), study, known)
+
+
+def with_policies(*names: str, seeds: int = 8) -> StudyConfig:
+    return config_of(policy={"name": list(names), "alpha": 60, "beta": 0.5}, search={"replicates": seeds})
+
+
+def test_a_known_effect_is_found_and_its_absence_is_not() -> None:
+    draws = np.random.default_rng(1).normal(0, 0.002, (3, 8))
+    base = 0.8 + 0.01 * np.arange(8)  # seeds differ more than policies do: only pairing sees the effect
+    found = made(
+        {"dynamic": list(base + draws[0]), "static": list(base - 0.01 + draws[1]), "fresh": list(base + draws[2])},
+        with_policies("dynamic", "static", "fresh"),
+    )
+    findings = aggregate.findings(found)
+    assert [c.finding for c in findings.comparisons] == ["better", "cannot tell"]
+    told = " ".join(verdict(found, findings))
+    assert "dynamic is better than static" in told
+    assert "Cannot tell dynamic from fresh" in told
+    assert "nothing shows that the rule does better than drawing anew" in told
+
+
+@pytest.mark.parametrize(
+    ("fresh", "says"),
+    [(-0.02, "the rule adds something beyond fresh data"), (0.02, "it is the fresh data that help")],
+)
+def test_the_verdict_weighs_the_controls(fresh: float, says: str) -> None:
+    draws = np.random.default_rng(2).normal(0.8, 0.002, (3, 8))
+    values = {"dynamic": list(draws[0]), "static": list(draws[1] - 0.03), "fresh": list(draws[2] + fresh)}
+    found = made(values, with_policies(*values))
+    assert says in " ".join(verdict(found, aggregate.findings(found)))
+
+
+def test_effects_are_told_of_whole_grids_alone() -> None:
+    """Alpha makes a difference and beta none; of a grid with a hole nothing is said, for its levels are not alike."""
+    config = config_of(policy={"alpha": [30, 60, 90], "beta": [0.3, 0.5, 0.7]}, search={"replicates": 6})
+    draws = np.random.default_rng(3).normal(0, 0.002, (6, 3, 3))
+    rows: list[Row] = []
+    template = made({"dynamic": [0.5]}, config).rows[0]
+    for (seed, i, j), noise in np.ndenumerate(draws):
+        chosen = {"alpha": (30, 60, 90)[i], "beta": (0.3, 0.5, 0.7)[j]}
+        rows.append(replace(template, number=len(rows), parameters=chosen, seed=seed, value=0.6 + 0.05 * i + noise))
+    whole = replace(made({}, config), rows=tuple(rows))
+    effects = aggregate.findings(whole).effects
+    assert effects["alpha"] < 0.05 < effects["beta"]
+    holed = [row for row in rows if row.parameters != {"alpha": 90, "beta": 0.7}]
+    assert aggregate.findings(replace(whole, rows=tuple(holed))).effects == {}
+
+
+def test_single_runs_are_said_to_tell_nothing() -> None:
+    found = made({"dynamic": [0.8], "static": [0.7]}, with_policies("dynamic", "static", seeds=1))
+    told = " ".join(verdict(found, aggregate.findings(found)))
+    assert "cannot be told from chance" in told
+    assert aggregate.findings(found).comparisons[0].finding == "cannot tell"
+
+
+def test_nothing_complete_no_verdict_no_empty_figure() -> None:
+    empty = made({}, with_policies("dynamic", "static"))
+    found = aggregate.findings(empty)
+    assert verdict(empty, found) == []
+    drawn = [
+        accuracy_figures.intervals(empty, found), accuracy_figures.learning_curves(empty, found), search.cost([empty]),
+        search.slices(empty), search.importance(empty), effort.times(empty, found), effort.exchange(empty, found),
+        effort.coverage(empty, found), effort.timeline(empty),
+    ]  # fmt: skip
+    assert drawn == [None] * len(drawn)
+    assert "plotly-graph-div" not in html.page([empty])
+
+
+def test_a_thousand_trials_stay_readable() -> None:
+    config = config_of(policy={"alpha": 60, "beta": 0.5}, search={"replicates": 1000})
+    many = made({"dynamic": list(np.linspace(0.5, 0.9, 1000))}, config, epochs=50)
+    found = aggregate.findings(many)
+    curves = accuracy_figures.learning_curves(many, found)
+    assert curves is not None
+    assert any("80 % of the other" in str(trace.name) for trace in curves.data)
+    page = html.page([many])
+    assert "The best 500 of 1,000" in page
+    assert len(page) - len(html.get_plotlyjs()) < 2_000_000
+
+
+def test_the_pareto_front_is_what_nothing_beats() -> None:
+    config = with_policies("dynamic", "static")
+    rows = made({"dynamic": [0.5, 0.6, 0.6, 0.9]}, config).rows
+    costed = [replace(row, images=images) for row, images in zip(rows, (10, 20, 15, 40), strict=True)]
+    assert [row.number for row in aggregate.pareto(costed)] == [0, 2, 3]
+
+
+@pytest.mark.parametrize(("images", "delta", "warns"), [(1000, 0.01, True), (10000, 0.01, False), (1000, 0.02, False)])
+def test_a_delta_below_the_noise_is_warned_of(images: int, delta: float, warns: bool) -> None:
+    warning = noise_warning(config_of(policy={"alpha": 60, "delta": delta}), images)
+    assert (warning is not None) == warns
+    assert noise_warning(config_of(policy={"name": "static", "alpha": 60, "delta": delta}), images) is None
+
+
+# Confirmation, and searches with two objectives.
+
+
+def test_the_best_are_confirmed_on_fresh_seeds_and_the_test_split(sqlite_url: str) -> None:
+    bench = Harness(
+        sqlite_url,
+        config_of(
+            policy={"alpha": {"low": 40, "high": 100, "step": 20}, "beta": 0.5},
+            training={"lr": {"low": 0.001, "high": 0.01}},
+            search={"sampler": "random", "trials": 4},
+        ),
+    )
+    bench.work()
+    again, origin = confirmation(bench.study, bench.config, 2, 3)
+    ranked = sorted(bench.study.trials, key=lambda t: -t.values[0])
+    assert again.search.cells == tuple(t.params for t in ranked[:2])
+    assert origin["confirms"]["values"] == [t.values[0] for t in ranked[:2]]
+    assert again.data.test
+    create_study(bench.storage, "again", "confirm s", again, prepare(again, None, lambda _: None), origin)
+    study, config = load_study(bench.storage, "again")
+    assert config == again
+    assert [t.user_attrs["seed"] for t in study.trials] == [FAR, FAR, FAR + 1, FAR + 1, FAR + 2, FAR + 2]
+    confirmed = Harness(sqlite_url, again, "once more")
+    confirmed.work()
+    read = study_data.read(confirmed.storage, "once more")
+    assert {row.state for row in read.rows} == {"complete"}
+    assert all(row.test is not None for row in read.rows)
+    study.set_user_attr("x", 1)
+    confirmed.study.set_user_attr("confirms", origin["confirms"])
+    told = text_of(study_data.read(confirmed.storage, "once more"))
+    assert "points of winner's curse" in told
+    assert "on the untouched test split" in told
+    with pytest.raises(UserError, match="--top must be at most the 4 settings"):
+        confirmation(bench.study, bench.config, 5, 1)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
+def test_two_objectives_give_optunas_pareto_front(sampler: str, sqlite_url: str) -> None:
+    config = config_of(
+        policy={"alpha": {"low": 40, "high": 160, "step": 20}, "beta": {"low": 0.1, "high": 0.9}},
+        search={"sampler": sampler, "trials": 6, "objective": "accuracy,images"},
+    )
+    bench = Harness(sqlite_url, config)
+    bench.work()
+    trials = bench.study.trials
+    assert [t.values[1] for t in trials] == [3.0 * t.params["alpha"] for t in trials]
+    front = {row.number for row in aggregate.pareto([*study_data.read(bench.storage, "s").rows])}
+    assert front <= {t.number for t in bench.study.best_trials}  # Optuna's keeps ties, too
+    assert {t.values[0] for t in bench.study.best_trials} == {trials[n].values[0] for n in front}
+
+
+def test_a_page_is_written_whatever_the_names(controls: View, tmp_path: Path) -> None:
+    nasty = replace(controls, name="<script>alert(1)</script>")
+    page = html.page([nasty])
+    assert "<script>alert(1)" not in page
+
+
+def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url: str) -> None:
+    bench = Harness(url, config_of())
+    first, second = (bench.queue(owner=f"{host}:7:x", device=f"gpu of {host}") for host in ("here", "there"))
+    broken = first.claim()
+    assert broken is not None
+    first.release(broken, error="CUDA error: out of luck")
+    lease = second.claim()
+    assert lease is not None
+    row = {"epoch": 1, "accuracy": 0.5, "loss": 1.0, "images": 60, "train_seconds": 2.0, "validation_seconds": 1.0}
+    second.record(lease, row | {"kind": "keep", "k": 0, "beta": 0.0}, {1: 0.5})
+    engine, study_id = bench.storage.engine, bench.study._study_id
+    budgets.set_budgets(engine, study_id, {"images": 1000})
+    console = Console(file=io.StringIO(), width=200)
+    console.print(status.page(status.read(engine, "s")))
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "4 trials: 2 waiting, 2 running" in told
+    assert "spent 60 of 1,000 images, 940 left" in told
+    assert "attempts that failed last:" in told
+    assert "trial 0 on here:7: CUDA error: out of luck" in told
+    (line,) = (line for line in told.splitlines() if "gpu of there" in line)
+    assert [word for word in line.split() if word in ("there:7", "20", "50.00")] == ["there:7", "20", "50.00"]
+    stop_requests.request_stop(engine, study_id)
+    console.print(status.page(status.read(engine, "s")))
+    assert "asked to stop by `study stop`; go on with: study resume s" in console.file.getvalue()  # type: ignore[attr-defined]
+    stop_requests.withdraw_stop(engine, study_id)
+    budgets.set_budgets(engine, study_id, {"images": 50})
+    spent = status.read(engine, "s")
+    assert spent.stop == "the budget is spent: 60 of 50 images"
+    assert spent.seconds_left is None
+    assert status.document(spent)["stop"] == spent.stop
+    second.release(lease)
+    bench.work()
+    status.watch(engine, "s", console)  # settled: returns at once
+    assert "4 trials: 4 complete" in console.file.getvalue()  # type: ignore[attr-defined]

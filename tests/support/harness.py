@@ -1,0 +1,109 @@
+"""A study in a database and a worker for it in this process, for tests that look inside."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.pruners import BasePruner, MedianPruner, PercentilePruner
+
+from storage.engine import open_storage
+from storage.queries import epoch_rows
+from storage.queue import Queue
+from study.config.loading import parse_config
+from study.config.models import StudyConfig
+from study.create import create_study, load_study, prepare
+from study.search.pruners import make_pruner
+from study.training.data.placement import DeviceData
+from study.training.device import be_deterministic
+from study.trial.runner import run_trial
+from study.worker.stop_monitor import Stop
+from study.worker.worker import load_data
+
+BASE: dict[str, Any] = {
+    "data": {"train_images": 200},
+    "network": {"width": 0.125},
+    "policy": {"alpha": [60, 90], "beta": [0.3, 0.6]},
+    "training": {"epochs": 3, "batch_size": 50, "lr": 0.005},
+}
+
+
+def config_of(**sections: Any) -> StudyConfig:
+    tree = copy.deepcopy(BASE)
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section if isinstance(section, dict) else section
+    return parse_config(tree)
+
+
+def stock_pruner(config: StudyConfig, train_images: int) -> BasePruner:
+    """Optuna's own, where `make_pruner` gives one of ours with the same rule."""
+    options = config.pruning.model_dump(exclude={"kind", "step"})
+    match config.pruning.kind:
+        case "median":
+            return MedianPruner(**options)
+        case "percentile":
+            return PercentilePruner(**options)
+        case _:
+            return make_pruner(config, train_images)
+
+
+class Harness:
+    """A study laid down in a database, and a worker for it in this process."""
+
+    def __init__(self, url: str, config: StudyConfig, name: str = "s") -> None:
+        be_deterministic(config.training.deterministic)
+        self.storage = open_storage(url)
+        create_study(self.storage, name, "test", config, prepare(config, None, lambda _: None))
+        self.study, self.config = load_study(self.storage, name)
+        self.data: DeviceData = load_data(self.study, self.config, None, torch.device("cpu"))
+        self.study.pruner = make_pruner(self.config, len(self.data.train_labels))
+        self.said: list[str] = []
+        self.aside = Path(tempfile.mkdtemp())
+
+    def queue(self, **options: Any) -> Queue:
+        return Queue(self.storage.engine, self.study._study_id, **options)
+
+    def work(self, stopping: Callable[[], bool] = lambda: False, most: int = 1000) -> None:
+        stop = stopping if isinstance(stopping, Stop) else Stop(stopping)
+        queue = self.queue(max_attempts=self.config.lease.max_attempts)
+        for _ in range(most):
+            lease = queue.claim()
+            if lease is None:
+                return
+            run_trial(self.study, self.config, self.data, queue, lease, stop, self.said.append, self.aside)
+
+    def outcome(self) -> list[tuple[Any, ...]]:
+        """Everything of every trial that is not a time, a place or a count of attempts."""
+        rows = epoch_rows(self.storage.engine, self.study._study_id)
+        untimed = {
+            number: [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in epochs]
+            for number, epochs in rows.items()
+        }
+        return [
+            (
+                t.number,
+                t.state,
+                t.params,
+                t.values,
+                t.intermediate_values,
+                t.user_attrs.get("best_epoch"),
+                untimed.get(t.number, []),
+            )
+            for t in optuna.load_study(study_name=self.study.study_name, storage=self.storage).trials
+        ]
+
+
+class StopAfter:
+    """Comes true once, at the given step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left == 0
