@@ -19,9 +19,9 @@ from dashboards.statistics import (
     holm_corrected,
     summary,
 )
-from dashboards.study_data import Row, View
+from dashboards.study_data import StudyData, TrialRow
 from study.search import space
-from study.search.space import DATA_PARAMETERS
+from study.search.space import POLICY_SPECIFIC
 
 PAPER_IMAGES = 50_000
 """The paper's training images: its alphas are parts of these."""
@@ -32,8 +32,8 @@ class Cell:
     """The trials of one setting that are complete, by seed, and all others that ended."""
 
     parameters: dict[str, Any]
-    rows: tuple[Row, ...]
-    ended: tuple[Row, ...]
+    rows: tuple[TrialRow, ...]
+    ended: tuple[TrialRow, ...]
     """Complete and pruned."""
 
     @property
@@ -67,11 +67,11 @@ class Cell:
         return {seed: value for seed, value in found.items() if value is not None}
 
 
-def cells(view: View) -> list[Cell]:
+def cells(data: StudyData) -> list[Cell]:
     """In the order of their first trial; settings of which no trial has ended are left out."""
-    found: dict[tuple[tuple[str, Any], ...], list[Row]] = {}
-    for row in view.rows:
-        chosen = {name: row.parameters[name] for name in view.parameters if name in row.parameters}
+    found: dict[tuple[tuple[str, Any], ...], list[TrialRow]] = {}
+    for row in data.rows:
+        chosen = {name: row.parameters[name] for name in data.parameters if name in row.parameters}
         found.setdefault(tuple(chosen.items()), [])
         if row.state in ("complete", "pruned") and row.value is not None:
             found[tuple(chosen.items())].append(row)
@@ -96,13 +96,13 @@ class Findings:
     """Cell label to its seconds over those of the full run of the same seed."""
 
 
-def findings(view: View) -> Findings:
-    found = cells(view)
+def findings(data: StudyData) -> Findings:
+    found = cells(data)
     done = [row for cell in found for row in cell.rows]
     measure = "test" if done and all(row.test is not None for row in done) else "value"
     pairs = [compare(a.label, b.label, a.by_seed(measure), b.by_seed(measure)) for a, b in _opponents(found)]
     return Findings(
-        found, measure, holm([c for c in pairs if c is not None]), _effects(found, view, measure), _ratios(found)
+        found, measure, holm([c for c in pairs if c is not None]), _effects(found, data, measure), _ratios(found)
     )
 
 
@@ -118,7 +118,7 @@ def _else_equal(a: Cell, b: Cell) -> bool:
     """Whether two cells agree in what both have a meaning for, but the policy itself."""
     common = (a.parameters.keys() & b.parameters.keys()) - {"policy"}
     alone = (a.parameters.keys() ^ b.parameters.keys()) - {"policy"}
-    return all(a.parameters[name] == b.parameters[name] for name in common) and alone <= DATA_PARAMETERS
+    return all(a.parameters[name] == b.parameters[name] for name in common) and alone <= POLICY_SPECIFIC
 
 
 def _ratios(found: Sequence[Cell]) -> dict[str, Summary]:
@@ -132,17 +132,17 @@ def _ratios(found: Sequence[Cell]) -> dict[str, Summary]:
     return ratios
 
 
-def _effects(found: Sequence[Cell], view: View, measure: str) -> dict[str, float]:
+def _effects(found: Sequence[Cell], data: StudyData, measure: str) -> dict[str, float]:
     """Of each parameter of a grid: its levels, each the mean over all that was crossed with it, compared by seed.
 
     Only of whole grids: of half a one, a level's mean is over other cells than its neighbour's.
     """
-    if view.config.search.sampler.kind != "grid" or view.config.search.cells or "policy" in view.parameters:
+    if data.config.search.sampler.kind != "grid" or data.config.search.cells or "policy" in data.parameters:
         return {}
-    if len(found) < len(space.cells(view.config)):
+    if len(found) < len(space.cells(data.config)):
         return {}
     raw: dict[str, float] = {}
-    for name in view.parameters:
+    for name in data.parameters:
         levels: dict[Any, list[dict[int, float]]] = {}
         for cell in found:
             levels.setdefault(cell.parameters[name], []).append(cell.by_seed(measure))
@@ -168,39 +168,39 @@ class Grid:
     values: dict[tuple[int, float], Cell]
 
 
-def grid(view: View) -> Grid | None:
+def grid(data: StudyData) -> Grid | None:
     """The table, if the study is a grid over alpha and beta and nothing else."""
-    searched = view.config.searched()
-    crossed = view.config.search.sampler.kind == "grid" and view.config.search.cells is None
-    if set(view.parameters) != {"alpha", "beta"} or not crossed:
+    searched = data.config.searched()
+    crossed = data.config.search.sampler.kind == "grid" and data.config.search.cells is None
+    if set(data.parameters) != {"alpha", "beta"} or not crossed:
         return None
     return Grid(
         tuple(sorted(searched["alpha"])),
         tuple(sorted(searched["beta"])),
-        {(cell.parameters["alpha"], cell.parameters["beta"]): cell for cell in cells(view)},
+        {(cell.parameters["alpha"], cell.parameters["beta"]): cell for cell in cells(data)},
     )
 
 
-def papers(view: View, cell: Cell) -> paper.Printed | None:
+def papers(data: StudyData, cell: Cell) -> paper.Printed | None:
     """What the paper prints for the cell's policy, beta, and part of all training images."""
-    total, settings = view.counts.get("train"), cell.ended[0].settings
-    if not total or view.config.data.protocol != "paper":
+    total, settings = data.counts.get("train"), cell.ended[0].settings
+    if not total or data.config.data.protocol != "paper":
         return None
     alpha = cell.ended[0].alpha
     theirs = None if alpha is None else round(PAPER_IMAGES * alpha / total)
     beta = settings["beta"] if cell.policy == "dynamic" else None
-    return paper.printed(cell.policy, theirs, beta, augment=view.config.data.augment)
+    return paper.printed(cell.policy, theirs, beta, augment=data.config.data.augment)
 
 
-def noise(view: View) -> float | None:
+def noise(data: StudyData) -> float | None:
     """Standard deviation of the best trial's validation accuracy by the number of images alone."""
-    best, images = view.best, view.counts.get("validation")
+    best, images = data.best, data.counts.get("validation")
     return binomial_noise(best.value or 0.0, images) if best is not None and images else None
 
 
-def pareto(rows: Iterable[Row], cost: str = "images") -> list[Row]:
+def pareto(rows: Iterable[TrialRow], cost: str = "images") -> list[TrialRow]:
     """The trials that no other beats in both accuracy and `cost` (`images` or `seconds`), by rising cost."""
-    front: list[Row] = []
+    front: list[TrialRow] = []
     for row in sorted(rows, key=lambda row: (getattr(row, cost), -(row.value or 0.0), row.number)):
         if not front or (row.value or 0.0) > (front[-1].value or 0.0):
             front.append(row)

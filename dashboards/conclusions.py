@@ -6,47 +6,47 @@ from dashboards import paper
 from dashboards.aggregate import Findings, noise
 from dashboards.formatting import percent
 from dashboards.statistics import Comparison, Summary
-from dashboards.study_data import View
+from dashboards.study_data import StudyData
 
 FEW = 5
 
 
-def verdict(view: View, found: Findings) -> list[str]:
+def verdict(data: StudyData, found: Findings) -> list[str]:
     """Sentences, the most important first; empty while nothing has been completed."""
     cells = [cell for cell in found.cells if cell.rows]
     if not cells:
         return []
     sentences = []
-    if view.config.search.cells is not None and view.study.user_attrs.get("confirms"):
-        sentences += _confirmed(view, found)
+    if data.config.search.cells is not None and data.study.user_attrs.get("confirms"):
+        sentences += _confirmed(data, found)
     sentences += [_told(comparison, found.measure) for comparison in found.comparisons]
     sentences += _explained(found.comparisons)
-    sentences += _timed(view, found)
+    sentences += _timed(data, found)
     for name, p in found.effects.items():
         says = f"{name} makes a difference" if p < 0.05 else f"cannot tell whether {name} makes a difference"
         sentences.append(f"{says} (Friedman over its levels, p = {p:.2g}, Holm-corrected).".capitalize())
     fewest = min(len(cell.rows) for cell in cells)
-    grid = view.config.search.sampler.kind == "grid"
+    grid = data.config.search.sampler.kind == "grid"
     if grid and len(cells) > 1 and fewest < 2:
         sentences.append(
             "One seed a setting: their differences cannot be told from chance. More seeds: --set search.replicates=5."
         )
     elif len(cells) > 1 and fewest < FEW and found.comparisons:
         sentences.append(f"Only {fewest} seeds a setting: small differences stay hidden.")
-    if not grid and view.best is not None:
+    if not grid and data.best is not None:
         sentences.append(
-            f"The best of {len(view.rows)} searched settings is partly luck; `study confirm {view.name}` runs the best "
+            f"The best of {len(data.rows)} searched settings is partly luck; `study confirm {data.name}` runs the best "
             "again on fresh seeds and asks the test split."
         )
-    spread, delta = noise(view), view.config.policy.delta
+    spread, delta = noise(data), data.config.policy.delta
     if spread is not None and isinstance(delta, float) and any(cell.policy == "dynamic" for cell in cells):
-        images = view.counts["validation"]
+        images = data.counts["validation"]
         sentences.append(
             f"Validation on {images:,} images is uncertain by {100 * spread:.2f} points (binomial standard deviation); "
             f"delta is {100 * delta:.2g} points"
             + (", which is less: stalls are mostly noise." if delta < spread else ".")
         )
-    if view.config.data.protocol == "paper":
+    if data.config.data.protocol == "paper":
         sentences.append("The test split chose the best epoch, as in the paper, so all accuracies here are optimistic.")
     return sentences
 
@@ -91,9 +91,9 @@ def _explained(comparisons: list[Comparison]) -> list[str]:
     return ["So renewing the data helps, but nothing shows that the rule does better than drawing anew every epoch."]
 
 
-def _timed(view: View, found: Findings) -> list[str]:
+def _timed(data: StudyData, found: Findings) -> list[str]:
     told, claim = [], f" (the paper claims about {100 * paper.CLAIMED_TIME_RATIO:.0f} %)"
-    if view.config.training.images is not None:  # the paper's claim is for equal epochs
+    if data.config.training.images is not None:  # the paper's claim is for equal epochs
         claim = ", at equally many images trained on"
     for cell in found.cells:
         ratio = found.ratios.get(cell.label)
@@ -102,8 +102,8 @@ def _timed(view: View, found: Findings) -> list[str]:
     return told
 
 
-def _confirmed(view: View, found: Findings) -> list[str]:
-    origin = view.study.user_attrs["confirms"]
+def _confirmed(data: StudyData, found: Findings) -> list[str]:
+    origin = data.study.user_attrs["confirms"]
     told = []
     for cell, searched in zip(found.cells, origin["values"], strict=False):
         of = cell.accuracy

@@ -6,6 +6,9 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
+
+from storage.text import printable
 
 
 def shown(value: Any) -> str:
@@ -40,5 +43,5 @@ def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tupl
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i in left else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(Text(printable(cell)) for cell in line))
     return table

@@ -1,14 +1,15 @@
-"""How far a study is, who works on what, what failed: for people, for programs, once or as it changes.
+"""The progress of a study, who works on what, what failed: for people, for programs, once or as it changes.
 
-Read with small queries of our own, because people ask often and half of the time it took was the loading of Optuna's
-storage, Alembic and NumPy.
+Read with small queries of our own, because people ask often and half of the time was the loading of Optuna's storage,
+Alembic and NumPy. The config is not parsed: a study whose config has keys that this version lacks can still be watched.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,12 +21,11 @@ from sqlalchemy.exc import DBAPIError
 
 from dashboards.formatting import budget_lines, label, percent, plain_table
 from storage import budgets, queries, retry, stop_requests
-from storage.queries import Attempt, Progress, Running
-from study.config.loading import parse_config
-from study.config.models import PROTOCOLS, StudyConfig
-from study.search.space import most_epochs
+from storage.queries import Attempt, Progress, Running, StudySummary
+from storage.text import command, printable
 
 SECONDS = 1.0
+"""Between two looks of `--watch`."""
 MOST_FAILURES = 5
 
 
@@ -33,38 +33,53 @@ MOST_FAILURES = 5
 class Status:
     name: str
     preset: str
-    config: StudyConfig
+    config: Mapping[str, Any]
+    """As stored."""
+    protocol: str
+    """Which images validated, as a sentence."""
     progress: Progress
     best_parameters: dict[str, Any]
     """Of the best trial."""
     budgets: dict[str, float]
     spent: dict[str, float]
-    """By unit, as in `storage.control`."""
+    """By unit, as in `storage.budgets`."""
     stop: str | None
-    """Why no worker goes on, if so."""
+    """Why no worker continues, if so."""
     failures: dict[int, str]
     """Trials that failed for good, and why."""
-    setbacks: tuple[Attempt, ...]
+    failed_attempts: tuple[Attempt, ...]
     """The last attempts that ended in an error."""
 
     @property
-    def protocol(self) -> str:
-        return PROTOCOLS[self.config.data.protocol]
+    def states(self) -> dict[str, int]:
+        """Trials by state; of the running ones those that nobody holds are `interrupted`."""
+        interrupted = len(self.progress.interrupted)
+        states = dict(self.progress.states)
+        states["running"] -= interrupted
+        return {"waiting": states.pop("waiting"), "running": states.pop("running"), "interrupted": interrupted} | states
 
     @property
-    def states(self) -> dict[str, int]:
-        return self.progress.states
+    def trial_length(self) -> int:
+        """Of the longest trial, in images where the study counts in images, else in epochs."""
+        training = self.config.get("training", {})
+        return int(training.get("images") or _largest(training.get("epochs", 1)))
 
     @property
     def seconds_left(self) -> float | None:
-        """From the time in which anybody worked and what came of it; None before anything did, and at the end."""
-        now, images = self.progress, self.config.training.images
-        whole = images or most_epochs(self.config)
-        done = now.settled * whole + (now.images if images else now.epochs)
+        """From the time in which anybody worked and what came of it; None while nobody works."""
+        now, images = self.progress, self.config.get("training", {}).get("images")
+        done = now.finished * self.trial_length + (now.images if images else now.epochs)
         worked = 3600 * self.spent["hours"]
-        if not done or not worked or now.settled == now.total or self.stop:
+        if not done or not worked or not now.running or self.stop:
             return None
-        return max(0.0, worked * (now.total * whole - done) / done)
+        return max(0.0, worked * (now.total * self.trial_length - done) / done)
+
+
+def _largest(value: Any) -> float:
+    """Of a stored value, list or range."""
+    if isinstance(value, Mapping):
+        return float(value["high"])
+    return float(max(value)) if isinstance(value, list) else float(value)
 
 
 def read(engine: sa.Engine, name: str) -> Status:
@@ -73,76 +88,92 @@ def read(engine: sa.Engine, name: str) -> Status:
     """
     study_id, attributes = queries.find(engine, name)
     now = queries.progress(engine, study_id)
-    orders, spent = stop_requests.read_controls(engine, study_id), budgets.spending(engine, study_id)
+    controls, spent = stop_requests.read_controls(engine, study_id), budgets.spending(engine, study_id)
     return Status(
-        name,
-        attributes.get("preset", ""),
-        parse_config(attributes["config"]),
-        now,
-        {} if now.best_trial is None else queries.parameters(engine, study_id, now.best_trial),
-        orders.budgets,
-        spent.amounts,
-        stop_requests.STOP_REQUESTED if orders.stop else spent.reason_to_stop(orders.budgets),
-        queries.failures(engine, study_id) if now.states["failed"] else {},
-        tuple(queries.attempts(engine, study_id, failed=MOST_FAILURES)),
+        name=name,
+        preset=attributes.get("preset", ""),
+        config=attributes["config"],
+        protocol=attributes.get("protocol", attributes["config"].get("data", {}).get("protocol", "")),
+        progress=now,
+        best_parameters={} if now.best_trial is None else queries.parameters(engine, study_id, now.best_trial),
+        budgets=controls.budgets,
+        spent=spent.amounts,
+        stop=stop_requests.STOP_REQUESTED if controls.stop else spent.reason_to_stop(controls.budgets),
+        failures=queries.failures(engine, study_id) if now.states["failed"] else {},
+        failed_attempts=tuple(queries.attempts(engine, study_id, failed=MOST_FAILURES)),
     )
 
 
 def watch(engine: sa.Engine, name: str, console: Console) -> None:
-    """Show the study until it is settled or the reader leaves (Ctrl-C).
+    """Show the study until it has finished or the reader leaves (Ctrl-C).
 
     Raises:
         UserError: no such study.
     """
-    found = read(engine, name)
-    with Live(page(found), console=console, auto_refresh=False, screen=False) as live:
-        while found.progress.settled < found.progress.total:
+    status = read(engine, name)
+    with Live(page(status), console=console, auto_refresh=False, screen=False) as live:
+        while status.progress.finished < status.progress.total:
             time.sleep(SECONDS)
             try:
-                found = read(engine, name)
-                live.update(page(found), refresh=True)
+                status = read(engine, name)
+                live.update(page(status), refresh=True)
             except DBAPIError as error:
                 if not retry.is_transient(error):
                     raise
                 live.update(Text("the database does not answer; waiting"), refresh=True)
 
 
-def heading(found: Status) -> list[str]:
+def heading(status: Status) -> list[str]:
     """The lines that also open a report."""
-    states = ", ".join(f"{count} {state}" for state, count in found.states.items() if count)
-    lines = [f"{found.name} ({found.preset}): {found.progress.total} trials: {states}", f"protocol {found.protocol}"]
-    if found.progress.best_trial is not None:
-        chosen = f", {label(found.best_parameters)}" if found.best_parameters else ""
-        lines.append(f"best {percent(found.progress.best)}: trial {found.progress.best_trial}{chosen}")
-    lines += budget_lines(found.budgets, found.spent)
-    return lines + [f"trial {number} failed: {error}" for number, error in found.failures.items()]
+    states = ", ".join(f"{count} {state}" for state, count in status.states.items() if count)
+    lines = [
+        f"{status.name} ({status.preset}): {status.progress.total} trials: {states}",
+        f"protocol {status.protocol}",
+    ]
+    if status.progress.best_trial is not None:
+        chosen = f", {label(status.best_parameters)}" if status.best_parameters else ""
+        lines.append(f"best {percent(status.progress.best)}: trial {status.progress.best_trial}{chosen}")
+    lines += budget_lines(status.budgets, status.spent)
+    return lines + [f"trial {number} failed: {error}" for number, error in status.failures.items()]
 
 
-def page(found: Status) -> RenderableType:
-    lines = heading(found)
-    if found.seconds_left is not None:
-        lines.append(f"about {timedelta(seconds=round(found.seconds_left))} left, if the work goes on as so far")
-    if found.stop and found.progress.settled < found.progress.total:
-        lines.append(f"{found.stop}; {stop_requests.how_to_resume(found.name, found.stop)}")
-    parts: list[RenderableType] = [Text("\n".join(lines))]
-    if found.progress.running:
-        parts.append(_workers(found.progress.running))
-    elif found.progress.settled < found.progress.total:
-        parts.append(Text("nobody is at work"))
-    if found.setbacks:
-        told = [f"trial {a.number} on {_host(a.owner)}: {a.error}" for a in found.setbacks]
-        parts.append(Text("\n".join(["attempts that failed last:", *told])))
+def page(status: Status) -> RenderableType:
+    lines = heading(status)
+    if status.seconds_left is not None:
+        lines.append(f"about {timedelta(seconds=round(status.seconds_left))} left at the pace so far")
+    now = status.progress
+    for trial in now.interrupted:
+        lines.append(f"trial {trial.number} is interrupted (epoch {trial.epoch} of {_epochs(status)})")
+    if now.finished < now.total:
+        resume = command("resume", status.name)
+        if status.stop == stop_requests.STOP_REQUESTED:
+            lines.append(f"{status.stop}; continue with: {resume}")
+        elif status.stop:
+            lines.append(f"{status.stop}; continue with: {resume} --budget …")
+        elif not now.running:
+            lines.append(f"paused: no worker runs; continue with: {resume}")
+    parts: list[RenderableType] = [Text(printable("\n".join(lines)))]
+    if now.running:
+        parts.append(_workers(now.running))
+    if status.failed_attempts:
+        failed = [f"trial {a.number} on {_host(a.owner)}: {a.error}" for a in status.failed_attempts]
+        parts.append(Text(printable("\n".join(["attempts that failed last:", *failed]))))
     return Group(*parts)
 
 
+def _epochs(status: Status) -> str:
+    training = status.config.get("training", {})
+    return "?" if training.get("images") else f"{_largest(training.get('epochs', 1)):.0f}"
+
+
 def _workers(running: tuple[Running, ...]) -> Table:
-    heads = ["machine", "device", "trial", "epoch", "images/s", "best", "at it for", "lease left"]
+    heads = ["machine", "device", "trial", "epoch", "images/s", "best", "elapsed", "lease left"]
     lines = []
-    for at in running:
-        rate = f"{at.images / at.seconds:,.0f}" if at.seconds else "–"
-        held, left = timedelta(seconds=round(at.held_seconds)), f"{at.lease_seconds_left:.0f} s"
-        numbers = [str(at.number), str(at.epoch), rate, percent(at.accuracy), str(held), left]
-        lines.append([_host(at.owner), at.device, *numbers])
+    for trial in running:
+        rate = f"{trial.images / trial.seconds:,.0f}" if trial.seconds else "–"
+        elapsed, left = timedelta(seconds=round(trial.held_seconds)), f"{trial.lease_seconds_left:.0f} s"
+        numbers = [str(trial.number), str(trial.epoch), rate, percent(trial.accuracy), str(elapsed), left]
+        lines.append([_host(trial.owner), trial.device, *numbers])
     return plain_table("", heads, lines, left=(0, 1))
 
 
@@ -151,22 +182,57 @@ def _host(owner: str) -> str:
     return ":".join(owner.split(":")[:2])
 
 
-def document(found: Status) -> dict[str, Any]:
-    """What `study status --json` prints."""
-    now = found.progress
+def document(status: Status) -> dict[str, Any]:
+    """What `study status --json` writes. Times in seconds, accuracies in [0, 1]."""
+    now = status.progress
     return {
-        "name": found.name,
-        "preset": found.preset,
-        "protocol": found.config.data.protocol,
-        "tickets": now.total,
-        "states": now.states,
+        "name": status.name,
+        "preset": status.preset,
+        "protocol": status.config.get("data", {}).get("protocol"),
+        "total": now.total,
+        "states": status.states,
         "best_value": now.best,
         "best_trial": now.best_trial,
-        "best_params": found.best_parameters if now.best_trial is not None else None,
-        "budgets": found.budgets,
-        "spent": found.spent,
-        "stop": found.stop,
-        "seconds_left": found.seconds_left,
-        "workers": [asdict(at) for at in now.running],
-        "failures": found.failures,
+        "best_params": status.best_parameters if now.best_trial is not None else None,
+        "budgets": status.budgets,
+        "spent": status.spent,
+        "stop": status.stop,
+        "seconds_left": status.seconds_left,
+        "workers": [asdict(trial) for trial in now.running],
+        "interrupted": [asdict(trial) for trial in now.interrupted],
+        "failures": status.failures,
+        "tickets": now.total,  # the name of `total` in version 0.1
     }
+
+
+def summaries(engine: sa.Engine) -> list[StudySummary]:
+    """All studies of a storage, by name."""
+    return queries.study_summaries(engine)
+
+
+def summaries_table(studies: list[StudySummary]) -> Table:
+    heads = ["study", "state", "finished", "failed", "best", "last activity"]
+    lines = []
+    for study in studies:
+        total = sum(study.states.values())
+        finished = study.states["complete"] + study.states["pruned"] + study.states["failed"]
+        best = percent(study.best) if study.is_ours else "–"
+        numbers = [f"{finished}/{total}", str(study.states["failed"]), best, _ago(study.last_activity)]
+        lines.append([study.name, _state(study, finished, total), *numbers])
+    return plain_table("", heads, lines, left=(0, 1))
+
+
+def _state(study: StudySummary, finished: int, total: int) -> str:
+    if not study.is_ours:
+        return "not from `study launch`"
+    if finished == total:
+        return "finished"
+    if study.workers:
+        return f"running, {study.workers} worker{'s' if study.workers > 1 else ''}"
+    return "stopped" if study.stop_requested else "paused"
+
+
+def _ago(at: float | None) -> str:
+    if at is None:
+        return "–"
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -24,7 +24,7 @@ NOTHING = queries.Totals(0, 0.0, 0, 0, 0.0, 0.0, 0.0, None)
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """One trial."""
 
     number: int
@@ -66,13 +66,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class View:
+class StudyData:
     """A study as read from its database."""
 
     name: str
     preset: str
     config: StudyConfig
-    rows: tuple[Row, ...]
+    rows: tuple[TrialRow, ...]
     curves: dict[int, list[dict[str, Any]]]
     """Trial number to its rows of `trial_epochs`; of more than MOST_CURVES trials, the best and a sample."""
     attempts: tuple[Attempt, ...]
@@ -91,12 +91,12 @@ class View:
         return dict(self.study.user_attrs.get("images", {}))
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> TrialRow | None:
         done = [row for row in self.rows if row.state == "complete" and row.value is not None]
         return max(done, key=lambda row: (row.value or 0.0, -row.number), default=None)
 
 
-def read(storage: RDBStorage, name: str) -> View:
+def read(storage: RDBStorage, name: str) -> StudyData:
     """Raises:
     UserError: no such study.
     """
@@ -113,7 +113,7 @@ def read(storage: RDBStorage, name: str) -> View:
         top = max(curve, key=lambda epoch: (epoch["accuracy"], -epoch["epoch"]), default=None)
         failed, ran = trial.state == TrialState.FAIL, trial.number in totals
         rows.append(
-            Row(
+            TrialRow(
                 trial.number,
                 queries.STATE_NAMES[trial.state],
                 dict(trial.params),
@@ -135,7 +135,7 @@ def read(storage: RDBStorage, name: str) -> View:
         )
     attempts = tuple(queries.attempts(storage.engine, study_id))
     found = status.read(storage.engine, name)
-    return View(name, found.preset, config, tuple(rows), curves, attempts, study, found)
+    return StudyData(name, found.preset, config, tuple(rows), curves, attempts, study, found)
 
 
 def _chosen(totals: dict[int, queries.Totals]) -> list[int] | None:

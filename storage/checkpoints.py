@@ -69,7 +69,7 @@ def save(queue: Queue, lease: Lease, epoch: int, payload: bytes, store: str = DA
         object_store.remove(superseded)
 
 
-def load(queue: Queue, lease: Lease) -> Found | None:
+def load(queue: Queue, lease: Lease, store: str = DATABASE) -> Found | None:
     query = sa.select(CHECKPOINTS).where(CHECKPOINTS.c.trial_id == lease.trial_id)
 
     def once() -> Found | None:

@@ -58,8 +58,11 @@ class Progress:
     states: dict[str, int]
     """Trials by state: waiting, running, complete, pruned, failed."""
     running: tuple[Running, ...]
+    """Under a live lease."""
+    interrupted: tuple[Running, ...]
+    """Begun, and held by nobody: any worker may take them over."""
     epochs: int
-    """Epochs stored for all trials that are not settled."""
+    """Epochs stored for all trials that have not finished."""
     images: int
     """Images trained on in them."""
     best: float | None
@@ -71,7 +74,7 @@ class Progress:
         return sum(self.states.values())
 
     @property
-    def settled(self) -> int:
+    def finished(self) -> int:
         return self.states["complete"] + self.states["pruned"] + self.states["failed"]
 
 
@@ -79,7 +82,7 @@ def find(engine: sa.Engine, name: str) -> tuple[int, dict[str, Any]]:
     """A study of ours: its id and its attributes.
 
     Raises:
-        UserError: no study of that name (with the names there are), or one that this program did not lay down.
+        UserError: no study of that name (with the names there are), or one that `study launch` did not create.
     """
     attributes = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(
         STUDY_ATTRS.c.study_id == STUDIES.c.study_id
@@ -95,7 +98,7 @@ def find(engine: sa.Engine, name: str) -> tuple[int, dict[str, Any]]:
             for key, value in connection.execute(attributes.where(STUDIES.c.study_id == study_id))
         }
     if "config" not in found:
-        raise UserError(f"the study {name!r} was not laid down by `study launch`: it has no config")
+        raise UserError(f"the study {name!r} was not created by `study launch`: it has no config")
     return study_id, found
 
 
@@ -139,12 +142,15 @@ def progress(engine: sa.Engine, study_id: int) -> Progress:
         counts |= {STATE_NAMES[state]: count for state, count in connection.execute(by_state)}
         rows = connection.execute(held).all()
         value, number = connection.execute(best).one_or_none() or (None, None)
-    live = tuple(
-        Running(r.number, r.owner, r.device or "", r.epoch, r.images, r.seconds, r.accuracy, r.left, r.age or 0.0)
+    begun = [
+        Running(
+            r.number, r.owner, r.device or "", r.epoch, r.images, r.seconds, r.accuracy, r.left or 0.0, r.age or 0.0
+        )
         for r in rows
-        if (r.left or 0) > 0
-    )
-    return Progress(counts, live, sum(r.epoch for r in rows), sum(r.images for r in rows), value, number)
+    ]
+    live = tuple(trial for trial in begun if trial.lease_seconds_left > 0)
+    interrupted = tuple(trial for trial in begun if trial.lease_seconds_left <= 0)
+    return Progress(counts, live, interrupted, sum(r.epoch for r in rows), sum(r.images for r in rows), value, number)
 
 
 @dataclass(frozen=True)
@@ -278,3 +284,71 @@ def attempts(engine: sa.Engine, study_id: int, *, failed: int | None = None) -> 
     with engine.connect() as connection:
         found = [Attempt(**row) for row in connection.execute(query).mappings()]
     return found if failed is None else found[::-1]
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """One study of a storage, for a list."""
+
+    name: str
+    is_ours: bool
+    """Whether `study launch` created it."""
+    states: dict[str, int]
+    """Trials by state."""
+    workers: int
+    """That hold a live lease."""
+    best: float | None
+    """The highest value of a complete trial, of studies of ours."""
+    last_activity: float | None
+    """Seconds since 1970 on the database's clock."""
+    stop_requested: bool
+
+
+def study_summaries(engine: sa.Engine) -> list[StudySummary]:
+    """All studies of the storage by name, in five small queries."""
+    clock = database_time(engine)
+    studies = sa.select(STUDIES.c.study_id, STUDIES.c.study_name).order_by(STUDIES.c.study_name)
+    by_state = sa.select(TRIALS.c.study_id, TRIALS.c.state, sa.func.count()).group_by(TRIALS.c.study_id, TRIALS.c.state)
+    attributes = sa.select(STUDY_ATTRS.c.study_id, STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(
+        STUDY_ATTRS.c.key.in_(("preset", "stop"))
+    )
+    best = (
+        sa.select(TRIALS.c.study_id, sa.func.max(TRIAL_VALUES.c.value))
+        .select_from(TRIALS.join(TRIAL_VALUES))
+        .where(TRIALS.c.state == TrialState.COMPLETE, TRIAL_VALUES.c.objective == 0)
+        .group_by(TRIALS.c.study_id)
+    )
+    live = sa.and_(ATTEMPTS.c.ended_at.is_(None), LEASES.c.token == ATTEMPTS.c.token, LEASES.c.expires_at > clock)
+    work = (
+        sa.select(
+            TRIALS.c.study_id,
+            sa.func.sum(sa.case((live, 1), else_=0)),
+            sa.func.max(sa.case((live, clock), else_=sa.func.coalesce(ATTEMPTS.c.ended_at, ATTEMPTS.c.started_at))),
+        )
+        .select_from(
+            TRIALS.join(ATTEMPTS, TRIALS.c.trial_id == ATTEMPTS.c.trial_id).outerjoin(
+                LEASES, LEASES.c.trial_id == TRIALS.c.trial_id
+            )
+        )
+        .group_by(TRIALS.c.study_id)
+    )
+    states: dict[int, dict[str, int]] = {}
+    with engine.connect() as connection:
+        names = connection.execute(studies).all()
+        for study_id, state, count in connection.execute(by_state):
+            states.setdefault(study_id, {})[STATE_NAMES[state]] = count
+        stored = {(study_id, key): text for study_id, key, text in connection.execute(attributes)}
+        best_values: dict[int, float] = dict(connection.execute(best).all())
+        activity = {study_id: (int(workers or 0), at) for study_id, workers, at in connection.execute(work)}
+    return [
+        StudySummary(
+            name=name,
+            is_ours=(study_id, "preset") in stored,
+            states=dict.fromkeys(STATE_NAMES.values(), 0) | states.get(study_id, {}),
+            workers=activity.get(study_id, (0, None))[0],
+            best=best_values.get(study_id) if (study_id, "preset") in stored else None,
+            last_activity=activity.get(study_id, (0, None))[1],
+            stop_requested=stored.get((study_id, "stop")) == "true",
+        )
+        for study_id, name in names
+    ]

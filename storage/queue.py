@@ -61,9 +61,9 @@ class Lease:
 
 @dataclass(frozen=True)
 class StoredProgress:
-    """What is stored of a trial: its epochs, those that the pruner decided about, and the one that it stopped at."""
+    """What is stored of a trial: its epochs, those that the pruner decided about, and the one that it ended at."""
 
-    stored: int
+    epochs: int
     decided: int
     pruned: int | None
 
@@ -310,7 +310,7 @@ class Queue:
 
         return self._count(query)
 
-    def standing(self, trial_id: int) -> StoredProgress:
+    def stored_progress(self, trial_id: int) -> StoredProgress:
         """How far all attempts at the trial have come together."""
         decided = sa.case((EPOCHS.c.decision.is_not(None), EPOCHS.c.epoch))
         pruned = sa.case((EPOCHS.c.decision == "prune", EPOCHS.c.epoch))

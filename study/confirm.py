@@ -9,7 +9,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from storage.errors import UserError
-from study.config.models import GridSamplerConfig, NoPrunerConfig, Range, StudyConfig
+from study.config.models import GridSamplerConfig, NoPrunerConfig, StudyConfig
+from study.config.values import first, is_searched
 from study.search import space
 
 FAR = 1_000_000
@@ -36,12 +37,12 @@ def confirmation(study: optuna.Study, config: StudyConfig, top: int, seeds: int)
     means = {cell: statistics.fmean(trial.values[0] for trial in trials) for cell, trials in found.items()}
     best = sorted(found, key=lambda cell: (-means[cell], min(trial.number for trial in found[cell])))[:top]
     tree = config.model_dump()
-    first = dict(best[0])
+    best_cell = dict(best[0])
     for section in ("policy", "training"):
         for name, value in getattr(config, section):
-            if isinstance(value, tuple | Range):  # every cell brings its own; this only stands in
-                stand_in = value.low if isinstance(value, Range) else value[0]
-                tree[section][name] = first.get("policy" if (section, name) == ("policy", "name") else name, stand_in)
+            if is_searched(value):  # a placeholder: every cell brings its own
+                parameter = "policy" if (section, name) == ("policy", "name") else name
+                tree[section][name] = best_cell.get(parameter, first(value))
     tree["search"] |= {
         "sampler": GridSamplerConfig(),
         "trials": None,

@@ -1,14 +1,17 @@
-"""Lays a study down in a database, once, and finds it again: its config, its data's fingerprint, its tickets."""
+"""Creates a study in a database with all of its queued trials, once, and loads it again: config, data, trials."""
 
 from __future__ import annotations
 
+import logging
 import math
+import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import optuna
+import sqlalchemy as sa
 from optuna.storages import RDBStorage
 
 from storage import object_store
@@ -19,18 +22,22 @@ from storage.enqueue import enqueue_trials
 from storage.errors import UserError
 from storage.optuna_internals import study_id_of
 from storage.queries import find
+from storage.url import parse, redact
 from study.config.loading import differences, parse_config
-from study.config.models import PROTOCOLS, Range, StudyConfig
+from study.config.models import PROTOCOLS, StudyConfig
+from study.config.values import smallest
 from study.search import space
 from study.training.data import dataset, sources
 from study.training.data.split import split_dataset
+
+logger = logging.getLogger(__name__)
 
 
 def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfig]:
     """An existing study of ours, read through `CachedStorage`, and its config.
 
     Raises:
-        UserError: no study of that name (with the names there are), or one that this program did not lay down.
+        UserError: no study of that name (with the names there are), or one that `study launch` did not create.
     """
     _, attributes = find(storage.engine, name)
     study = optuna.load_study(study_name=name, storage=CachedStorage(storage))
@@ -38,14 +45,66 @@ def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfi
 
 
 @dataclass(frozen=True)
+class OpenStudy:
+    """A study and the one connection of this process to its database."""
+
+    url: str
+    storage: RDBStorage
+    study: optuna.Study
+    config: StudyConfig
+
+    @property
+    def name(self) -> str:
+        return self.study.study_name
+
+    @property
+    def id(self) -> int:
+        return study_id_of(self.study)
+
+    @property
+    def engine(self) -> sa.Engine:
+        return self.storage.engine
+
+    @property
+    def shown_url(self) -> str:
+        """Without passwords."""
+        return redact(parse(self.url))
+
+
+def open_study(url: str, name: str) -> OpenStudy:
+    """Raises:
+    UserError: no such database or study.
+    """
+    storage = open_storage(url, create=False)
+    return OpenStudy(url, storage, *load_study(storage, name))
+
+
+@dataclass(frozen=True)
 class PreparedData:
-    """Data that are here and fit a study."""
+    """Data that are on this machine and fit a study."""
 
     fingerprint: str
     images: dict[str, int]
     """As the study splits them: train, validation, test."""
     sizes: tuple[int, int]
     """Of the data set's training and test split."""
+
+
+def prepare(config: StudyConfig, root: str | None) -> PreparedData:
+    """The study's data, once they are on this machine and every alpha fits them.
+
+    Raises:
+        UserError, DataError: the data, an alpha or the checkpoint store cannot be used.
+    """
+    if config.checkpoint.store != DATABASE:
+        object_store.check(config.checkpoint.store)
+    options = config.data
+    images = sources.load(options.name, root)
+    split = split_dataset(images, options.protocol, holdout=options.holdout, train_images=options.train_images)
+    space.check_alpha(config, len(split.train_labels))
+    labels = {"train": split.train_labels, "validation": split.validation_labels, "test": split.test_labels}
+    counts = {name: len(part) for name, part in labels.items()}
+    return PreparedData(images.fingerprint, counts, (len(images.train_labels), len(images.test_labels)))
 
 
 def create_study(
@@ -56,7 +115,7 @@ def create_study(
     data: PreparedData,
     more: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Create the study and its tickets, or find them; whether it is new. More trials or replicates are added to it.
+    """Create the study and queue its trials, or find them; whether it is new. More trials or replicates are added.
 
     Args:
         more: further user attributes of the study.
@@ -65,11 +124,21 @@ def create_study(
         UserError: the study exists with another config or other data, and what differs.
     """
     existed = name in optuna.get_all_study_names(storage)
-    both = config.search.objective == "accuracy,images"
-    directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if both else ["maximize"]
+    pareto = config.search.objective == "accuracy,images"
+    directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if pareto else ["maximize"]
     study = optuna.create_study(
         study_name=name, storage=CachedStorage(storage), directions=directions, load_if_exists=True
     )
+    # In this order: another launch queues trials and config together, so who sees its trials then sees its config.
+    trials = study.get_trials(deepcopy=False)
+    stored = study.user_attrs
+    empty = [direction.name.lower() for direction in study.directions] == directions and not (stored or trials)
+    if "config" not in stored and not empty:
+        raise UserError(f"the study {name!r} was not created by `study launch`; choose another --name")
+    if not stored:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(["validation accuracy", *(["images trained on"] if pareto else [])])
     attributes = {
         "config": config.model_dump(mode="json"),
         "preset": preset,
@@ -78,23 +147,14 @@ def create_study(
         "protocol": PROTOCOLS[config.data.protocol],
         **(more or {}),
     }
-    # In this order: another launch lays trials and config down together, so who sees its trials then sees its config.
-    trials = study.get_trials(deepcopy=False)
-    found = study.user_attrs
-    ours = [direction.name.lower() for direction in study.directions] == directions and not (found or trials)
-    if "config" not in found and not ours:
-        raise UserError(f"the study {name!r} was not laid down by `study launch`; choose another --name")
-    if not found:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["validation accuracy", *(["images trained on"] if both else [])])
-    stored = found.get("config")
-    more_work = stored is not None and _grows(parse_config(stored), config)
-    instead = {"config": stored} if more_work else None
-    found = enqueue_trials(storage.engine, study_id_of(study), attributes, space.queued_trials(config), instead)
-    theirs = parse_config(found["config"])
-    if theirs != config:
-        changed = "; ".join(differences(config, theirs))
+    if not existed:
+        attributes["uid"] = uuid.uuid4().hex
+    old = stored.get("config")
+    replaced = {"config": old} if old is not None and _grows(parse_config(old), config) else None
+    stored = enqueue_trials(storage.engine, study_id_of(study), attributes, space.queued_trials(config), replaced)
+    stored_config = parse_config(stored["config"])
+    if stored_config != config:
+        changed = "; ".join(differences(config, stored_config))
         raise UserError(
             f"the study {name!r} exists with another config (asked != stored): {changed}; choose another --name"
         )
@@ -112,52 +172,41 @@ def _grows(old: StudyConfig, new: StudyConfig) -> bool:
     return ours.replicates >= theirs.replicates and (ours.trials or 0) >= (theirs.trials or 0) and ours != theirs
 
 
-def check_here(url: str, name: str, root: str | None, say: Callable[[str], None]) -> None:
-    """Whether this machine has the data of the study `name`.
+def check_data(study: OpenStudy, root: str | None) -> None:
+    """Whether this machine has the data of the study.
 
     Raises:
-        UserError, DataError: no such study, or not its data.
+        UserError, DataError: it has not.
     """
-    study, config = load_study(open_storage(url, create=False, reading=True), name)
-    check_fingerprint(study, sources.load(config.data.name, root, say))
+    check_fingerprint(study.study, sources.load(study.config.data.name, root))
 
 
-def check_fingerprint(study: optuna.Study, dataset: dataset.Dataset | PreparedData) -> None:
+def check_fingerprint(study: optuna.Study, data: dataset.Dataset | PreparedData) -> None:
     """Raises:
-    UserError: the data are not those that the study was laid down on.
+    UserError: the data are not those that the study was created with.
     """
     expected = study.user_attrs["data_fingerprint"]
-    if dataset.fingerprint != expected:
+    if data.fingerprint != expected:
         raise UserError(
-            f"the data here (fingerprint {dataset.fingerprint[:16]}) are not those of the study {study.study_name!r} "
+            f"the data here (fingerprint {data.fingerprint[:16]}) are not those of the study {study.study_name!r} "
             f"({expected[:16]}); use the same images (--data-root)"
         )
 
 
-def prepare(config: StudyConfig, root: str | None, say: Callable[[str], None]) -> PreparedData:
-    """The study's data, once they are here and every alpha fits them.
-
-    Raises:
-        UserError, DataError: the data or an alpha cannot be used.
-    """
-    if config.checkpoint.store != DATABASE:
-        object_store.check(config.checkpoint.store)
-    part = config.data
-    dataset = sources.load(part.name, root, say)
-    split = split_dataset(dataset, part.protocol, holdout=part.holdout, train_images=part.train_images)
-    space.check_alpha(config, len(split.train_labels))
-    parts = {"train": split.train_labels, "validation": split.validation_labels, "test": split.test_labels}
-    images = {name: len(labels) for name, labels in parts.items()}
-    return PreparedData(dataset.fingerprint, images, (len(dataset.train_labels), len(dataset.test_labels)))
-
-
-def noise_warning(config: StudyConfig, validation_images: int) -> str | None:
-    """What to know if delta is within the standard deviation (binomial, at 85 %) of the validation accuracy."""
-    delta, spread = config.policy.delta, math.sqrt(0.85 * 0.15 / validation_images)
-    smallest = delta.low if isinstance(delta, Range) else min(delta) if isinstance(delta, tuple) else delta
-    if "dynamic" not in config.policies() or smallest >= spread:
-        return None
-    return (
-        f"note: policy.delta {smallest:g} is less than the noise of accuracy on {validation_images:,} validation "
-        f"images (standard deviation {spread:.2g} at 85 %): most stalls will be chance"
-    )
+def config_warnings(config: StudyConfig, data: PreparedData) -> list[str]:
+    """What a person should know before the study runs, a sentence each."""
+    sentences = []
+    images = data.images["validation"]
+    delta, spread = smallest(config.policy.delta), math.sqrt(0.85 * 0.15 / images)
+    if "dynamic" in config.policies() and delta < spread:
+        sentences.append(
+            f"policy.delta {delta:g} is less than the noise of an accuracy on {images:,} validation images (binomial "
+            f"standard deviation {spread:.2g} at 85 %): most stalls will be chance"
+        )
+    resource = getattr(config.pruning, "min_resource", None)
+    last = space.most_steps(config, data.images["train"])
+    if isinstance(resource, int) and resource >= last:
+        sentences.append(
+            f"pruning.min_resource {resource} is not below the last step {last} of a trial: nothing will be pruned"
+        )
+    return sentences

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from study.config.models import Range, StudyConfig
+from study.config.models import StudyConfig
+from study.config.values import largest, middle
 from study.search import space
 from study.training.data import dataset
 from study.training.data.split import Split
@@ -71,19 +72,13 @@ def loads(config: StudyConfig, sizes: tuple[int, int] | None = None) -> list[Loa
     everything, validation, test = split_sizes(config, sizes)
     found = []
     for ticket in space.queued_trials(config):
-        chosen = {name: _middle(value) for name, value in (config.searchable() | ticket.params).items()}
+        chosen = {name: middle(value) for name, value in (config.searchable() | ticket.params).items()}
         alpha = everything
-        if "alpha" in space.USES[chosen["policy"]]:
+        if space.relevant(chosen["policy"], "alpha"):
             alpha = min(everything, int(chosen["alpha"]))
         train = config.training.images or int(chosen["epochs"]) * alpha
         found.append(Load(train, math.ceil(train / alpha) * validation + (test if config.data.test else 0)))
     return found
-
-
-def _middle(value: Any) -> Any:
-    if isinstance(value, Range):
-        return (value.low + value.high) / 2
-    return value[len(value) // 2] if isinstance(value, tuple) else value
 
 
 def seconds(work: list[Load], pace: Pace, devices: int) -> float:
@@ -107,7 +102,7 @@ def measure(config: StudyConfig, device_name: str) -> Pace:
     keep_freed_memory()
     device = torch.device(device_name)
     everything, validation, _ = split_sizes(config)
-    batch = _largest(config.training.batch_size)
+    batch = largest(config.training.batch_size)
     size = min(space.largest_alpha(config) or everything, (2 if device.type == "cpu" else 16) * batch)
     draws = np.random.default_rng(0)
     images = draws.integers(0, 256, (max(size, min(validation, VALIDATION_BATCH)), 32, 32, 3), dtype=np.uint8)
@@ -137,10 +132,6 @@ def measure(config: StudyConfig, device_name: str) -> Pace:
         called(device),
         date.today().isoformat(),
     )
-
-
-def _largest(value: Any) -> int:
-    return int(value.high) if isinstance(value, Range) else max(value) if isinstance(value, tuple) else int(value)
 
 
 def estimate(config: StudyConfig, pace: Pace, devices: int, sizes: tuple[int, int] | None = None) -> str:
@@ -181,9 +172,9 @@ def recall(config: StudyConfig, kind: str) -> Pace | None:
 
 def key(config: StudyConfig) -> tuple[Any, ...]:
     """All of a config that its pace depends on: configs of one key need one measurement."""
-    largest = min(_largest(config.training.batch_size), space.largest_alpha(config) or split_sizes(config)[0])
+    size = min(largest(config.training.batch_size), space.largest_alpha(config) or split_sizes(config)[0])
     training = config.training
-    return (*config.network.model_dump().values(), largest, training.precision, training.deterministic,
+    return (*config.network.model_dump().values(), size, training.precision, training.deterministic,
             config.data.augment)  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from dashboards import aggregate
 from dashboards.aggregate import Cell, Findings, Grid
 from dashboards.figures.style import COLOURS, INK, REST, finished
 from dashboards.formatting import label, shown
-from dashboards.study_data import Row, View
+from dashboards.study_data import StudyData, TrialRow
 
 MARKS = {
     "type1": ("triangle-down", "type I: no gain"),
@@ -24,22 +24,22 @@ MOST_LINES = 60
 """Learning curves drawn one by one; of more than these, all but the best become a band."""
 
 
-def learning_curves(view: View, found: Findings) -> go.Figure | None:
+def learning_curves(data: StudyData, found: Findings) -> go.Figure | None:
     """Validation accuracy by epoch, marks where the active set was resampled. None if no trial has an epoch yet.
 
     Few settings with several seeds: a colour a setting, its seeds thin, their mean thick. Else the best few trials in
     colour and in the legend, best first, the others grey, or, if they are many, as a band.
     """
-    rows = [row for row in view.rows if view.curves.get(row.number)]
+    rows = [row for row in data.rows if data.curves.get(row.number)]
     if not rows:
         return None
     figure, used = go.Figure(), set()
     if 1 < len(found.cells) <= len(COLOURS) and any(len(cell.rows) > 1 for cell in found.cells):
         ranked = [row for cell in found.cells for row in cell.ended]
         for i, cell in enumerate(sorted(found.cells, key=lambda cell: -cell.accuracy.mean)):
-            for row in (row for row in cell.ended if row.number in view.curves):
-                used |= _add_curve(figure, view, row, COLOURS[i], width=1, opacity=0.35, size=5)
-            curves = [view.curves[row.number] for row in cell.rows if row.number in view.curves]
+            for row in (row for row in cell.ended if row.number in data.curves):
+                used |= _add_curve(figure, data, row, COLOURS[i], width=1, opacity=0.35, size=5)
+            curves = [data.curves[row.number] for row in cell.rows if row.number in data.curves]
             y = [100 * float(np.mean([e["accuracy"] for e in epochs])) for epochs in zip(*curves, strict=False)]
             if y:
                 figure.add_scatter(
@@ -50,14 +50,14 @@ def learning_curves(view: View, found: Findings) -> go.Figure | None:
     else:
         ranked = sorted(rows, key=lambda row: (row.state == "failed", -(row.value or 0.0), row.number))
         if len(rows) > MOST_LINES:
-            left_out = sum(row.epochs > 0 for row in view.rows) - len(rows)
-            _add_band(figure, [view.curves[row.number] for row in ranked[len(COLOURS) :]], sampled=left_out > 0)
+            left_out = sum(row.epochs > 0 for row in data.rows) - len(rows)
+            _add_band(figure, [data.curves[row.number] for row in ranked[len(COLOURS) :]], sampled=left_out > 0)
             ranked = ranked[: len(COLOURS)]
         for rank, row in reversed(list(enumerate(ranked))):
             if rank < len(COLOURS):
-                used |= _add_curve(figure, view, row, COLOURS[rank], width=2, opacity=1.0, size=8, rank=rank)
+                used |= _add_curve(figure, data, row, COLOURS[rank], width=2, opacity=1.0, size=8, rank=rank)
             else:
-                _add_curve(figure, view, row, REST, width=1, opacity=0.5, size=0)
+                _add_curve(figure, data, row, REST, width=1, opacity=0.5, size=0)
     for i, (symbol, meaning) in enumerate(mark for kind, mark in MARKS.items() if kind in used):
         figure.add_scatter(
             x=[None], y=[None], mode="markers", name=meaning, legendrank=100 + i,
@@ -74,8 +74,8 @@ def learning_curves(view: View, found: Findings) -> go.Figure | None:
 
 def _add_curve(
     figure: go.Figure,
-    view: View,
-    row: Row,
+    data: StudyData,
+    row: TrialRow,
     colour: str,
     *,
     width: int,
@@ -84,7 +84,7 @@ def _add_curve(
     rank: int | None = None,
 ) -> set[str]:
     """A trial's curve, and marks of `size` where its active set was resampled; the kinds of resampling marked."""
-    curve = view.curves[row.number]
+    curve = data.curves[row.number]
     figure.add_scatter(
         x=[e["epoch"] for e in curve], y=[round(100 * e["accuracy"], 3) for e in curve], name=_label(row),
         mode="lines+markers" if len(curve) == 1 else "lines", opacity=opacity, legendrank=rank,
@@ -124,11 +124,11 @@ def _add_band(figure: go.Figure, curves: list[list[dict[str, Any]]], *, sampled:
     )
 
 
-def _label(row: Row) -> str:
+def _label(row: TrialRow) -> str:
     return f"{row.number}: {label(row.parameters)}" if row.parameters else f"trial {row.number}"
 
 
-def intervals(view: View, found: Findings) -> go.Figure | None:
+def intervals(data: StudyData, found: Findings) -> go.Figure | None:
     """Every setting's mean accuracy with its 95 % interval and its seeds; None without a setting of two seeds."""
     cells = [cell for cell in found.cells if cell.rows]
     if not any(len(cell.rows) > 1 for cell in cells):
@@ -150,7 +150,7 @@ def intervals(view: View, found: Findings) -> go.Figure | None:
         hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
     )  # fmt: skip
     for cell in cells:
-        theirs = aggregate.papers(view, cell)
+        theirs = aggregate.papers(data, cell)
         if theirs:
             figure.add_scatter(
                 x=[100 * theirs.accuracy], y=[cell.label], mode="markers", name="the paper",
@@ -162,7 +162,7 @@ def intervals(view: View, found: Findings) -> go.Figure | None:
     return finished(figure, 150 + 32 * len(cells))
 
 
-def heat_map(view: View, grid: Grid) -> go.Figure | None:
+def heat_map(data: StudyData, grid: Grid) -> go.Figure | None:
     """Best validation accuracy by alpha and beta, the paper's beneath where it is held; None without a value."""
     if not grid.values:
         return None
@@ -170,7 +170,7 @@ def heat_map(view: View, grid: Grid) -> go.Figure | None:
     for alpha in grid.alphas:
         cells = [grid.values.get((alpha, beta)) for beta in grid.betas]
         percents.append([None if cell is None else 100 * cell.accuracy.mean for cell in cells])
-        texts.append(["" if cell is None else _told(view, cell) for cell in cells])
+        texts.append(["" if cell is None else _told(data, cell) for cell in cells])
     figure = go.Figure(
         go.Heatmap(
             x=[shown(beta) for beta in grid.betas],
@@ -190,8 +190,8 @@ def heat_map(view: View, grid: Grid) -> go.Figure | None:
     return finished(figure, 160 + 70 * len(grid.alphas))
 
 
-def _told(view: View, cell: Cell) -> str:
-    of, theirs = cell.accuracy, aggregate.papers(view, cell)
+def _told(data: StudyData, cell: Cell) -> str:
+    of, theirs = cell.accuracy, aggregate.papers(data, cell)
     text = f"{100 * of.mean:.1f}" + (" p" if cell.pruned else "")
     text += f"<br>± {100 * (of.high - of.mean):.1f}" if of.high is not None else ""
     return text + (f"<br>paper {100 * theirs.accuracy:.1f}" if theirs else "")

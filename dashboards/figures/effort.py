@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from dashboards import paper
 from dashboards.aggregate import Cell, Findings
 from dashboards.figures.style import COLOURS, INK, REST, finished
-from dashboards.study_data import View
+from dashboards.study_data import StudyData
 
 MOST_CELLS = len(COLOURS)
 OUTCOMES = {
@@ -21,12 +21,12 @@ OUTCOMES = {
 }
 
 
-def exchange(view: View, found: Findings) -> go.Figure | None:
+def exchange(data: StudyData, found: Findings) -> go.Figure | None:
     """Share of the active set that is replaced after each epoch, a line a setting; None where nothing is."""
     figure = go.Figure()
     for i, cell in enumerate(_best(found)):
         alpha = cell.ended[0].alpha
-        shares = _by_epoch(view, cell, lambda epoch, alpha=alpha: 100 * epoch["k"] / alpha) if alpha else []
+        shares = _by_epoch(data, cell, lambda epoch, alpha=alpha: 100 * epoch["k"] / alpha) if alpha else []
         if any(shares):
             _line(figure, cell, i, shares, "epoch %{x}: %{y:.1f} % exchanged")
     if not figure.data:
@@ -36,12 +36,12 @@ def exchange(view: View, found: Findings) -> go.Figure | None:
     return finished(figure, 380)
 
 
-def coverage(view: View, found: Findings) -> go.Figure | None:
+def coverage(data: StudyData, found: Findings) -> go.Figure | None:
     """Different images trained on so far; None for studies that did not count them."""
-    total = view.counts.get("train")
+    total = data.counts.get("train")
     figure = go.Figure()
     for i, cell in enumerate(_best(found)):
-        seen = _by_epoch(view, cell, lambda epoch: epoch["seen"] or 0)
+        seen = _by_epoch(data, cell, lambda epoch: epoch["seen"] or 0)
         if total and any(seen):
             _line(figure, cell, i, [100 * count / total for count in seen], "epoch %{x}: %{y:.1f} % seen")
     if not figure.data:
@@ -56,9 +56,9 @@ def _best(found: Findings) -> list[Cell]:
     return sorted(having, key=lambda cell: -cell.accuracy.mean)[:MOST_CELLS]
 
 
-def _by_epoch(view: View, cell: Cell, of: object) -> list[float]:
+def _by_epoch(data: StudyData, cell: Cell, of: object) -> list[float]:
     """Mean over the cell's trials, epoch by epoch, as far as all of them go."""
-    curves = [view.curves[row.number] for row in cell.rows if row.number in view.curves]
+    curves = [data.curves[row.number] for row in cell.rows if row.number in data.curves]
     return [round(sum(of(epoch) for epoch in epochs) / len(epochs), 3) for epochs in zip(*curves, strict=False)]  # type: ignore[operator]
 
 
@@ -69,7 +69,7 @@ def _line(figure: go.Figure, cell: Cell, i: int, y: list[float], hover: str) -> 
     )  # fmt: skip
 
 
-def times(view: View, found: Findings) -> go.Figure | None:
+def times(data: StudyData, found: Findings) -> go.Figure | None:
     """Each setting's seconds over those of the full run with the same seed; None without a full run to compare with."""
     others = [cell for cell in found.cells if cell.label in found.ratios and cell.policy != "full"]
     if not others:
@@ -86,7 +86,7 @@ def times(view: View, found: Findings) -> go.Figure | None:
             showlegend=False,
         )
     )
-    if view.config.training.images is None:  # the paper's claim is for equal epochs
+    if data.config.training.images is None:  # the paper's claim is for equal epochs
         claim = 100 * paper.CLAIMED_TIME_RATIO
         figure.add_vline(
             x=claim, line={"color": COLOURS[1], "dash": "dash"}, annotation_text=f"the paper's claim: {claim:.0f} %"
@@ -96,16 +96,16 @@ def times(view: View, found: Findings) -> go.Figure | None:
     return finished(figure, 150 + 40 * len(others))
 
 
-def timeline(view: View) -> go.Figure | None:
+def timeline(data: StudyData) -> go.Figure | None:
     """Who worked on what, when: a line a worker, a bar an attempt; None before the first."""
-    if not view.attempts:
+    if not data.attempts:
         return None
-    latest = max(a.ended_at or a.started_at for a in view.attempts)
-    workers = list(dict.fromkeys(a.owner for a in view.attempts))
+    latest = max(a.ended_at or a.started_at for a in data.attempts)
+    workers = list(dict.fromkeys(a.owner for a in data.attempts))
     names = {owner: f"{owner.split(':')[0][:24]} #{i}" for i, owner in enumerate(workers, 1)}
     figure = go.Figure()
     for outcome, (colour, meaning) in OUTCOMES.items():
-        these = [a for a in view.attempts if a.outcome == outcome]
+        these = [a for a in data.attempts if a.outcome == outcome]
         if not these:
             continue
         ends = [max(a.ended_at or latest, a.started_at) for a in these]
@@ -114,7 +114,7 @@ def timeline(view: View) -> go.Figure | None:
             x=[1000 * (end - a.started_at) for a, end in zip(these, ends, strict=True)],
             y=[names[a.owner] for a in these],
             orientation="h", name=meaning, marker={"color": colour, "line": {"color": "rgba(0,0,0,0)"}},
-            text=[str(a.number) for a in these] if len(view.attempts) <= 100 else None, textposition="inside",
+            text=[str(a.number) for a in these] if len(data.attempts) <= 100 else None, textposition="inside",
             customdata=[
                 (a.number, f"{end - a.started_at:.1f} s", a.device, f"<br>{a.error[:100]}" if a.error else "")
                 for a, end in zip(these, ends, strict=True)

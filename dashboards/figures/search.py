@@ -13,15 +13,15 @@ from plotly.subplots import make_subplots
 from dashboards import aggregate
 from dashboards.figures.accuracy import _label
 from dashboards.figures.style import COLOURS, INK, finished
-from dashboards.study_data import Row, View
+from dashboards.study_data import StudyData, TrialRow
 
 
-def cost(views: Sequence[View]) -> go.Figure | None:
+def cost(studies: Sequence[StudyData]) -> go.Figure | None:
     """Accuracy against images trained on, with the Pareto front; None below two trials that ended.
 
     Of one study by policy, of several by study. Where all trained on equally many images, against seconds.
     """
-    ended = [(view, row) for view in views for row in view.rows if row.state in ("complete", "pruned") and row.value]
+    ended = [(data, row) for data in studies for row in data.rows if row.state in ("complete", "pruned") and row.value]
     if len(ended) < 2:
         return None
     complete = [row for _, row in ended if row.state == "complete"]
@@ -33,9 +33,9 @@ def cost(views: Sequence[View]) -> go.Figure | None:
             x=[getattr(row, by) for row in front], y=[100 * (row.value or 0) for row in front], mode="lines",
             line={"color": INK, "width": 2, "shape": "hv"}, name="Pareto front", hoverinfo="skip",
         )  # fmt: skip
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for view, row in ended:
-        groups.setdefault((row.policy if len(views) == 1 else view.name, row.state), []).append(row)
+    groups: dict[tuple[str, str], list[TrialRow]] = {}
+    for data, row in ended:
+        groups.setdefault((row.policy if len(studies) == 1 else data.name, row.state), []).append(row)
     names = sorted({name for name, _ in groups})
     for (name, state), rows in sorted(groups.items()):
         figure.add_scatter(
@@ -55,13 +55,13 @@ def cost(views: Sequence[View]) -> go.Figure | None:
     return finished(figure, 420)
 
 
-def slices(view: View) -> go.Figure | None:
+def slices(data: StudyData) -> go.Figure | None:
     """Accuracy by each numeric parameter that varies; None if none does, or below two complete trials."""
-    rows = [row for row in view.rows if row.state == "complete" and row.value is not None]
+    rows = [row for row in data.rows if row.state == "complete" and row.value is not None]
     numeric = (int, float)
     names = [
         name
-        for name in view.parameters
+        for name in data.parameters
         if len({row.parameters.get(name) for row in rows if isinstance(row.parameters.get(name), numeric)}) > 1
     ]
     if not names:
@@ -74,23 +74,23 @@ def slices(view: View) -> go.Figure | None:
             marker={"color": COLOURS[0], "size": 6, "opacity": 0.6}, row=1, col=i, showlegend=False,
             text=[_label(row) for row in having], hovertemplate="%{text}<br>%{y:.2f} %<extra></extra>",
         )  # fmt: skip
-        span = view.config.searchable().get(name)
+        span = data.config.searchable().get(name)
         figure.update_xaxes(title=name, row=1, col=i, type="log" if getattr(span, "log", False) else "linear")
     figure.update_yaxes(title="best validation accuracy (%)", row=1, col=1)
     return finished(figure, 360)
 
 
-def importance(view: View) -> go.Figure | None:
+def importance(data: StudyData) -> go.Figure | None:
     """How much of the variance of accuracy each parameter explains (PED-ANOVA); None if nothing can be said."""
-    complete = [trial for trial in view.study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
-    if len(complete) < 10 or len(view.parameters) < 2:
+    complete = [trial for trial in data.study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    if len(complete) < 10 or len(data.parameters) < 2:
         return None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             found = optuna.importance.get_param_importances(
-                view.study,
+                data.study,
                 evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
                 target=lambda trial: trial.values[0],
             )

@@ -11,33 +11,33 @@ from dashboards.aggregate import Findings, Grid
 from dashboards.conclusions import interval, verdict
 from dashboards.formatting import percent, plain_table, shown
 from dashboards.status import heading
-from dashboards.study_data import View
+from dashboards.study_data import StudyData
 
 MOST_TRIALS = 60
 
 
-def report_text(view: View) -> RenderableType:
-    found = aggregate.findings(view)
-    parts: list[RenderableType] = [Text("\n".join(heading(view.status)))]
-    if any(len(cell.ended) > 1 for cell in found.cells) or "policy" in view.parameters:
-        parts.append(plain_table("Settings: mean (95 % interval)", *cells_table(view, found), left=(0,)))
+def report_text(data: StudyData) -> RenderableType:
+    found = aggregate.findings(data)
+    parts: list[RenderableType] = [Text("\n".join(heading(data.status)))]
+    if any(len(cell.ended) > 1 for cell in found.cells) or "policy" in data.parameters:
+        parts.append(plain_table("Settings: mean (95 % interval)", *cells_table(data, found), left=(0,)))
     else:
-        parts.append(_trials(view))
+        parts.append(_trials(data))
     if found.comparisons:
         heads, lines = comparisons_table(found)
         parts.append(plain_table("Comparisons, paired by seed (points)", heads, lines, left=(0, len(heads) - 1)))
-    table = aggregate.grid(view)
+    table = aggregate.grid(data)
     if table is not None and table.values:
-        parts.append(_grid(view, table))
-    sentences = verdict(view, found)
+        parts.append(_grid(data, table))
+    sentences = verdict(data, found)
     if sentences:
         parts.append(Text("\n".join(["", *sentences])))
     return Group(*parts)
 
 
-def cells_table(view: View, found: Findings) -> tuple[list[str], list[list[str]]]:
+def cells_table(data: StudyData, found: Findings) -> tuple[list[str], list[list[str]]]:
     """Heads and lines: a cell a line, costs as means over its seeds."""
-    printed = {cell.label: aggregate.papers(view, cell) for cell in found.cells}
+    printed = {cell.label: aggregate.papers(data, cell) for cell in found.cells}
     with_test = any(cell.test for cell in found.cells)
     heads = ["setting", "n", "validation %", "sd", *(["test %"] if with_test else []), "images", "different", "seconds"]
     heads += ["% of full time"] if found.ratios else []
@@ -72,34 +72,34 @@ def _p(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}"
 
 
-def trials_table(view: View) -> tuple[list[str], list[list[str]]]:
+def trials_table(data: StudyData) -> tuple[list[str], list[list[str]]]:
     """The heads and cells of the table of trials, best first; the state is the last column."""
-    replicated = view.config.search.replicates > 1
-    heads = ["trial", *view.parameters, *(["seed"] if replicated else [])]
+    replicated = data.config.search.replicates > 1
+    heads = ["trial", *data.parameters, *(["seed"] if replicated else [])]
     heads += ["accuracy", "best at", "epochs", "images", "seconds", "state"]
     lines = []
-    for row in sorted(view.rows, key=lambda row: (row.value is None, -(row.value or 0.0), row.number)):
-        chosen = [shown(row.parameters[name]) if name in row.parameters else "" for name in view.parameters]
+    for row in sorted(data.rows, key=lambda row: (row.value is None, -(row.value or 0.0), row.number)):
+        chosen = [shown(row.parameters[name]) if name in row.parameters else "" for name in data.parameters]
         numbers = [percent(row.value), str(row.best_epoch or ""), str(row.epochs), f"{row.images:,}"]
         seed = [str(row.seed)] if replicated else []
         lines.append([str(row.number), *chosen, *seed, *numbers, f"{row.seconds:.1f}", row.state])
     return heads, lines
 
 
-def _trials(view: View) -> Table:
-    heads, lines = trials_table(view)
+def _trials(data: StudyData) -> Table:
+    heads, lines = trials_table(data)
     more = f" ({MOST_TRIALS} of {len(lines)})" if len(lines) > MOST_TRIALS else ""
     return plain_table(f"Trials, best first{more}", heads, lines[:MOST_TRIALS], left=(len(heads) - 1,))
 
 
-def _grid(view: View, grid: Grid) -> Table:
-    papers = any(aggregate.papers(view, cell) for cell in grid.values.values())
+def _grid(data: StudyData, grid: Grid) -> Table:
+    papers = any(aggregate.papers(data, cell) for cell in grid.values.values())
     lines = []
     for alpha in grid.alphas:
         line = [f"{alpha:,}"]
         for beta in grid.betas:
             cell = grid.values.get((alpha, beta))
-            theirs = aggregate.papers(view, cell) if cell else None
+            theirs = aggregate.papers(data, cell) if cell else None
             own = "–" if cell is None else f"{100 * cell.accuracy.mean:.2f}" + (" p" if cell.pruned else "")
             line.append(own + (f" / {100 * theirs.accuracy:.1f}" if theirs else " / –" if papers else ""))
         lines.append(line)

@@ -16,7 +16,7 @@ from dashboards.figures import accuracy, effort, search
 from dashboards.formatting import budget_lines, label, percent
 from dashboards.reports import console
 from dashboards.reports import json as json_report
-from dashboards.study_data import View
+from dashboards.study_data import StudyData
 
 MOST_TRIALS = 500
 STYLE = """
@@ -34,12 +34,12 @@ code, pre { font-size: .85em; } pre { overflow-x: auto; } summary { cursor: poin
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def page(views: Sequence[View]) -> str:
-    sections = [_side_by_side(views)] if len(views) > 1 else []
-    sections += [_study(view) for view in views]
+def page(studies: Sequence[StudyData]) -> str:
+    sections = [_side_by_side(studies)] if len(studies) > 1 else []
+    sections += [_study(data) for data in studies]
     body = "".join(sections)
     script = f"<script>{get_plotlyjs()}</script>" if "plotly-graph-div" in body else ""
-    title = escape(", ".join(view.name for view in views))
+    title = escape(", ".join(data.name for data in studies))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
@@ -48,40 +48,40 @@ def page(views: Sequence[View]) -> str:
 """
 
 
-def _study(view: View) -> str:
-    found = aggregate.findings(view)
-    parts = [f"<h1>{escape(view.name)}</h1><p>{escape(view.config.description)}</p>", _summary(view)]
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(view, found))
+def _study(data: StudyData) -> str:
+    found = aggregate.findings(data)
+    parts = [f"<h1>{escape(data.name)}</h1><p>{escape(data.config.description)}</p>", _summary(data)]
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(data, found))
     if sentences:
         parts.append(f"<div class='verdict'>{sentences}</div>")
     if len(found.cells) > 1 and len(found.cells) <= MOST_TRIALS:
-        parts.append(_section("Settings", _table(*console.cells_table(view, found), css="first")))
+        parts.append(_section("Settings", _table(*console.cells_table(data, found), css="first")))
     if found.comparisons:
         note = "Holm: corrected for all of this table. Could show: the true difference that so many pairs with this "
         note += "spread find four times in five."
         parts.append(_section("Comparisons, paired by seed", _table(*console.comparisons_table(found), "first"), note))
-    table = aggregate.grid(view)
+    table = aggregate.grid(data)
     drawn = [
-        ("Settings with their seeds", accuracy.intervals(view, found), ""),
-        ("Accuracy by alpha and beta", accuracy.heat_map(view, table) if table is not None else None, ""),
+        ("Settings with their seeds", accuracy.intervals(data, found), ""),
+        ("Accuracy by alpha and beta", accuracy.heat_map(data, table) if table is not None else None, ""),
         (
             "Learning curves",
-            accuracy.learning_curves(view, found),
+            accuracy.learning_curves(data, found),
             "Marks: the active set was resampled after this epoch.",
         ),
-        ("Time against the full run", effort.times(view, found), ""),
-        ("Accuracy against cost", search.cost([view]), ""),
-        ("Exchange", effort.exchange(view, found), "How much of the active set each epoch's end replaced."),
-        ("Coverage", effort.coverage(view, found), "How many different images had been trained on."),
-        ("Accuracy by parameter", search.slices(view), ""),
-        ("Importance", search.importance(view), ""),
-        ("Workers", effort.timeline(view), "One line a worker, one bar an attempt at a trial."),
+        ("Time against the full run", effort.times(data, found), ""),
+        ("Accuracy against cost", search.cost([data]), ""),
+        ("Exchange", effort.exchange(data, found), "How much of the active set each epoch's end replaced."),
+        ("Coverage", effort.coverage(data, found), "How many different images had been trained on."),
+        ("Accuracy by parameter", search.slices(data), ""),
+        ("Importance", search.importance(data), ""),
+        ("Workers", effort.timeline(data), "One line a worker, one bar an attempt at a trial."),
     ]
     parts += [_section(title, _drawn(figure), note) for title, figure, note in drawn if figure is not None]
-    if not any(view.curves.values()):
+    if not any(data.curves.values()):
         parts.append("<p>No trial has finished an epoch yet.</p>")
-    parts.append(_trials(view))
-    told = escape(json.dumps(json_report.manifest(view), indent=2, ensure_ascii=False))
+    parts.append(_trials(data))
+    told = escape(json.dumps(json_report.manifest(data), indent=2, ensure_ascii=False))
     parts.append(
         _section("Manifest", f"<details><summary>What produced these numbers</summary><pre>{told}</pre></details>")
     )
@@ -92,35 +92,35 @@ def _section(title: str, content: str, note: str = "") -> str:
     return f"<h2>{title}</h2>" + (f"<p>{note}</p>" if note else "") + content
 
 
-def _summary(view: View) -> str:
-    states = ", ".join(f"{count} {name}" for name, count in view.status.states.items() if count)
-    lines = [f"<p>{len(view.rows)} trials: {escape(states)}.</p>"]
-    best = view.best
+def _summary(data: StudyData) -> str:
+    states = ", ".join(f"{count} {name}" for name, count in data.status.states.items() if count)
+    lines = [f"<p>{len(data.rows)} trials: {escape(states)}.</p>"]
+    best = data.best
     if best is not None:
         chosen = f", {label(best.parameters)}" if best.parameters else ""
         where = f"trial {best.number}{chosen}, epoch {best.best_epoch}"
         lines.append(f"<p>Best validation accuracy <b>{percent(best.value)}</b>: {escape(where)}.</p>")
-    style = ' class="warning"' if view.config.data.protocol == "paper" else ""
+    style = ' class="warning"' if data.config.data.protocol == "paper" else ""
     lines += [
         f"<p>{escape(line)}.</p>".replace("spent", "Spent", 1)
-        for line in budget_lines(view.status.budgets, view.status.spent)
+        for line in budget_lines(data.status.budgets, data.status.spent)
     ]
-    lines.append(f"<p{style}>Protocol {escape(view.status.protocol)}.</p>")
+    lines.append(f"<p{style}>Protocol {escape(data.status.protocol)}.</p>")
     return "".join(lines)
 
 
-def _side_by_side(views: Sequence[View]) -> str:
+def _side_by_side(studies: Sequence[StudyData]) -> str:
     heads = ["study", "trials", "complete", "best %", "images", "hours", "protocol"]
     lines = []
-    for view in views:
-        best = percent(view.best.value if view.best else None)
-        hours = sum(row.seconds for row in view.rows) / 3600
-        images = sum(row.images for row in view.rows)
-        complete = view.status.states["complete"]
-        numbers = [str(len(view.rows)), str(complete), best, f"{images:,}", f"{hours:.2f}"]
-        lines.append([view.name, *numbers, view.config.data.protocol])
-    figure = search.cost(views)
-    prints = {view.study.user_attrs.get("data_fingerprint") for view in views}
+    for data in studies:
+        best = percent(data.best.value if data.best else None)
+        hours = sum(row.seconds for row in data.rows) / 3600
+        images = sum(row.images for row in data.rows)
+        complete = data.status.states["complete"]
+        numbers = [str(len(data.rows)), str(complete), best, f"{images:,}", f"{hours:.2f}"]
+        lines.append([data.name, *numbers, data.config.data.protocol])
+    figure = search.cost(studies)
+    prints = {data.study.user_attrs.get("data_fingerprint") for data in studies}
     note = "" if len(prints) == 1 else "These studies are on different data: their accuracies do not compare."
     cost = _section("Accuracy against cost", _drawn(figure)) if figure is not None else ""
     return f"<h1>Side by side</h1>{_section('Studies', _table(heads, lines, 'first'), note)}{cost}"
@@ -139,10 +139,10 @@ def _table(heads: list[str], lines: list[list[str]], css: str = "") -> str:
     return f"<div class='wide'><table class='{css}'>{''.join(rows)}</table></div>"
 
 
-def _trials(view: View) -> str:
-    heads, lines = console.trials_table(view)
+def _trials(data: StudyData) -> str:
+    heads, lines = console.trials_table(data)
     failures = "".join(
-        f"<p>Trial {row.number} failed: {escape(row.error or '')}</p>" for row in view.rows if row.state == "failed"
+        f"<p>Trial {row.number} failed: {escape(row.error or '')}</p>" for row in data.rows if row.state == "failed"
     )
     note = (
         f"The best {MOST_TRIALS} of {len(lines):,}; all of them: study report --json."

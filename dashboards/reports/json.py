@@ -9,36 +9,36 @@ from dataclasses import asdict
 from typing import Any
 
 from dashboards import aggregate, conclusions, status
-from dashboards.study_data import Row, View
+from dashboards.study_data import StudyData, TrialRow
 
 
-def report(view: View) -> dict[str, Any]:
+def report(data: StudyData) -> dict[str, Any]:
     """What `study report --json` writes. Accuracies are in [0, 1], times in seconds."""
-    found = aggregate.findings(view)
-    return status.document(view.status) | {
-        "verdict": conclusions.verdict(view, found),
+    found = aggregate.findings(data)
+    return status.document(data.status) | {
+        "verdict": conclusions.verdict(data, found),
         "measure": found.measure,
-        "cells": [_cell(view, cell, found) for cell in found.cells],
+        "cells": [_cell(data, cell, found) for cell in found.cells],
         "comparisons": [asdict(c) | {"finding": c.finding} for c in found.comparisons],
         "effects": found.effects,
-        "pareto": [row.number for row in aggregate.pareto(_complete(view))],
-        "trials": [_trial(row) for row in view.rows],
-        "manifest": manifest(view),
+        "pareto": [row.number for row in aggregate.pareto(_complete(data))],
+        "trials": [_trial(row) for row in data.rows],
+        "manifest": manifest(data),
     }
 
 
-def text(views: Sequence[View]) -> str:
+def text(studies: Sequence[StudyData]) -> str:
     """One study as an object, several as an array."""
-    found = [report(view) for view in views]
+    found = [report(data) for data in studies]
     return json.dumps(found[0] if len(found) == 1 else found, indent=2)
 
 
-def _complete(view: View) -> list[Row]:
-    return [row for row in view.rows if row.state == "complete"]
+def _complete(data: StudyData) -> list[TrialRow]:
+    return [row for row in data.rows if row.state == "complete"]
 
 
-def _cell(view: View, cell: aggregate.Cell, found: aggregate.Findings) -> dict[str, Any]:
-    theirs, ratio = aggregate.papers(view, cell), found.ratios.get(cell.label)
+def _cell(data: StudyData, cell: aggregate.Cell, found: aggregate.Findings) -> dict[str, Any]:
+    theirs, ratio = aggregate.papers(data, cell), found.ratios.get(cell.label)
     return {
         "label": cell.label,
         "parameters": cell.parameters,
@@ -55,15 +55,15 @@ def _cell(view: View, cell: aggregate.Cell, found: aggregate.Findings) -> dict[s
     }
 
 
-def _trial(row: Row) -> dict[str, Any]:
+def _trial(row: TrialRow) -> dict[str, Any]:
     cells = asdict(row) | {"seconds": row.seconds}
     attributes = cells.pop("attributes")
     return cells | {key: attributes.get(key) for key in ("device", "host", "peak_memory_bytes")}
 
 
-def manifest(view: View) -> dict[str, Any]:
+def manifest(data: StudyData) -> dict[str, Any]:
     """What produced the numbers: config, data, versions, devices."""
-    ended = [row for row in view.rows if "versions" in row.attributes]
+    ended = [row for row in data.rows if "versions" in row.attributes]
     counted = {
         key: dict(Counter(str(row.attributes.get(key)) for row in ended)) for key in ("device", "host", "precision")
     }
@@ -72,11 +72,11 @@ def manifest(view: View) -> dict[str, Any]:
         for name in sorted({name for row in ended for name in row.attributes["versions"]})
     }
     return {
-        "study": view.name,
-        "preset": view.preset,
-        "config": view.config.model_dump(mode="json"),
-        "data_fingerprint": view.study.user_attrs.get("data_fingerprint"),
-        "images": view.counts,
+        "study": data.name,
+        "preset": data.preset,
+        "config": data.config.model_dump(mode="json"),
+        "data_fingerprint": data.study.user_attrs.get("data_fingerprint"),
+        "images": data.counts,
         "trials_by": counted,
         "versions": versions,
     }

@@ -1,7 +1,8 @@
-"""The verbs that move studies, put failed trials back, and delete."""
+"""The verbs that manage studies: copy, export, import, requeue, delete, init."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,29 +10,37 @@ from typing import Annotated
 import typer
 
 from storage.errors import UserError
-from study.cli.options import Name, NewName, Storage, app, say, shown, storage_url, view
+from storage.text import command
+from study.cli.options import Name, NewName, Storage, command_for, shown, storage_url
+
+logger = logging.getLogger(__name__)
 
 
-@app.command()
 def copy(
     name: Name,
     source: Annotated[str, typer.Option("--from", help="Database URL of the study.")],
     target: Annotated[str, typer.Option("--to", help="Database URL of the copy.")],
     new_name: NewName = None,
 ) -> None:
-    """Copy a study, finished or not, to another database: SQLite or PostgreSQL."""
+    """Copy a study, finished or not, to another database: SQLite or PostgreSQL.
+
+    Example: study copy quick --from sqlite:///study.db --to postgresql://me@host/studies
+    """
     from storage.engine import open_storage
     from storage.transfer import copy as copy_study
 
     count = copy_study(open_storage(source, create=False, reading=True), open_storage(target), name, new_name)
-    say(f"copied {count} trials of {name!r} to {shown(target)}; go on with: study resume {new_name or name}")
+    resume = command_for(target, "resume", new_name or name)
+    logger.info("copied %d trials of %r to %s; continue with: %s", count, name, shown(target), resume)
 
 
-@app.command()
 def export(
     name: Name, file: Annotated[Path, typer.Argument(help="A file that is not there yet.")], storage: Storage = None
 ) -> None:
-    """Write a study with its checkpoints into one file, to take elsewhere or to keep."""
+    """Write a study with its checkpoints into one file, to take elsewhere or to keep.
+
+    Example: study export quick quick.study
+    """
     from storage.engine import open_storage
     from storage.transfer import copy as copy_study
 
@@ -46,16 +55,18 @@ def export(
         file.unlink(missing_ok=True)
         raise
     target.engine.dispose()  # the last connection to close folds SQLite's log into the file
-    say(f"wrote {count} trials of {name!r} to {file}; back with: study import {file}")
+    logger.info("wrote %d trials of %r to %s; read it back with: %s", count, name, file, command("import", str(file)))
 
 
-@app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="A file that `study export` wrote.")],
     storage: Storage = None,
     new_name: NewName = None,
 ) -> None:
-    """Bring an exported study into a storage."""
+    """Import an exported study into a storage.
+
+    Example: study import quick.study
+    """
     import optuna
 
     from storage.engine import open_storage
@@ -69,52 +80,62 @@ def import_(
         )
     url = storage_url(storage)
     count = copy_study(source, open_storage(url), names[0], new_name)
-    say(f"brought {count} trials of {names[0]!r} into {shown(url)}; go on with: study resume {new_name or names[0]}")
+    resume = command_for(url, "resume", new_name or names[0])
+    logger.info("imported %d trials of %r into %s; continue with: %s", count, names[0], shown(url), resume)
 
 
-@app.command()
 def requeue(
     name: Name,
     storage: Storage = None,
     failed: Annotated[bool, typer.Option("--failed", help="All failed trials.")] = False,
     trial: Annotated[list[int] | None, typer.Option(help="The number of one failed trial. Repeatable.")] = None,
 ) -> None:
-    """Put failed trials back, to be run again from their start."""
+    """Queue failed trials again, to be run from their start.
+
+    Example: study requeue quick --failed
+    """
     from storage.engine import open_storage
-    from storage.transfer import requeue as put_back
+    from storage.transfer import requeue as requeue_trials
 
     if failed == bool(trial):
         raise UserError("requeue takes --failed or --trial N, one of them")
-    numbers = put_back(open_storage(storage_url(storage), create=False), name, trials=None if failed else trial)
-    say(f"put back {len(numbers)} trials of {name!r}; run them with: study resume {name}")
+    numbers = requeue_trials(open_storage(storage_url(storage), create=False), name, trials=None if failed else trial)
+    resume = command_for(storage_url(storage), "resume", name)
+    logger.info("queued %d trials of %r again; run them with: %s", len(numbers), name, resume)
 
 
-@app.command()
 def delete(
     name: Name,
     storage: Storage = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Even while workers hold trials of it.")] = False,
 ) -> None:
-    """Delete a study and everything of it. Asks first."""
+    """Delete a study and everything of it. Asks first.
+
+    Example: study delete quick
+    """
     from storage.engine import open_storage
+    from storage.queries import find, progress
     from storage.transfer import delete as delete_study
 
-    found = view(name, storage)
+    opened = open_storage(storage_url(storage), create=False)
+    trials = progress(opened.engine, find(opened.engine, name)[0]).total
     if not yes:
         if not sys.stdin.isatty():
-            raise UserError("delete asks before it deletes, and nobody is here to answer; say --yes")
-        if not typer.confirm(f"Delete {name!r} with its {len(found.rows)} trials from {shown(storage_url(storage))}?"):
+            raise UserError("delete asks before it deletes, and standard input is no terminal; use --yes")
+        if not typer.confirm(f"Delete {name!r} with its {trials} trials from {shown(storage_url(storage))}?"):
             return
-    delete_study(open_storage(storage_url(storage), create=False), name, force=force)
-    say(f"deleted {name!r}")
+    delete_study(opened, name, force=force)
+    logger.info("deleted %r", name)
 
 
-@app.command()
 def init(storage: Storage = None) -> None:
-    """Make the tables of a storage, if they are missing: for a database that others only read or join."""
+    """Make the tables of a storage, if they are missing: for a database that others only read or join.
+
+    Example: study init --storage postgresql://me@host/studies
+    """
     from storage.engine import open_storage
 
     url = storage_url(storage)
     open_storage(url)
-    say(f"the tables are there: {shown(url)}")
+    logger.info("the tables are there: %s", shown(url))

@@ -1,4 +1,4 @@
-"""What all verbs of the command share: the app, its options, where its output goes."""
+"""What the verbs share: their options, where output goes, which storage is meant."""
 
 from __future__ import annotations
 
@@ -11,26 +11,22 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from dashboards.study_data import View
+    from dashboards.study_data import StudyData
 
-app = typer.Typer(
-    name="study",
-    help="Hyperparameter studies of dynamic training on Optuna: launch, watch, kill, move and resume them.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 # A file or a pipe has no width: tables are as wide as they are.
-out = Console(width=None if sys.stdout.isatty() else 200)
-err = Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+
+RAY = "Ray cluster"
+"""Panel of the help."""
 
 Storage = Annotated[
     str | None,
-    typer.Option(help="Database URL. Default: $STUDY_STORAGE, else sqlite:///study.db here.", show_default=False),
+    typer.Option(help="Database URL. Default: $STUDY_STORAGE, else sqlite:///study.db.", show_default=False),
 ]
 DataRoot = Annotated[
     Path | None,
     typer.Option(
+        "--data-root",
         help="Folder of images (imagefolder) or of torchvision's downloads. Default: $STUDY_DATA_ROOT, else a cache.",
         show_default=False,
     ),
@@ -41,7 +37,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 def _workers(text: str | int) -> int | None:
     if text == "max":
         return None
-    if not str(text).isdecimal() or int(text) < 1:
+    if not str(text).isdecimal() or not 1 <= int(text) <= 100_000:
         raise typer.BadParameter(f"must be a whole number of at least 1, or max; got {text!r}")
     return int(text)
 
@@ -51,13 +47,19 @@ Workers = Annotated[
     typer.Option(
         parser=_workers,
         metavar="N|max",
-        help="Worker processes. max, the default: one a device; on a Ray cluster as many as fit, also when it grows.",
+        help="Worker processes. max, the default: one a GPU, or one a core; on a Ray cluster as many as fit.",
         show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=1024, help="Threads of each worker on a CPU. Default: $OMP_NUM_THREADS, else 1.", show_default=False
     ),
 ]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Overrides the preset: --set training.epochs=5. Repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override the preset: --set training.epochs=5. Repeatable."),
 ]
 Budget = Annotated[
     list[str] | None,
@@ -66,13 +68,19 @@ Budget = Annotated[
         show_default=False,
     ),
 ]
-On = Annotated[Literal["here", "ray"], typer.Option(help="Workers on this machine, or on a Ray cluster.")]
+AllowFailures = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Failed trials with which the exit code is still 0.")
+]
+LauncherOption = Annotated[
+    Literal["local", "ray"], typer.Option("--launcher", help="Workers on this machine, or on a Ray cluster.")
+]
 Address = Annotated[
     str | None,
     typer.Option(
-        help="The Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Default: $RAY_ADDRESS, the one that runs here, or a "
-        "new one on this machine.",
+        help="auto, HOST:PORT or ray://HOST:PORT. Default: $RAY_ADDRESS, else the cluster that runs here, else a new "
+        "one on this machine.",
         show_default=False,
+        rich_help_panel=RAY,
     ),
 ]
 Gpus = Annotated[
@@ -81,39 +89,52 @@ Gpus = Annotated[
         "--gpus-per-worker",
         min=0,
         max=1,
-        help="On Ray. Default: 1 where the cluster has GPUs and the device is not cpu.",
+        help="Default: 1 where the cluster has GPUs and the device is not cpu.",
         show_default=False,
+        rich_help_panel=RAY,
     ),
 ]
-Cpus = Annotated[float | None, typer.Option("--cpus-per-worker", min=0, help="On Ray. Default: 1.", show_default=False)]
-Detach = Annotated[bool, typer.Option("--detach", help="On Ray: leave the workers to the cluster and return.")]
+Cpus = Annotated[
+    float | None,
+    typer.Option("--cpus-per-worker", min=0, help="Default: 1.", show_default=False, rich_help_panel=RAY),
+]
+Detach = Annotated[
+    bool, typer.Option("--detach", help="Leave the workers to the cluster and return.", rich_help_panel=RAY)
+]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
 NewName = Annotated[str | None, typer.Option("--name", help="Another name for the copy.", show_default=False)]
 
 
-def say(text: str) -> None:
-    err.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def view(name: str, storage: str | None) -> View:
-    from dashboards import study_data
+def read_study(name: str, storage: str | None) -> StudyData:
+    """All that a report says of a study."""
+    from dashboards.study_data import read
     from storage.engine import open_storage
 
-    return study_data.read(open_storage(storage_url(storage), create=False, reading=True), name)
+    return read(open_storage(storage_url(storage), create=False, reading=True), name)
 
 
 def storage_url(option: str | None) -> str:
+    """The URL that is meant: the option, else $STUDY_STORAGE, else the default file in the current folder."""
     from storage.url import DEFAULT
 
     return option or os.environ.get("STUDY_STORAGE") or DEFAULT
 
 
 def shown(url: str) -> str:
+    """The URL without passwords."""
     from storage.url import parse, redact
 
     return redact(parse(url))
 
 
-def root_of(option: Path | None) -> str | None:
+def command_for(url: str, *words: str) -> str:
+    """A command of ours on the storage at `url`, as it can be typed: with `--storage` where it is needed."""
+    from storage.text import command
+
+    return command(*words, storage=None if url == storage_url(None) else shown(url))
+
+
+def data_root(option: Path | None) -> str | None:
+    """The folder that is meant: the option, else $STUDY_DATA_ROOT; as a whole path."""
     root = option or os.environ.get("STUDY_DATA_ROOT")
     return str(Path(root).expanduser().resolve()) if root else None

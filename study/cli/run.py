@@ -1,16 +1,17 @@
-"""The verbs that run studies: launch, resume, worker, stop, confirm, bench."""
+"""The verbs that run studies: launch, resume, stop, worker, confirm, bench."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from storage.errors import UserError
-from storage.optuna_internals import study_id_of
+from study import exit_codes
 from study.cli.options import (
     Address,
+    AllowFailures,
     Assignments,
     Budget,
     Cpus,
@@ -18,26 +19,25 @@ from study.cli.options import (
     Detach,
     Device,
     Gpus,
+    LauncherOption,
     Name,
-    On,
     Storage,
+    Threads,
     Workers,
-    app,
-    err,
+    command_for,
+    data_root,
     out,
-    root_of,
-    say,
     shown,
     storage_url,
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from study.create import OpenStudy
+    from study.launch.launcher import Launcher, LaunchOptions
 
-    from study.launch.launcher import Workforce
+logger = logging.getLogger(__name__)
 
 
-@app.command()
 def launch(
     preset: Annotated[str, typer.Argument(help="A preset; `study presets` lists them.")],
     name: Annotated[
@@ -53,148 +53,123 @@ def launch(
     budget: Budget = None,
     device: Device = "auto",
     workers: Workers = None,
-    data_root: DataRoot = None,
-    on: On = "here",
+    threads: Threads = None,
+    root: DataRoot = None,
+    allow_failures: AllowFailures = 0,
+    launcher: LauncherOption = "local",
     address: Address = None,
     gpus: Gpus = None,
     cpus: Cpus = None,
     detach: Detach = False,
 ) -> None:
-    """Start a study, or go on with it where it stopped."""
-    from storage.budgets import set_budgets
+    """Start a study, or continue it where it stopped.
+
+    Example: study launch quick --set training.epochs=6
+    """
     from storage.engine import open_storage
-    from study import estimate
     from study.config.loading import load_config
-    from study.create import create_study, noise_warning, prepare
-    from study.launch.devices import local_devices
-    from study.launch.launcher import placed
+    from study.create import OpenStudy, config_warnings, create_study, load_study, prepare
+    from study.launch.launcher import LaunchOptions
 
     more = [] if trials is None else [f"search.trials={trials}"]
     more += [] if objective is None else [f"search.objective={objective}"]
     config = load_config(preset, [*(assignments or []), *more])
-    url, root = storage_url(storage), root_of(data_root)
-    budgets = _budgets(budget)
-    workforce = placed(url, device, workers, on, address, gpus, cpus, detach, storage, budgets)
+    url = storage_url(storage)
+    options = LaunchOptions(
+        launcher=launcher, device=device, workers=workers, threads=threads, address=address,
+        gpus_per_worker=gpus, cpus_per_worker=cpus, detach=detach, storage_option=storage,
+    )  # fmt: skip
+    workforce, budgets = _launcher(options, url, budget)
     # Everything that can be wrong is found before the database is touched.
-    data = prepare(config, root, say)
-    new = create_study(open_storage(url), name or preset, preset, config, data)
-    engine, study_id = _heed_stop(name or preset, url)
-    if budgets is not None:
-        set_budgets(engine, study_id, budgets)
-    say(f"{'starting' if new else 'going on with'} study {name or preset!r} in {shown(url)}")
-    # Only what `study bench` has measured here: measuring now would keep the study waiting.
-    if new and (warning := noise_warning(config, data.images["validation"])):
-        say(warning)
-    if new and on == "here":
-        devices = local_devices(device, workers)
-        if pace := estimate.recall(config, devices[0].partition(":")[0]):
-            told = estimate.estimate(config, pace, len(set(devices)), data.sizes)
-            say(f"{told} (paced by `study bench` on {pace.on})")
-    _work(name or preset, url, workforce, root)
+    data = prepare(config, data_root(root))
+    opened = open_storage(url)
+    study_name = name or preset
+    is_new = create_study(opened, study_name, preset, config, data)
+    study = OpenStudy(url, opened, *load_study(opened, study_name))
+    _set_budgets(study, budgets)
+    _refuse_if_stopped(study)
+    logger.info("%s study %r in %s", "starting" if is_new else "resuming", study_name, shown(url))
+    if is_new:
+        for sentence in config_warnings(config, data):
+            logger.warning("%s", sentence)
+        _log_estimate(study, workforce, data.sizes)
+    _run(study, workforce, data_root(root), allow_failures)
 
 
-@app.command()
-def bench(
-    preset: Annotated[str | None, typer.Argument(help="A preset. Default: all of them.", show_default=False)] = None,
-    assignments: Assignments = None,
-    device: Device = "auto",
-) -> None:
-    """Measure this machine for some seconds and say how long a preset will take on it."""
-    from study import estimate
-    from study.config.loading import load_config, preset_names
-    from study.launch import devices
-
-    configs = {name: load_config(name, assignments or []) for name in ([preset] if preset else preset_names())}
-    here = devices.local_devices(device, None)
-    paces: dict[tuple[object, ...], estimate.Pace] = {}
-    for name, config in configs.items():
-        key = estimate.key(config)
-        if key not in paces:
-            paces[key] = estimate.measure(config, here[0])
-            estimate.remember(config, here[0].partition(":")[0], paces[key])
-        typer.echo(f"{name}: {estimate.estimate(config, paces[key], len(here))}")
-
-
-@app.command()
-def worker(
-    name: Name,
-    storage: Storage = None,
-    device: Device = "auto",
-    data_root: DataRoot = None,
-    wait: Annotated[bool, typer.Option(help="Wait while others work, in case they die.")] = True,
-) -> None:
-    """Join a study from this machine with one process on one device."""
-    from study.exit_codes import DATABASE_UNAVAILABLE, INTERRUPTED
-    from study.trial.runner import DatabaseUnavailable
-    from study.worker.worker import work
-
-    try:
-        settled = work(name, storage_url(storage), device, root_of(data_root), wait=wait)
-    except DatabaseUnavailable as away:
-        say(str(away))
-        raise typer.Exit(DATABASE_UNAVAILABLE) from None
-    if not settled:
-        raise typer.Exit(INTERRUPTED)
-
-
-@app.command()
 def resume(
     name: Name,
     storage: Storage = None,
     budget: Budget = None,
     device: Device = "auto",
     workers: Workers = None,
-    data_root: DataRoot = None,
-    on: On = "here",
+    threads: Threads = None,
+    root: DataRoot = None,
+    allow_failures: AllowFailures = 0,
+    launcher: LauncherOption = "local",
     address: Address = None,
     gpus: Gpus = None,
     cpus: Cpus = None,
     detach: Detach = False,
 ) -> None:
-    """Go on with a study with this machine's devices or a cluster's; it needs nothing but its name and database."""
-    from storage.budgets import set_budgets
-    from study.create import check_here
-    from study.launch.launcher import placed
+    """Continue a study; it needs nothing but its name and its database.
 
-    url, root = storage_url(storage), root_of(data_root)
-    budgets = _budgets(budget)
-    workforce = placed(url, device, workers, on, address, gpus, cpus, detach, storage, budgets)
-    if on == "here":  # elsewhere the workers look at theirs
-        check_here(url, name, root, say)
-    engine, study_id = _found(name, url)
-    if budgets is not None:
-        set_budgets(engine, study_id, budgets)
+    Example: study resume quick --workers 2
+    """
     from storage.stop_requests import withdraw_stop
+    from study.create import check_data, open_study
+    from study.launch.launcher import LaunchOptions
 
-    withdraw_stop(engine, study_id)
-    _work(name, url, workforce, root)
-
-
-def _budgets(texts: list[str] | None) -> dict[str, float] | None:
-    from storage.budgets import parse_budgets
-
-    return None if texts is None else parse_budgets(texts)
-
-
-def _found(name: str, url: str) -> tuple[Engine, int]:
-    """An existing study: its database and its id there."""
-    from storage.engine import open_storage
-    from study.create import load_study
-
-    opened = open_storage(url, create=False)
-    return opened.engine, study_id_of(load_study(opened, name)[0])
+    url = storage_url(storage)
+    options = LaunchOptions(
+        launcher=launcher, device=device, workers=workers, threads=threads, address=address,
+        gpus_per_worker=gpus, cpus_per_worker=cpus, detach=detach, storage_option=storage,
+    )  # fmt: skip
+    workforce, budgets = _launcher(options, url, budget)
+    study = open_study(url, name)
+    if launcher == "local":  # elsewhere the workers check theirs
+        check_data(study, data_root(root))
+    _set_budgets(study, budgets)
+    withdraw_stop(study.engine, study.id)
+    _refuse_if_stopped(study)
+    _run(study, workforce, data_root(root), allow_failures)
 
 
-@app.command()
 def stop(name: Name, storage: Storage = None) -> None:
-    """Ask all workers of a study, wherever they are, to give their trials back and end."""
+    """Ask all workers of a study, wherever they run, to release their trials and end.
+
+    Example: study stop quick
+    """
     from storage.stop_requests import request_stop
+    from study.create import open_study
 
-    request_stop(*_found(name, storage_url(storage)))
-    say(f"asked the workers of {name!r} to stop; go on with: study resume {name}")
+    url = storage_url(storage)
+    study = open_study(url, name)
+    request_stop(study.engine, study.id)
+    logger.info("the workers of %r will stop; continue with: %s", name, command_for(url, "resume", name))
 
 
-@app.command()
+def worker(
+    name: Name,
+    storage: Storage = None,
+    device: Device = "auto",
+    root: DataRoot = None,
+    wait: Annotated[bool, typer.Option(help="Wait while others work, in case they die.")] = True,
+) -> None:
+    """Add one worker process on one device of this machine to a study.
+
+    Example: study worker quick --device cuda:1
+    """
+    from study.trial.runner import DatabaseUnavailable
+    from study.worker.worker import work
+
+    try:
+        code = work(name, storage_url(storage), device, data_root(root), wait=wait)
+    except DatabaseUnavailable as error:
+        logger.error("%s", error)
+        raise typer.Exit(exit_codes.DATABASE_UNAVAILABLE) from None
+    raise typer.Exit(code)
+
+
 def confirm(
     name: Name,
     top: Annotated[int, typer.Option(min=1, help="How many of the best settings.")] = 3,
@@ -205,79 +180,140 @@ def confirm(
     storage: Storage = None,
     device: Device = "auto",
     workers: Workers = None,
-    data_root: DataRoot = None,
+    threads: Threads = None,
+    root: DataRoot = None,
+    allow_failures: AllowFailures = 0,
 ) -> None:
-    """Run the best settings of a study again on fresh seeds, then ask the untouched test split, once."""
-    from storage.engine import open_storage
+    """Run the best settings again on fresh seeds, then evaluate them once on the test split.
+
+    Example: study confirm tpe --top 3 --seeds 5
+    """
     from study.confirm import confirmation
-    from study.create import create_study, load_study, prepare
-    from study.launch.launcher import placed
+    from study.create import OpenStudy, create_study, load_study, open_study, prepare
+    from study.launch.launcher import LaunchOptions
 
-    url, root = storage_url(storage), root_of(data_root)
-    opened = open_storage(url, create=False)
-    study, config = load_study(opened, name)
-    again, origin = confirmation(study, config, top, seeds)
-    workforce = placed(url, device, workers)
-    data = prepare(again, root, say)
-    if data.fingerprint != study.user_attrs["data_fingerprint"]:
+    url = storage_url(storage)
+    searched = open_study(url, name)
+    config, origin = confirmation(searched.study, searched.config, top, seeds)
+    workforce, _ = _launcher(LaunchOptions(device=device, workers=workers, threads=threads), url, None)
+    data = prepare(config, data_root(root))
+    if data.fingerprint != searched.study.user_attrs["data_fingerprint"]:
         raise UserError(f"the data here are not those of the study {name!r}; use the same images (--data-root)")
-    called = new_name or f"{name}-confirmed"
-    create_study(opened, called, f"confirm {name}", again, data, origin)
-    say(f"confirming {top} settings of {name!r} as {called!r} in {shown(url)}")
-    _work(called, url, workforce, root)
+    confirming = new_name or f"{name}-confirmed"
+    create_study(searched.storage, confirming, f"confirm {name}", config, data, origin)
+    study = OpenStudy(url, searched.storage, *load_study(searched.storage, confirming))
+    _refuse_if_stopped(study)
+    logger.info("confirming %d settings of %r as %r in %s", top, name, confirming, shown(url))
+    _run(study, workforce, data_root(root), allow_failures)
 
 
-def _heed_stop(name: str, url: str) -> tuple[Engine, int]:
-    """The study, unless somebody asked its workers to stop and there is work left: only `resume` takes that back."""
+def bench(
+    preset: Annotated[str | None, typer.Argument(help="A preset. Default: all of them.", show_default=False)] = None,
+    assignments: Assignments = None,
+    device: Device = "auto",
+) -> None:
+    """Measure this machine for some seconds and say how long a preset will take on it.
+
+    Example: study bench paper-grid
+    """
+    from study import estimate
+    from study.config.loading import load_config, preset_names
+    from study.launch.devices import local_devices
+
+    configs = {name: load_config(name, assignments or []) for name in ([preset] if preset else preset_names())}
+    devices = local_devices(device, None)
+    paces: dict[tuple[object, ...], estimate.Pace] = {}
+    for name, config in configs.items():
+        key = estimate.key(config)
+        if key not in paces:
+            paces[key] = estimate.measure(config, devices[0])
+            estimate.remember(config, devices[0].partition(":")[0], paces[key])
+        typer.echo(f"{name}: {estimate.estimate(config, paces[key], len(devices))}")
+
+
+def _launcher(options: LaunchOptions, url: str, budget: list[str] | None) -> tuple[Launcher, dict[str, float] | None]:
+    """The launcher, and the new budgets that its workers can measure; None: budgets stay as they are."""
+    from storage.budgets import parse_budgets
+    from study.launch.launcher import make_launcher
+
+    budgets = None if budget is None else parse_budgets(budget)
+    launcher = make_launcher(options, url)
+    launcher.check_budgets(budgets or ())
+    return launcher, budgets
+
+
+def _set_budgets(study: OpenStudy, budgets: dict[str, float] | None) -> None:
+    from storage.budgets import set_budgets
+
+    if budgets is not None:
+        set_budgets(study.engine, study.id, budgets)
+
+
+def _refuse_if_stopped(study: OpenStudy) -> None:
+    """A request to stop holds while there is work left: only `resume` withdraws it."""
     from storage.queries import progress
-    from storage.stop_requests import STOP_REQUESTED, how_to_resume, read_controls
-    from study.exit_codes import INTERRUPTED
+    from storage.stop_requests import STOP_REQUESTED, read_controls
 
-    engine, study_id = _found(name, url)
-    if read_controls(engine, study_id).stop:
-        now = progress(engine, study_id)
-        if now.settled < now.total:
-            say(f"study {name!r} was {STOP_REQUESTED}; {how_to_resume(name, STOP_REQUESTED)}")
-            raise typer.Exit(INTERRUPTED)
-    return engine, study_id
+    if read_controls(study.engine, study.id).stop:
+        now = progress(study.engine, study.id)
+        if now.finished < now.total:
+            how = command_for(study.url, "resume", study.name)
+            logger.warning("study %r was %s; continue with: %s", study.name, STOP_REQUESTED, how)
+            raise typer.Exit(exit_codes.STOPPED)
 
 
-def _work(name: str, url: str, workforce: Workforce, root: str | None) -> None:
-    """Work on a study, then show its table, or how to go on."""
-    from sqlalchemy.exc import SQLAlchemyError
+def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int]) -> None:
+    """From what `study bench` has measured on this machine: measuring now would keep the study waiting."""
+    from study import estimate
+    from study.launch.local import LocalLauncher
 
+    if not isinstance(workforce, LocalLauncher):
+        return
+    devices = workforce.devices
+    if pace := estimate.recall(study.config, devices[0].partition(":")[0]):
+        text = estimate.estimate(study.config, pace, len(set(devices)), sizes)
+        logger.info("%s (pace measured by `study bench` on %s)", text, pace.on)
+
+
+def _run(study: OpenStudy, workforce: Launcher, root: str | None, allow_failures: int) -> None:
+    """Run the study, then print its report, or how to continue; exits with the study's exit code."""
     from dashboards import study_data
     from dashboards.reports import console
     from dashboards.server.publish import publish
-    from storage.engine import open_storage
-    from storage.stop_requests import how_to_resume, reason_to_stop
-    from study.exit_codes import DATABASE_UNAVAILABLE, INTERRUPTED
+    from study.launch.launcher import run_study
 
-    reading, writing = open_storage(url, create=False, reading=True), open_storage(url, create=False)
-    engine, study_id = _heed_stop(name, url)
-
-    def renew() -> None:
+    def refresh() -> None:
         try:
-            publish(study_data.read(reading, name), writing)
-        except Exception as error:  # noqa: BLE001 — pictures must not end a study
-            say(f"the dashboard's figures were not renewed: {type(error).__name__}: {error}")
+            publish(study_data.read(study.storage, study.name), study.storage)
+        except Exception as error:  # noqa: BLE001 — figures must not end a study
+            logger.warning("the dashboard's figures were not renewed: %s: %s", type(error).__name__, error)
 
     try:
-        code = workforce(name, root, err, renew)
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
+        code = run_study(workforce, study, root, refresh)
     except KeyboardInterrupt:
-        reason = None
-        with suppress(SQLAlchemyError):  # the database may be what was waited for
-            reason = reason_to_stop(engine, study_id)
-        how = how_to_resume(name, reason) if reason else f"the same command goes on with study {name!r}"
-        say(f"stopped{f': {reason}' if reason else ''}; nothing is lost; {how}")
-        raise
-    if code == DATABASE_UNAVAILABLE:
-        say(f"the database was away for too long; when it is back: study resume {name}")
-        raise typer.Exit(DATABASE_UNAVAILABLE)
+        code = exit_codes.INTERRUPTED
     if code is None:
-        say(f"the workers go on without this launcher: study status {name}; the same command without --detach attaches")
+        status = command_for(study.url, "status", study.name)
+        logger.info("the workers keep running without this launcher; progress: %s", status)
         return
-    renew()
-    out.print(console.report_text(study_data.read(reading, name)))
+    if code != exit_codes.OK:
+        logger.warning("%s", _how_to_continue(study, code))
+        raise typer.Exit(code)
+    refresh()
+    data = study_data.read(study.storage, study.name)
+    out.print(console.report_text(data))
+    failed, total = data.status.states["failed"], data.status.progress.total
+    if failed > allow_failures or failed == total > 0:
+        logger.warning("%d of %d trials failed; run them again with: %s", failed, total,
+                       command_for(study.url, "requeue", study.name, "--failed"))  # fmt: skip
+        raise typer.Exit(exit_codes.TRIALS_FAILED)
+
+
+def _how_to_continue(study: OpenStudy, code: int) -> str:
+    resume = command_for(study.url, "resume", study.name)
+    if code == exit_codes.BUDGET_SPENT:
+        return f"the budget is spent; continue with: {resume} --budget …"
+    if code == exit_codes.DATABASE_UNAVAILABLE:
+        return f"the database was unavailable for too long; when it is back: {resume}"
+    reason = "stopped by `study stop`" if code == exit_codes.STOPPED else "interrupted"
+    return f"{reason}; nothing is lost; continue with: {resume}"

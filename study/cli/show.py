@@ -1,8 +1,8 @@
-"""The verbs that look: status, report, dashboard."""
+"""The verbs that show: status, list, report, dashboard, presets."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -10,40 +10,82 @@ from typing import Annotated
 import typer
 
 from storage.errors import UserError
-from study.cli.options import Name, Storage, app, out, say, shown, storage_url, view
+from study.cli.options import Storage, out, read_study, shown, storage_url
+
+logger = logging.getLogger(__name__)
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write it here as JSON; -: to standard output.", show_default=False),
+]
+STANDARD_OUTPUT = Path("-")
 
 
-@app.command()
 def status(
-    name: Name,
+    name: Annotated[str | None, typer.Argument(help="Name of the study. Default: the only one.")] = None,
     storage: Storage = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay until it is settled, and show every change.")] = False,
+    to_json: Json = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay until it has finished, and show every change.")] = False,
 ) -> None:
-    """How far a study is, and who works on it."""
-    from dashboards import status as of
+    """Show the progress of a study and who works on it.
+
+    Example: study status quick --watch
+    """
+    import json
+
+    from dashboards import status as statuses
     from storage.engine import open_engine
 
     engine = open_engine(storage_url(storage))
+    if name is None:
+        names = [summary.name for summary in statuses.summaries(engine)]
+        if len(names) != 1:
+            list_(storage, to_json)
+            return
+        name = names[0]
     if watch:
-        of.watch(engine, name, out)
-    elif as_json:
-        typer.echo(json.dumps(of.document(of.read(engine, name)), indent=2))
+        statuses.watch(engine, name, out)
+    elif to_json is not None:
+        _write(to_json, json.dumps(statuses.document(statuses.read(engine, name)), indent=2))
     else:
-        out.print(of.page(of.read(engine, name)), soft_wrap=True)
+        out.print(statuses.page(statuses.read(engine, name)), soft_wrap=True)
 
 
-@app.command()
+def list_(storage: Storage = None, to_json: Json = None) -> None:
+    """List all studies of a storage: state, progress, best value, last activity.
+
+    Example: study list --storage sqlite:///study.db
+    """
+    import json
+    from dataclasses import asdict
+
+    from dashboards import status as statuses
+    from storage.engine import open_engine
+
+    url = storage_url(storage)
+    summaries = statuses.summaries(open_engine(url))
+    if to_json is not None:
+        _write(to_json, json.dumps([asdict(summary) for summary in summaries], indent=2))
+    elif summaries:
+        out.print(statuses.summaries_table(summaries), soft_wrap=True)
+    else:
+        logger.info("no studies in %s; start one with: study launch quick", shown(url))
+
+
 def report(
     names: Annotated[list[str], typer.Argument(help="Names of the studies.")],
     storage: Storage = None,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.", show_default=False)] = None,
-    to_json: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers here, for programs.", show_default=False)
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one self-contained page with all figures here.", show_default=False),
     ] = None,
+    to_json: Json = None,
     publish: Annotated[bool, typer.Option("--publish", help="Write figures and notes for optuna-dashboard.")] = False,
 ) -> None:
-    """The tables of one or several studies on the terminal, their figures as a page, their numbers as JSON."""
+    """Show the tables of one or several studies; write their figures as a page, their numbers as JSON.
+
+    Example: study report quick --html report.html
+    """
     from dashboards.reports import console
     from dashboards.reports import html as html_report
     from dashboards.reports import json as json_report
@@ -51,25 +93,22 @@ def report(
     from storage.engine import open_storage
 
     for file in (html, to_json):
-        if file is not None and not file.parent.is_dir():
+        if file is not None and file != STANDARD_OUTPUT and not file.parent.is_dir():
             raise UserError(f"no folder {file.parent} for {file.name}; create it or name another")
-    views = [view(name, storage) for name in names]
-    for found in views:
-        out.print(console.report_text(found))
+    studies = [read_study(name, storage) for name in names]
+    if STANDARD_OUTPUT not in (html, to_json):
+        for study in studies:
+            out.print(console.report_text(study))
     for file, text in ((html, html_report.page), (to_json, json_report.text)):
         if file is not None:
-            try:
-                file.write_text(text(views), encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"cannot write {file}: {error.strerror}") from None
-            say(f"wrote {file}")
+            _write(file, text(studies))
     if publish:
-        for found in views:
-            publish_study(found, open_storage(storage_url(storage), create=False))
-            say(f"published the figures of {found.name!r}")
+        target = open_storage(storage_url(storage), create=False)
+        for study in studies:
+            publish_study(study, target)
+            logger.info("published the figures of %r", study.name)
 
 
-@app.command()
 def dashboard(
     storage: Storage = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8080,
@@ -86,7 +125,10 @@ def dashboard(
         typer.Option(metavar="NAME", help="Another name that it is reached by, as a proxy's. Repeatable."),
     ] = None,
 ) -> None:
-    """Watch the studies of a storage in optuna-dashboard, with a login or read-only if wanted."""
+    """Serve optuna-dashboard for a storage, with a login or read-only on request.
+
+    Example: study dashboard --port 8080
+    """
     from dashboards.server.serve import PASSWORD_VARIABLE, check_names, check_open, password_from, serve
     from storage.engine import open_storage
 
@@ -99,16 +141,18 @@ def dashboard(
         open_storage(url, create=False, reading=True),
         host,
         port,
-        lambda at: say(f"optuna-dashboard on {at} shows {shown(url)}{how}; Ctrl-C ends it"),
+        lambda at: logger.info("optuna-dashboard on %s shows %s%s; Ctrl-C ends it", at, shown(url), how),
         password=password,
         read_only=read_only,
         allowed=allow_host or (),
     )
 
 
-@app.command()
 def presets(name: Annotated[str | None, typer.Argument(help="Show this preset's file.")] = None) -> None:
-    """List the presets, or show one."""
+    """List the presets, or show one.
+
+    Example: study presets tpe
+    """
     from study.config.loading import load_config, preset_names, preset_text
 
     if name is not None:
@@ -117,3 +161,17 @@ def presets(name: Annotated[str | None, typer.Argument(help="Show this preset's 
     width = max(map(len, preset_names()))
     for preset in preset_names():
         typer.echo(f"{preset:<{width}}  {load_config(preset).description}")
+
+
+def _write(file: Path, text: str) -> None:
+    """Raises:
+    UserError: it cannot be written.
+    """
+    if file == STANDARD_OUTPUT:
+        typer.echo(text)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    logger.info("wrote %s", file)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from study.config.values import Integer, Range, Real, Section, is_searched, searchable
 
 PROTOCOLS = {
     "paper": "paper: the test split validates, so it chose the best epoch too",
@@ -13,67 +16,25 @@ PROTOCOLS = {
 }
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+POLICY_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "dynamic": ("alpha", "beta", "delta", "gamma", "decay"),
+    "static": ("alpha",),
+    "full": (),
+    "fresh": ("alpha",),
+    "infobatch": ("ratio", "anneal"),
+}
+"""The data policies and the keys of `policy` that mean something to each: the others are neither searched for it nor
+counted as cells of their own."""
+POLICIES = tuple(POLICY_PARAMETERS)
+MOST_TRIALS = 100_000
+"""Of one study: what docs/scale.md measures."""
+MOST_COUNT = 10**9
 
-
-class Range(Section):
-    """An interval that a sampler draws from: `{low = 0.001, high = 0.1, log = true}`."""
-
-    low: float
-    high: float
-    log: bool = False
-    step: float | None = None
-
-    @model_validator(mode="after")
-    def _is_an_interval(self) -> Range:
-        if not self.low < self.high:
-            raise ValueError(f"low must be below high, got {self.low:g} and {self.high:g}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"a log range starts above 0, got {self.low:g}")
-        if self.step is not None and (self.log or self.step <= 0):
-            raise ValueError("step must be above 0 and does not go with log")
-        return self
-
-
-def _searchable(kind: type[int] | type[float] | type[str], rule: str, holds: Callable[[Any], bool]) -> Any:
-    """A field that is one value, a list of values (each tried), or a Range (sampled); all obey `rule`."""
-
-    def one(value: Any) -> Any:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-        fits = isinstance(value, str) if kind is str else number
-        if not fits or (kind is int and value != int(value)) or not holds(value):
-            raise ValueError(f"must be {rule}, got {value!r}")
-        return kind(value)
-
-    def parse(value: Any) -> Any:
-        if value is None:  # for fields that may be left out; the others refuse it by their type
-            return None
-        if isinstance(value, list | tuple):
-            parsed = tuple(one(each) for each in value)
-            if not parsed or len(set(parsed)) < len(parsed):
-                raise ValueError(f"a list needs at least one value and no value twice, got {list(parsed)}")
-            return parsed
-        if isinstance(value, Mapping | Range) and kind is not str:
-            span = value if isinstance(value, Range) else Range.model_validate(dict(value))
-            one(kind(span.low)), one(kind(span.high))
-            if kind is int and any(edge not in (None, int(edge or 0)) for edge in (span.low, span.high, span.step)):
-                raise ValueError("a range of whole numbers needs whole low, high and step")
-            return span
-        return one(value)
-
-    return BeforeValidator(parse)
-
-
-Integer = int | tuple[int, ...] | Range
-Real = float | tuple[float, ...] | Range
-POLICIES = ("dynamic", "static", "full", "fresh", "infobatch")
-
-_count = _searchable(int, "a whole number of at least 1", lambda v: v >= 1)
-_positive = _searchable(float, "a number above 0", lambda v: v > 0)
-_not_negative = _searchable(float, "a number of at least 0", lambda v: v >= 0)
-_fraction = _searchable(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
-_policy = _searchable(str, f"one of {', '.join(POLICIES)}", lambda v: v in POLICIES)
+_count = searchable(int, f"a whole number from 1 to {MOST_COUNT:,}", lambda v: 1 <= v <= MOST_COUNT)
+_positive = searchable(float, "a number above 0", lambda v: v > 0)
+_not_negative = searchable(float, "a number of at least 0", lambda v: v >= 0)
+_fraction = searchable(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
+_policy = searchable(str, f"one of {', '.join(POLICIES)}", lambda v: v in POLICIES)
 
 
 class DataConfig(Section):
@@ -85,7 +46,7 @@ class DataConfig(Section):
     `paper`: the test split validates, as in the paper; such numbers are selected on the test split."""
     holdout: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the training split that validates under the `holdout` protocol."""
-    train_images: int | None = Field(default=None, ge=1)
+    train_images: int | None = Field(default=None, ge=1, le=10**13)
     """Use only this many training images (stratified), after the holdout is taken. None: all."""
     augment: bool = False
     """Random horizontal flip and 4-pixel shift."""
@@ -128,7 +89,7 @@ class PolicyConfig(Section):
 
 class TrainingConfig(Section):
     epochs: Annotated[Integer, _count] = 200
-    images: int | None = Field(default=None, ge=1)
+    images: int | None = Field(default=None, ge=1, le=10**13)
     """Train until exactly this many images have been trained on, counted with repetition, instead of for `epochs`."""
     batch_size: Annotated[Integer, _count] = 512
     lr: Annotated[Real, _positive] = 0.001
@@ -148,20 +109,20 @@ class RandomSamplerConfig(Section):
 
 class TPESamplerConfig(Section):
     kind: Literal["tpe"]
-    n_startup_trials: int = Field(default=10, ge=1)
-    n_ei_candidates: int = Field(default=24, ge=1)
+    n_startup_trials: int = Field(default=10, ge=1, le=MOST_COUNT)
+    n_ei_candidates: int = Field(default=24, ge=1, le=MOST_COUNT)
     multivariate: bool = False
     constant_liar: bool = True
 
 
 class GPSamplerConfig(Section):
     kind: Literal["gp"]
-    n_startup_trials: int = Field(default=10, ge=1)
+    n_startup_trials: int = Field(default=10, ge=1, le=MOST_COUNT)
 
 
 class CmaEsSamplerConfig(Section):
     kind: Literal["cma-es"]
-    n_startup_trials: int = Field(default=1, ge=1)
+    n_startup_trials: int = Field(default=1, ge=1, le=MOST_COUNT)
     sigma0: float | None = Field(default=None, gt=0)
 
 
@@ -179,9 +140,9 @@ _a_bare_kind = BeforeValidator(lambda value: {"kind": value} if isinstance(value
 
 class SearchConfig(Section):
     sampler: Annotated[Annotated[SamplerConfig, Field(discriminator="kind")], _a_bare_kind] = GridSamplerConfig()
-    trials: int | None = Field(default=None, ge=1)
+    trials: int | None = Field(default=None, ge=1, le=MOST_TRIALS)
     """Trials in all; for every sampler but grid, whose cells are counted from the lists."""
-    replicates: int = Field(default=1, ge=1)
+    replicates: int = Field(default=1, ge=1, le=MOST_TRIALS)
     """Grid only: every cell is run with this many seeds."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     objective: Literal["accuracy", "accuracy,images"] = "accuracy"
@@ -201,27 +162,27 @@ class PruningConfig(Section):
 
 class MedianPrunerConfig(PruningConfig):
     kind: Literal["median"]
-    n_startup_trials: int = Field(default=5, ge=0)
-    n_warmup_steps: int = Field(default=0, ge=0)
-    interval_steps: int = Field(default=1, ge=1)
-    n_min_trials: int = Field(default=1, ge=1)
+    n_startup_trials: int = Field(default=5, ge=0, le=MOST_COUNT)
+    n_warmup_steps: int = Field(default=0, ge=0, le=MOST_COUNT)
+    interval_steps: int = Field(default=1, ge=1, le=MOST_COUNT)
+    n_min_trials: int = Field(default=1, ge=1, le=MOST_COUNT)
 
 
 class PercentilePrunerConfig(PruningConfig):
     kind: Literal["percentile"]
     percentile: float = Field(default=25.0, ge=0, le=100)
-    n_startup_trials: int = Field(default=5, ge=0)
-    n_warmup_steps: int = Field(default=0, ge=0)
-    interval_steps: int = Field(default=1, ge=1)
-    n_min_trials: int = Field(default=1, ge=1)
+    n_startup_trials: int = Field(default=5, ge=0, le=MOST_COUNT)
+    n_warmup_steps: int = Field(default=0, ge=0, le=MOST_COUNT)
+    interval_steps: int = Field(default=1, ge=1, le=MOST_COUNT)
+    n_min_trials: int = Field(default=1, ge=1, le=MOST_COUNT)
 
 
 class SuccessiveHalvingPrunerConfig(PruningConfig):
     kind: Literal["successive-halving"]
     min_resource: int | Literal["auto"] = "auto"
-    reduction_factor: int = Field(default=4, ge=2)
-    min_early_stopping_rate: int = Field(default=0, ge=0)
-    bootstrap_count: int = Field(default=0, ge=0)
+    reduction_factor: int = Field(default=4, ge=2, le=MOST_COUNT)
+    min_early_stopping_rate: int = Field(default=0, ge=0, le=MOST_COUNT)
+    bootstrap_count: int = Field(default=0, ge=0, le=MOST_COUNT)
 
     @model_validator(mode="after")
     def _resource(self) -> SuccessiveHalvingPrunerConfig:
@@ -234,16 +195,16 @@ class SuccessiveHalvingPrunerConfig(PruningConfig):
 
 class HyperbandPrunerConfig(PruningConfig):
     kind: Literal["hyperband"]
-    min_resource: int = Field(default=1, ge=1)
-    reduction_factor: int = Field(default=3, ge=2)
-    bootstrap_count: int = Field(default=0, ge=0)
+    min_resource: int = Field(default=1, ge=1, le=MOST_COUNT)
+    reduction_factor: int = Field(default=3, ge=2, le=MOST_COUNT)
+    bootstrap_count: int = Field(default=0, ge=0, le=MOST_COUNT)
 
 
 class PatientPrunerConfig(PruningConfig):
     """Prunes a trial whose best accuracy has risen by no more than min_delta in `patience` epochs."""
 
     kind: Literal["patient"]
-    patience: int = Field(default=10, ge=1)
+    patience: int = Field(default=10, ge=1, le=MOST_COUNT)
     min_delta: float = Field(default=0.0, ge=0)
 
 
@@ -258,7 +219,7 @@ PrunerConfig = (
 
 
 class CheckpointConfig(Section):
-    every_seconds: float = Field(default=30.0, ge=0)
+    every_seconds: float = Field(default=30.0, ge=0, le=86_400)
     """Seconds between checkpoints; longer where they would cost more than 1 % of the time."""
     store: str = "database"
     """`database`, or a folder that all machines reach, as a path or an fsspec URL (`s3://…`): for many workers or
@@ -266,9 +227,9 @@ class CheckpointConfig(Section):
 
 
 class LeaseConfig(Section):
-    seconds: float = Field(default=60.0, ge=1)
+    seconds: float = Field(default=60.0, ge=1, le=86_400)
     """A trial whose worker has been silent for this long may be taken over."""
-    max_attempts: int = Field(default=5, ge=1)
+    max_attempts: int = Field(default=5, ge=1, le=1000)
     """Attempts in a row, none of which got an epoch further, after which a trial is failed."""
 
 
@@ -300,14 +261,26 @@ class StudyConfig(Section):
                 faults.append('training.images makes epochs unequal: pruning.step must be "images"')
         if self.search.objective != "accuracy" and self.search.sampler.kind == "cma-es":
             faults.append('sampler "cma-es" has one objective: search.objective must be "accuracy"')
+        if self.search.sampler.kind == "cma-es" and sum(isinstance(v, Range) for v in searched.values()) < 2:
+            faults.append('sampler "cma-es" needs at least two ranges: it samples neither lists nor a single parameter')
         if self.search.cells is not None:
+            cells = [tuple(sorted(cell.items())) for cell in self.search.cells]
+            if len(set(cells)) < len(cells):
+                faults.append("search.cells lists a cell twice; use search.replicates to repeat cells")
             if self._listed() or self.search.sampler.kind != "grid":
                 faults.append('search.cells takes the place of lists and ranges, and is for sampler "grid"')
-            faults += [fault for cell in self.search.cells for fault in self._faults_of(cell)]
+            faults += [f"search.cells: {fault}" for cell in self.search.cells for fault in self.faults_of(cell)]
         if self.search.sampler.kind == "grid":
             ranges = [name for name, value in searched.items() if isinstance(value, Range)]
             if ranges:
                 faults.append(f"a grid needs lists of values, not ranges: {', '.join(ranges)}")
+            trials = self.search.replicates * (
+                math.prod(len(value) for value in searched.values() if isinstance(value, tuple))
+                if self.search.cells is None
+                else len(self.search.cells)
+            )
+            if trials > MOST_TRIALS:
+                faults.append(f"a study has at most {MOST_TRIALS:,} trials, this grid with its replicates {trials:,}")
             if self.search.trials is not None:
                 faults.append("search.trials does not go with a grid: its cells x search.replicates are the trials")
         else:
@@ -321,17 +294,17 @@ class StudyConfig(Section):
             raise ValueError("; ".join(faults))
         return self
 
-    def _faults_of(self, cell: Mapping[str, Any]) -> list[str]:
-        """What is wrong with one of `search.cells`, by the rules of the settings that it stands for."""
-        faults = [f"search.cells: no parameter {name!r}" for name in cell if name not in self.searchable()]
+    def faults_of(self, cell: Mapping[str, Any]) -> list[str]:
+        """What is wrong with the parameters of a cell or a trial, by the rules of the settings that they replace."""
+        faults = [f"no parameter {name!r}" for name in cell if name not in self.searchable()]
         policy = {"name" if key == "policy" else key: value for key, value in cell.items()}
         for part, values in ((self.policy, policy), (self.training, cell)):
             given = {key: value for key, value in values.items() if key in type(part).model_fields}
             try:
                 type(part).model_validate(part.model_dump() | given)
             except ValidationError as error:
-                told = [str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors()]
-                faults.append(f"search.cells: {', '.join(given)}: {'; '.join(told)}")
+                messages = [str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors()]
+                faults.append(f"{', '.join(given)}: {'; '.join(messages)}")
         return faults
 
     def searchable(self) -> dict[str, Any]:
@@ -365,4 +338,4 @@ class StudyConfig(Section):
         return (found,) if isinstance(found, str) else tuple(found)
 
     def _listed(self) -> dict[str, Any]:
-        return {name: value for name, value in self.searchable().items() if isinstance(value, tuple | Range)}
+        return {name: value for name, value in self.searchable().items() if is_searched(value)}

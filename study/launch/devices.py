@@ -1,35 +1,72 @@
-"""The devices of this machine, one a worker."""
+"""Which devices of this machine work on a study, one a worker, and how many workers start."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from pathlib import Path
 
 from storage.errors import UserError
 
 MOST_WORKERS_A_CORE = 16
+WORKER_BYTES = 2**30
+"""Memory that a worker on a CPU is taken to need: 0.45 GB for the paper's network at quarter width, 0.9 GB at full
+width and batch 512 (docs/performance.md)."""
 
 
-def local_devices(wanted: str, workers: int | None) -> list[str]:
+def local_devices(spec: str, workers: int | None) -> list[str]:
     """One device a worker: all CUDA devices for `auto` and `cuda` (CUDA_VISIBLE_DEVICES counts), else the one there is.
 
+    Args:
+        spec: auto, cpu, cuda, cuda:N or mps.
+        workers: None: one a GPU; on a CPU one a core, as far as memory goes.
+
     Raises:
-        UserError: a device that this machine does not have.
+        UserError: a device that this machine does not have, or too many workers.
     """
-    most = MOST_WORKERS_A_CORE * (os.cpu_count() or 1)
+    most = MOST_WORKERS_A_CORE * usable_cores()
     if (workers or 1) > most:
         raise UserError(f"--workers must be at most {most} here ({MOST_WORKERS_A_CORE} a core), got {workers}")
-    if wanted == "cpu":
-        return ["cpu"] * (workers or 1)
+    if spec == "cpu":
+        return ["cpu"] * (workers or cpu_workers())
     from study.training.device import pick_device  # 3 s, so only where torch is asked
 
     try:
-        device = pick_device(wanted)
+        device = pick_device(spec)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if device.type == "cpu":
+        return ["cpu"] * (workers or cpu_workers())
     if device.type == "cuda" and device.index is None:
         import torch
 
-        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     else:
-        found = [str(device)]
-    return [found[i % len(found)] for i in range(workers or len(found))]
+        names = [str(device)]
+    return [names[i % len(names)] for i in range(workers or len(names))]
+
+
+def cpu_workers() -> int:
+    """One a core, each with one thread, but no more than memory holds.
+
+    A second thread adds nothing at quarter width (990 images/s with one and with two), both threads wait for each other
+    when one core is busy, and one thread computes the same bits on any number of cores.
+    """
+    return max(1, min(usable_cores(), available_memory() // WORKER_BYTES))
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes that processes can have without swapping, where the system says so (Linux); else a large number."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 2**62
+    with suppress(OSError, ValueError):  # a container's limit
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available

@@ -1,59 +1,125 @@
-"""Who works on a study: processes of this machine, or what a Ray cluster places."""
+"""The launcher of a study: what starts and supervises its workers, here or on a Ray cluster, and the loop around it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-from rich.console import Console
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from storage.errors import UserError
 from storage.url import tells_password
+from study.create import OpenStudy
+from study.exit_codes import OK
+from study.launch.progress import ProgressDisplay, tolerate_outage
+from study.worker.stop_monitor import STOP_SIGNALS
 
-Workforce = Callable[[str, str | None, Console, Callable[[], None]], int | None]
-"""Works on the study of this name with the data under this root and shows how far it is; calls the last argument when
-something has changed, not too often. Gives the exit code; None if the workers are left at work."""
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
 
 
-def placed(
-    url: str,
-    device: str,
-    workers: int | None,
-    on: str = "here",
-    address: str | None = None,
-    gpus: float | None = None,
-    cpus: float | None = None,
-    detach: bool = False,
-    typed: str | None = None,
-    budgets: Mapping[str, float] | None = None,
-) -> Workforce:
-    """The workers that were asked for, if they can be had.
+class Launcher(Protocol):
+    """The workers of one study."""
 
-    Args:
-        typed: the storage as it stands in the command, if it does.
-        budgets: new ones, which the workers must be able to keep.
+    detached: bool
+    """Whether the workers are left alone once they have started."""
+
+    def check_budgets(self, units: Iterable[str]) -> None:
+        """Raises:
+        UserError: the workers cannot measure one of these units.
+        """
+
+    def start(self, study: OpenStudy, data_root: str | None, unfinished: int) -> None:
+        """Start the workers, no more than `unfinished` trials, or attach to those that run already."""
+
+    def poll(self) -> int | None:
+        """Replace workers that died and log what happened; the exit code once all have ended.
+
+        Raises:
+            UserError: the workers refuse to work (and why), or die as fast as they start.
+        """
+
+    def progressed(self) -> None:
+        """A trial has finished: workers that died before count as repaired."""
+
+    def stop(self) -> None:
+        """Have all workers release their trials and end, and wait for that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """What the command line says about workers."""
+
+    launcher: Literal["local", "ray"] = "local"
+    device: str = "auto"
+    workers: int | None = None
+    threads: int | None = None
+    address: str | None = None
+    gpus_per_worker: float | None = None
+    cpus_per_worker: float | None = None
+    detach: bool = False
+    storage_option: str | None = None
+    """`--storage` as typed, if it was."""
+
+
+def make_launcher(options: LaunchOptions, url: str) -> Launcher:
+    """The launcher that the options ask for.
 
     Raises:
-        UserError: they cannot.
+        UserError: its workers cannot be had, or options that do not go together.
     """
-    if on == "ray":
-        from study.launch import ray
+    if options.launcher == "ray":
+        from study.launch.ray import RayLauncher
 
-        if typed is not None and tells_password(typed):
+        if options.storage_option is not None and tells_password(options.storage_option):
             raise UserError("Ray shows a launcher's arguments; put the password into $PGPASSWORD, not into --storage")
-        site = ray.join(address, url, workers, gpus, cpus, device, detach=detach)
-        if "kWh" in (budgets or {}) and not site.order.gpus:
-            raise UserError("a budget in kWh needs workers on GPUs, which tell their energy; use another unit")
-        return lambda name, root, console, refresh: ray.run(name, url, site, root, console, refresh)
-    if address is not None or gpus is not None or cpus is not None or detach:
-        raise UserError("--address, --gpus-per-worker, --cpus-per-worker and --detach need --on ray")
-    from study.launch import devices, local
-    from study.worker import worker
+        return RayLauncher.join(options, url)
+    if any((options.address, options.gpus_per_worker, options.cpus_per_worker, options.detach)):
+        raise UserError("--address, --gpus-per-worker, --cpus-per-worker and --detach need --launcher ray")
+    from study.launch.local import LocalLauncher
 
-    chosen = devices.local_devices(device, workers)
-    if "kWh" in (budgets or {}):
-        worker.check_energy(chosen)
+    return LocalLauncher(options.device, options.workers, options.threads)
 
-    def here(name: str, root: str | None, console: Console, refresh: Callable[[], None]) -> int:
-        return local.run(name, url, chosen, root, console, refresh)
 
-    return here
+def run_study(
+    launcher: Launcher, study: OpenStudy, data_root: str | None, refresh: Callable[[], None] = lambda: None
+) -> int | None:
+    """Run a study with the launcher's workers and show its progress until they have ended.
+
+    Args:
+        refresh: called when something has changed, not too often and for at most 1 % of the time.
+
+    Returns:
+        The exit code; None: the workers are left running.
+
+    Raises:
+        UserError: the workers cannot work.
+        KeyboardInterrupt: a signal, once the workers have released their trials.
+    """
+    display = ProgressDisplay(study, refresh)
+    if display.finished:
+        return OK
+    launcher.start(study, data_root, display.unfinished)
+    if launcher.detached:
+        return None
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with display.bars:
+            while (code := launcher.poll()) is None:
+                with tolerate_outage():
+                    if display.update():
+                        launcher.progressed()
+                    display.refresh_when_due()
+                time.sleep(POLL_SECONDS)
+            with tolerate_outage():
+                display.update()
+    except BaseException:
+        for number in STOP_SIGNALS:  # a second Ctrl-C would cut the workers' release short
+            signal.signal(number, signal.SIG_IGN)
+        launcher.stop()
+        raise
+    return code

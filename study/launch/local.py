@@ -1,7 +1,8 @@
-"""The workers of this machine: one process a device, watched, replaced when they die, ended together."""
+"""Workers on this machine: one process a device, watched, replaced when they die, ended together."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -9,25 +10,26 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Console
-
-from storage.engine import open_storage
 from storage.errors import UserError
-from study.create import load_study
-from study.exit_codes import BAD_INPUT, DATABASE_UNAVAILABLE, INTERRUPTED
-from study.launch.progress import ProgressDisplay, tolerate_outage
+from study.create import OpenStudy
+from study.exit_codes import BAD_INPUT, BUDGET_SPENT, DATABASE_UNAVAILABLE, INTERRUPTED, OK, STOPPED
+from study.launch.devices import local_devices
+from study.logs import PREFIXES
 from study.training.energy import SHARE
-from study.worker.stop_monitor import STOP_SIGNALS, SUPERVISOR_VARIABLE
+from study.worker.stop_monitor import SUPERVISOR_VARIABLE
 
-POLL_SECONDS = 0.5
+logger = logging.getLogger(__name__)
+
 GRACE_SECONDS = 10.0
 MOST_DEATHS_IN_A_ROW = 5
+ORDERLY = (DATABASE_UNAVAILABLE, STOPPED, BUDGET_SPENT, INTERRUPTED, OK)
+"""Exit codes after which a worker is not replaced, the most important for the study first."""
 
 
-class Worker:
-    """A worker process on a device of this machine; what it says goes to `say`, its end is for others to see."""
+class WorkerProcess:
+    """A `study worker` process on a device of this machine; its log lines become ours."""
 
     def __init__(
         self,
@@ -35,49 +37,52 @@ class Worker:
         storage_url: str,
         device: str,
         data_root: str | None,
-        say: Callable[[str], None],
-        more: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`more`: further environment variables."""
-        self.device, self.say = device, say
-        self.last_words: deque[str] = deque(maxlen=20)
-        # The URL, which may hold a password, goes by the environment: arguments are for all to see.
-        environment = os.environ | {"STUDY_STORAGE": storage_url, SUPERVISOR_VARIABLE: str(os.getpid()), **(more or {})}
-        command = [sys.executable, "-m", "study", "worker", name, "--device", device]
+        """`environment`: further variables."""
+        self.device = device
+        self.last_lines: deque[str] = deque(maxlen=20)
+        # The URL, which may hold a password, goes by the environment: arguments are visible to everybody.
+        variables = {"STUDY_STORAGE": storage_url, SUPERVISOR_VARIABLE: str(os.getpid()), **(environment or {})}
+        # -P: a study.py or storage.py in the current folder must not run in the place of ours.
+        command = [sys.executable, "-P", "-m", "study", "worker", "--device", device]
         if data_root is not None:
             command += ["--data-root", data_root]
         self.process = subprocess.Popen(
-            command,
-            env=environment,
+            [*command, "--", name],
+            env=os.environ | variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            errors="backslashreplace",
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
         )
-        self._relaying = threading.Thread(target=self._relay, daemon=True)
-        self._relaying.start()
+        self._relay = threading.Thread(target=self._relay_lines, daemon=True)
+        self._relay.start()
 
-    def _relay(self) -> None:
+    def _relay_lines(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.last_words.append(line.rstrip())
-            self.say(line.rstrip())
+            text = line.rstrip()
+            self.last_lines.append(text)
+            level = next((level for level, prefix in PREFIXES.items() if text.startswith(prefix)), logging.INFO)
+            logger.log(level, "%s", text.removeprefix(PREFIXES.get(level, "")))
 
     def poll(self) -> int | None:
-        """The exit code, once it has ended and its last words are here."""
+        """The exit code, once it has ended and its last lines are here."""
         code = self.process.poll()
         if code is not None:
-            self._relaying.join(timeout=1.0)
+            self._relay.join(timeout=1.0)
         return code
 
-    def why(self) -> str:
-        """The last line that it said."""
-        return (self.last_words[-1] if self.last_words else "a worker refused to start").removeprefix("study: ")
+    def reason(self) -> str:
+        """The last line that it logged."""
+        return (self.last_lines[-1] if self.last_lines else "a worker refused to start").removeprefix("study: ")
 
 
-def end(workers: Sequence[Worker]) -> None:
-    """Ask workers to give their trials back and end; kill those that have not after a while."""
+def stop_workers(workers: Sequence[WorkerProcess]) -> None:
+    """Ask workers to release their trials and end; kill those that have not after GRACE_SECONDS."""
     for worker in workers:
         if worker.process.poll() is None:
             worker.process.send_signal(signal.SIGTERM)
@@ -90,98 +95,67 @@ def end(workers: Sequence[Worker]) -> None:
             worker.process.wait()
 
 
-class LocalSupervisor:
-    """The worker processes of this machine and what they say."""
+class LocalLauncher:
+    """The worker processes of a study on this machine.
 
-    def __init__(
-        self, name: str, storage_url: str, devices: Sequence[str], data_root: str | None, console: Console
-    ) -> None:
-        self.name, self.storage_url, self.data_root, self.console = name, storage_url, data_root, console
-        self.devices, self.threads = list(devices), max(1, (os.cpu_count() or 1) // len(devices))
+    Args:
+        workers: None: one a GPU, or one a core.
+        threads: of each worker on a CPU; None: $OMP_NUM_THREADS, else 1.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+
+    detached = False
+
+    def __init__(self, device: str, workers: int | None, threads: int | None = None) -> None:
+        self.devices = local_devices(device, workers)
+        self.threads = str(threads or os.environ.get("OMP_NUM_THREADS") or 1)
+        self.workers: list[WorkerProcess] = []
         self.deaths = 0
-        self.ended: set[int] = set()
-        self.workers = [self._start(device) for device in devices]
+        self.codes: set[int] = set()
 
-    def _start(self, device: str) -> Worker:
-        if device == "cpu":
-            more = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))}
-        else:
-            more = {SHARE: str(1 / self.devices.count(device))}
-        return Worker(self.name, self.storage_url, device, self.data_root, self._say, more)
+    def check_budgets(self, units: Iterable[str]) -> None:
+        if "kWh" in units:
+            from study.worker.worker import check_energy
 
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True, style="dim")
+            check_energy(self.devices)
 
-    def tend(self) -> bool:
-        """Replace the workers that died; whether any is left.
+    def start(self, study: OpenStudy, data_root: str | None, unfinished: int) -> None:
+        self.study, self.data_root = study, data_root
+        self.devices = self.devices[: max(1, unfinished)]
+        self.workers = [self._start(device) for device in self.devices]
 
-        Raises:
-            UserError: a worker refused to work (its line says why), or workers die as fast as they start.
-        """
+    def _start(self, device: str) -> WorkerProcess:
+        variables = {"OMP_NUM_THREADS": self.threads}
+        if device != "cpu":
+            variables = {SHARE: str(1 / self.devices.count(device))}
+        return WorkerProcess(self.study.name, self.study.url, device, self.data_root, variables)
+
+    def poll(self) -> int | None:
         for worker in list(self.workers):
             code = worker.poll()
             if code is None:
                 continue
             self.workers.remove(worker)
             if code == BAD_INPUT:
-                raise UserError(worker.why())
-            if code in (0, INTERRUPTED, DATABASE_UNAVAILABLE):
-                self.ended.add(code)
+                raise UserError(worker.reason())
+            if code in ORDERLY:
+                self.codes.add(code)
                 continue
             self.deaths += 1
-            self.console.print(f"a worker on {worker.device} died (exit code {code}); starting another", style="yellow")
+            logger.warning("a worker on %s died (exit code %d); starting another", worker.device, code)
             if self.deaths > MOST_DEATHS_IN_A_ROW:
                 raise UserError(
-                    f"{self.deaths} workers in a row died before they settled a trial, the last with exit code {code}: "
-                    f"{' | '.join(list(worker.last_words)[-3:])}"
+                    f"{self.deaths} workers in a row died before a trial finished, the last with exit code {code}: "
+                    f"{' | '.join(list(worker.last_lines)[-3:])}"
                 )
             self.workers.append(self._start(worker.device))
-        return bool(self.workers)
+        return None if self.workers else next(code for code in ORDERLY if code in self.codes)
+
+    def progressed(self) -> None:
+        self.deaths = 0
 
     def stop(self) -> None:
-        end(self.workers)
+        stop_workers(self.workers)
         self.workers.clear()
-
-
-def run(
-    name: str,
-    storage_url: str,
-    devices: Sequence[str],
-    data_root: str | None,
-    console: Console,
-    refresh: Callable[[], None] = lambda: None,
-) -> int:
-    """Run a study on the devices of this machine until it is finished (0) or its database unavailable too long (75).
-
-    Args:
-        refresh: called when something has changed, at most every REFRESH_SECONDS and for at most 1 % of the time.
-
-    Raises:
-        UserError: the study or the data are not to be had.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, once the workers have given their trials back.
-    """
-    storage = open_storage(storage_url, create=False, reading=True)
-    study, config = load_study(storage, name)
-    display = ProgressDisplay(console, storage, study, config, refresh)
-    if display.settled:
-        return 0
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler)
-    fleet = LocalSupervisor(name, storage_url, devices, data_root, console)
-    try:
-        with display.bars:
-            while fleet.tend():
-                with tolerate_outage():
-                    if display.update():
-                        fleet.deaths = 0
-                    display.refresh_when_due()
-                time.sleep(POLL_SECONDS)
-            if DATABASE_UNAVAILABLE in fleet.ended:
-                return DATABASE_UNAVAILABLE
-            with tolerate_outage():
-                display.update()
-            if INTERRUPTED in fleet.ended:  # by somebody who signalled the workers, not us
-                raise KeyboardInterrupt
-            return 0
-    finally:
-        fleet.stop()

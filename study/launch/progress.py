@@ -2,124 +2,139 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from sqlalchemy.exc import DBAPIError
 
-from storage import queries, retry, schema
-from storage.optuna_internals import study_id_of
-from study.config.models import StudyConfig
+from storage import queries, schema
+from storage.retry import is_transient
+from study.create import OpenStudy
+from study.logs import stderr_console
 from study.search import space
 
+logger = logging.getLogger(__name__)
+
 REFRESH_SECONDS = 30.0
+"""Between two renewals of the dashboard's figures, at least."""
+REFRESH_SHARE = 0.01
+"""The part of the time that those may take."""
 
 
 @contextmanager
 def tolerate_outage() -> Iterator[None]:
-    """Watching waits for the database like everybody else; only it has nothing to keep."""
+    """Watching waits for a database that is unavailable, as workers do; it has nothing to lose."""
     try:
         yield
     except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
-        if not retry.is_transient(error):
+        if not is_transient(error):
             raise
 
 
 class ProgressDisplay:
-    """How far a study is: progress bars on a terminal, and everywhere a line for each trial that is settled."""
+    """Progress bars on a terminal, and everywhere a line for each trial that has finished."""
 
-    def __init__(
-        self,
-        console: Console,
-        storage: RDBStorage,
-        study: optuna.Study,
-        config: StudyConfig,
-        refresh: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.storage, self.study = storage, study
-        self.refresh, self.due = refresh, time.monotonic() + REFRESH_SECONDS
-        self.by_images = config.training.images is not None
-        self.whole = config.training.images or space.most_epochs(config)
-        """A trial's length, in images or epochs."""
+    def __init__(self, study: OpenStudy, refresh: Callable[[], None] = lambda: None) -> None:
+        """`refresh`: called when something has changed, not too often."""
+        self.study = study
+        self.refresh, self._next_refresh = refresh, time.monotonic() + REFRESH_SECONDS
+        self._by_images = study.config.training.images is not None
+        self._trial_length = study.config.training.images or space.most_epochs(study.config)
+        """In images or epochs."""
+        console = stderr_console()
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
-            # Work is uneven (pruned trials end early), so the estimate looks far back.
+            # Work is uneven (pruned trials end early), so the estimate goes far back.
             speed_estimate_period=600,
         )
-        self.console = console
-        now = queries.progress(storage.engine, study_id_of(study))
-        self.told = {trial.number for trial in self._finished()}
-        self.settled = now.settled == now.total
-        total = now.total * self.whole
-        self.total = self.bars.add_task(study.study_name, total=total, completed=self._done(now), note="")
-        self.trials: dict[int, TaskID] = {}
-        self.changed = True
-        """Whether there is anything new since somebody last said False."""
-        self._last = now
+        self._last = queries.progress(study.engine, study.id)
+        self._shown = {trial.number for trial in self._finished_trials()}
+        total = self._last.total * self._trial_length
+        self._total = self.bars.add_task(study.name, total=total, completed=self._done(), note="")
+        self._running: dict[int, TaskID] = {}
+        self._changed = True
 
-    def _done(self, now: queries.Progress) -> int:
-        return now.settled * self.whole + (now.images if self.by_images else now.epochs)
+    @property
+    def finished(self) -> bool:
+        """Whether every trial had finished at the last update."""
+        return self._last.finished == self._last.total
 
-    def _finished(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=schema.FINISHED)
+    @property
+    def unfinished(self) -> int:
+        return self._last.total - self._last.finished
+
+    def _done(self) -> int:
+        now = self._last
+        return now.finished * self._trial_length + (now.images if self._by_images else now.epochs)
+
+    def _finished_trials(self) -> list[FrozenTrial]:
+        return self.study.study.get_trials(deepcopy=False, states=schema.FINISHED)
 
     def refresh_when_due(self) -> None:
-        if self.changed and time.monotonic() >= self.due:
+        if self._changed and time.monotonic() >= self._next_refresh:
             started = time.monotonic()
             self.refresh()
-            took = time.monotonic() - started
-            self.due, self.changed = started + max(REFRESH_SECONDS, 100 * took), False
+            pause = max(REFRESH_SECONDS, (time.monotonic() - started) / REFRESH_SHARE)
+            self._next_refresh, self._changed = started + pause, False
 
     def update(self) -> bool:
         """Show what is new; whether a trial was completed or pruned since the last call."""
-        now = queries.progress(self.storage.engine, study_id_of(self.study))
-        self.changed = self.changed or (now.settled, now.epochs) != (self._last.settled, self._last.epochs)
-        self._last = now
+        before, self._last = self._last, queries.progress(self.study.engine, self.study.id)
+        now = self._last
+        self._changed = self._changed or (now.finished, now.epochs) != (before.finished, before.epochs)
         best = f", best {now.best:.4f}" if now.best is not None else ""
-        note = f"{now.settled}/{now.total} trials{best}"
-        self.bars.update(self.total, completed=self._done(now), note=note)
-        running = {trial.number: trial for trial in now.running}
-        for number in self.trials.keys() - running.keys():
-            self.bars.remove_task(self.trials.pop(number))
-        for number, trial in running.items():
-            if number not in self.trials:
-                self.trials[number] = self.bars.add_task(f"  trial {number}", total=self.whole, note="")
-            note = f"epoch {trial.epoch}" + (f", best {trial.accuracy:.4f}" if trial.accuracy is not None else "")
-            self.bars.update(self.trials[number], completed=trial.images if self.by_images else trial.epoch, note=note)
-        if now.settled == len(self.told):
+        note = f"{now.finished}/{now.total} trials{best}"
+        self.bars.update(self._total, completed=self._done(), note=note, total=now.total * self._trial_length)
+        self._update_running()
+        if now.finished == len(self._shown):
             return False
-        good = False
-        for done in self._finished():
-            if done.number not in self.told:
-                self.told.add(done.number)
-                good = good or done.state != TrialState.FAIL
-                self.console.print(_line(done, now.total), highlight=False, markup=False, soft_wrap=True)
-        return good
+        succeeded = False
+        for trial in self._finished_trials():
+            if trial.number not in self._shown:
+                self._shown.add(trial.number)
+                succeeded = succeeded or trial.state != TrialState.FAIL
+                logger.info(trial_line(trial, now.total))
+        return succeeded
+
+    def _update_running(self) -> None:
+        running = {trial.number: trial for trial in self._last.running}
+        for number in self._running.keys() - running.keys():
+            self.bars.remove_task(self._running.pop(number))
+        for number, trial in running.items():
+            if number not in self._running:
+                self._running[number] = self.bars.add_task(f"  trial {number}", total=self._trial_length, note="")
+            note = f"epoch {trial.epoch}" + (f", best {trial.accuracy:.4f}" if trial.accuracy is not None else "")
+            done = trial.images if self._by_images else trial.epoch
+            self.bars.update(self._running[number], completed=done, note=note)
 
 
-def _line(trial: FrozenTrial, total: int) -> str:
+def trial_line(trial: FrozenTrial, total: int) -> str:
+    """One line about a finished trial; also about one that somebody else added or finished, without our attributes."""
     state = queries.STATE_NAMES[trial.state]
     chosen = [
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
     ]
     what = ", ".join(chosen) or f"seed {trial.user_attrs.get('seed')}"
     start = f"trial {trial.number:>{len(str(total - 1))}} {state:<8} {what}"
-    if trial.value is None:
+    if not trial.values:
         return f"{start}: {trial.user_attrs.get('error', 'no value')}"
-    attributes = trial.user_attrs
+    attributes: dict[str, Any] = trial.user_attrs
+    if not {"best_epoch", "epochs", "train_seconds", "validation_seconds"} <= attributes.keys():
+        return f"{start}: value {trial.values[0]:.4f} (not from a worker of this study)"
+    seconds = attributes["train_seconds"] + attributes["validation_seconds"]
     return (
-        f"{start}: accuracy {trial.value:.4f} (epoch {attributes['best_epoch']} of {attributes['epochs']}, "
-        f"{attributes['train_seconds'] + attributes['validation_seconds']:.1f} s)"
+        f"{start}: accuracy {trial.values[0]:.4f} (epoch {attributes['best_epoch']} of {attributes['epochs']}, "
+        f"{seconds:.1f} s)"
     )

@@ -1,93 +1,128 @@
-"""A study on a Ray cluster: joined, asked whether its nodes can reach the storage, given a crew, watched."""
+"""Workers on a Ray cluster: it is joined, asked whether its nodes can reach the storage, and given a supervisor."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import ipaddress
+import logging
 import os
-import signal
 import socket
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
-from rich.console import Console
 from sqlalchemy.engine import URL
 
-from storage.engine import open_storage
 from storage.errors import UserError
 from storage.url import file_of, parse, redact
-from study.create import load_study
+from study.create import OpenStudy
 from study.exit_codes import BAD_INPUT
-from study.launch.progress import ProgressDisplay, tolerate_outage
-from study.worker.stop_monitor import STOP_SIGNALS
+from study.launch.launcher import LaunchOptions
 
 if TYPE_CHECKING:
-    from study.launch.ray_supervisor import Order
+    from study.launch.ray_supervisor import WorkerRequest
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 LEAST = 0.0001
 """Ray counts resources in such parts."""
 STOPPING_SECONDS = 30.0
-"""How long a launcher that was interrupted waits for its workers' end."""
-OURS = ("study", "storage", "dashboards")
+"""How long a launcher that was interrupted waits for its workers to end."""
+OUR_PACKAGES = ("study", "storage", "dashboards")
 TOKEN_HINT = "; if it wants a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless it is in ~/.ray/auth_token"
 
 
-@dataclass(frozen=True)
-class Site:
-    """A Ray cluster that this process has joined, and what a study wants of it."""
-
-    order: Order
-    secret: SecretStr
-    """The storage's URL for the workers, password and all."""
-    detach: bool
-
-
-def join(
-    address: str | None,
-    storage_url: str,
-    workers: int | None,
-    gpus: float | None,
-    cpus: float | None,
-    device: str,
-    *,
-    detach: bool,
-) -> Site:
-    """Join the Ray cluster at `address`; None: the one that runs here, else a new one that ends with this process.
-
-    Our packages travel with it, to nodes that have only what they need: torch, Optuna and the other dependencies.
+class RayLauncher:
+    """The workers of a study on a Ray cluster that this process has joined.
 
     Args:
-        workers: None: as many as fit.
-        gpus: of each worker; None: 1 where the cluster has GPUs, unless the device is the CPU.
-
-    Raises:
-        UserError: Ray or a cluster is not there, or the workers could not work.
+        request: how many workers, and what each needs.
+        storage_url: for the workers, password and all.
     """
+
+    def __init__(self, request: WorkerRequest, storage_url: SecretStr, *, detached: bool) -> None:
+        self.request, self.storage_url, self.detached = request, storage_url, detached
+        self.supervisor: Any = None
+        self.notes_read = 0
+
+    @classmethod
+    def join(cls, options: LaunchOptions, url: str) -> RayLauncher:
+        """Join the Ray cluster at the address given; without one, the one that runs here, else a new one that ends with
+        this process. Our packages travel with it to nodes that have only what they need: torch, Optuna and so on.
+
+        Raises:
+            UserError: Ray or a cluster is not there, or the workers could not work.
+        """
+        _check_options(options)
+        is_lasting = _join_cluster(options.address or os.environ.get("RAY_ADDRESS") or None)
+        if options.detach and not is_lasting:
+            raise UserError("--detach needs a Ray cluster that outlives this command; start one with: ray start --head")
+        return cls(_worker_request(options), secret_url(url, _other_nodes()), detached=options.detach)
+
+    def check_budgets(self, units: Iterable[str]) -> None:
+        if "kWh" in units and not self.request.gpus:
+            raise UserError("a budget in kWh needs workers on GPUs, which report their energy; use another unit")
+
+    def start(self, study: OpenStudy, data_root: str | None, unfinished: int) -> None:
+        with _cluster_errors_as_user_errors():
+            self.supervisor, existed = _supervisor(study.name, self.request, self.storage_url, data_root)
+            where = "attached to its workers on" if existed else "on"
+            logger.info("%s the Ray cluster: %s", where, _describe(self.request))
+
+    def poll(self) -> int | None:
+        import ray
+
+        with _cluster_errors_as_user_errors():
+            status = ray.get(self.supervisor.status.remote(self.notes_read))
+        self.notes_read += len(status.notes)
+        for note in status.notes:
+            logger.warning("%s", note)
+        if status.code == BAD_INPUT:
+            raise UserError(status.reason)
+        return None if status.code is None else int(status.code)
+
+    def progressed(self) -> None:
+        """The supervisor counts deaths itself: it outlives this launcher."""
+
+    def stop(self) -> None:
+        import ray
+
+        with _cluster_errors_as_user_errors():
+            ray.get(self.supervisor.stop.remote())
+            deadline = time.monotonic() + STOPPING_SECONDS
+            while ray.get(self.supervisor.status.remote(self.notes_read)).code is None and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+
+
+def _check_options(options: LaunchOptions) -> None:
     if importlib.util.find_spec("ray") is None:
-        raise UserError("--on ray needs Ray, which is not installed; pip install 'dynamic-training-study[ray]'")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"on a Ray cluster Ray chooses the device; --device must be auto, cuda or cpu, got {device!r}")
-    for name, need in (("--gpus-per-worker", gpus), ("--cpus-per-worker", cpus)):
+        raise UserError("--launcher ray needs Ray, which is not installed; pip install 'dynamic-training-study[ray]'")
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"on a Ray cluster Ray chooses the device; --device must be auto, cuda or cpu, got {options.device!r}"
+        )
+    needs = (("--gpus-per-worker", options.gpus_per_worker), ("--cpus-per-worker", options.cpus_per_worker))
+    for name, need in needs:
         if need and not LEAST <= need < float("inf"):
             raise UserError(f"{name} must be 0 or a number from {LEAST:g} on, got {need:g}")
+
+
+def _join_cluster(address: str | None) -> bool:
+    """Whether the cluster outlives this process."""
     import ray
     from ray.exceptions import RayError
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     root = Path(__file__).parents[2]
-    packages = {"py_modules": [str(root / package) for package in OURS], "excludes": ["__pycache__"]}
+    packages = {"py_modules": [str(root / package) for package in OUR_PACKAGES], "excludes": ["__pycache__"]}
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": packages}
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    lasting = True
-    _check(address)
+    _check_address(address)
     try:
         with warnings.catch_warnings(action="ignore"):  # what they say is in the error
             ray.init(address or "auto", **settings)
@@ -96,21 +131,17 @@ def join(
             reason = str(error).strip().splitlines()[0]
             hint = "" if os.environ.get("RAY_AUTH_MODE") == "token" else TOKEN_HINT
             raise UserError(f"no Ray cluster at --address {address or 'auto'}: {reason}{hint}") from None
-        lasting = False
         try:
             ray.init("local", include_dashboard=False, **settings)
         except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as failed:
             reason = str(failed).strip().splitlines()[0]
             raise UserError(f"there is no Ray cluster, and none could be started here: {reason}") from None
-    if detach and not lasting:
-        raise UserError("--detach needs a Ray cluster that outlives this command; start one with: ray start --head")
-    return Site(
-        _order(workers, gpus, 1.0 if cpus is None else cpus, device), secret_url(storage_url, _others()), detach
-    )
+        return False
+    return True
 
 
-def _check(address: str | None) -> None:
-    """Whether somebody listens there: Ray itself would try for minutes."""
+def _check_address(address: str | None) -> None:
+    """Raises UserError if nothing listens there: Ray itself would try for minutes."""
     if address in (None, "auto"):
         return
     host, _, port = str(address).removeprefix("ray://").rpartition(":")
@@ -122,21 +153,24 @@ def _check(address: str | None) -> None:
         raise UserError(f"no Ray cluster at --address {address}: {error}") from None
 
 
-def _order(workers: int | None, gpus: float | None, cpus: float, device: str) -> Order:
+def _worker_request(options: LaunchOptions) -> WorkerRequest:
     import ray
 
-    from study.launch.ray_supervisor import Order
+    from study.launch.ray_supervisor import WorkerRequest
 
+    gpus, cpus, device = options.gpus_per_worker, options.cpus_per_worker, options.device
+    cpus = 1.0 if cpus is None else cpus
     if gpus is None:
         gpus = 0.0 if device == "cpu" or not ray.cluster_resources().get("GPU") else 1.0
     if device == "cuda" and not gpus:
         raise UserError("--device cuda needs --gpus-per-worker above 0, and a cluster that has GPUs")
     if not gpus and not cpus:
         raise UserError("a worker needs --gpus-per-worker or --cpus-per-worker above 0")
-    return Order(workers, gpus, cpus, device if device != "auto" else "cuda" if gpus else "cpu")
+    device = device if device != "auto" else "cuda" if gpus else "cpu"
+    return WorkerRequest(workers=options.workers, gpus=gpus, cpus=cpus, device=device, threads=options.threads)
 
 
-def _others() -> set[str]:
+def _other_nodes() -> set[str]:
     """The addresses of the cluster's nodes other than this machine. Over ray:// that is all of them."""
     import ray
 
@@ -188,89 +222,36 @@ def _resolved(url: URL) -> tuple[URL, bool, str]:
     return found.difference_update_query([key for key in found.query if "pass" in key.lower()]), local, which
 
 
-def run(
-    name: str, storage_url: str, site: Site, data_root: str | None, console: Console, refresh: Callable[[], None]
-) -> int | None:
-    """Give the study its crew, or find the one that it has, and watch until all workers have ended.
-
-    Returns:
-        0: settled; 75: the database was away for too long; 130: somebody asked the workers to stop; None: detached.
-
-    Raises:
-        UserError: the workers refuse to work (and why), or the cluster is gone.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, once the workers have given their trials back.
-    """
+def _describe(request: WorkerRequest) -> str:
     import ray
 
-    storage = open_storage(storage_url, create=False, reading=True)
-    study, config = load_study(storage, name)
-    display = ProgressDisplay(console, storage, study, config, refresh)
-    if display.settled:
-        return 0
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True, style="dim")
-
-    with _as_one_line():
-        crew, found = _crew(name, site, data_root)
-        say(f"{'attached to its workers on' if found else 'on'} the Ray cluster: {_says(site.order)}")
-    if site.detach:
-        return None
-    for number in STOP_SIGNALS:  # now, because ray.init takes SIGTERM for itself
-        signal.signal(number, signal.default_int_handler)
-    told, news = 0, None
-    try:
-        with display.bars, _as_one_line():
-            while news is None or news.code is None:
-                time.sleep(POLL_SECONDS)
-                news = ray.get(crew.news.remote(told))
-                told += len(news.notes)
-                for note in news.notes:
-                    console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
-                with tolerate_outage():
-                    display.update()
-                    display.refresh_when_due()
-    except KeyboardInterrupt:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        with _as_one_line():
-            ray.get(crew.stop.remote())
-            deadline = time.monotonic() + STOPPING_SECONDS
-            while ray.get(crew.news.remote(told)).code is None and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-        raise
-    if news.code == BAD_INPUT:
-        raise UserError(news.why)
-    return int(news.code)
-
-
-def _says(wanted: Order) -> str:
-    import ray
-
-    room, needs = wanted.room(ray.nodes()), f"{wanted.cpus:g} CPUs" + (f", {wanted.gpus:g} GPUs" * bool(wanted.gpus))
-    if wanted.workers is None and room:
+    room, needs = (
+        request.room(ray.nodes()),
+        f"{request.cpus:g} CPUs" + (f", {request.gpus:g} GPUs" * bool(request.gpus)),
+    )
+    if request.workers is None and room:
         return f"as many workers as fit ({needs} each): {room} now"
-    most = wanted.workers or 1
+    most = request.workers or 1
     waits = f"; the cluster has room for {room} now, the others wait" if room < most else ""
     return f"{most} workers ({needs} each){waits}"
 
 
-def _crew(name: str, site: Site, data_root: str | None) -> tuple[Any, bool]:
-    """The study's crew, told what is wanted; whether there was one already."""
+def _supervisor(name: str, request: WorkerRequest, storage_url: SecretStr, data_root: str | None) -> tuple[Any, bool]:
+    """The study's supervisor, with this request; whether there was one already."""
     import ray
     from ray.exceptions import RayActorError
 
-    from study.launch.ray_supervisor import Job, RaySupervisor
+    from study.launch.ray_supervisor import RaySupervisor, WorkerJob
 
     # The same name in another database is another study.
-    url = parse(site.secret.get_secret_value())
-    where = str(url.database) if file_of(url) is not None else _resolved(url)[2]
-    key = hashlib.sha256(f"{where} {name}".encode()).hexdigest()[:12]
-    called, namespace = f"crew of {name}", f"study-{key}"
-    along = {k: v for k, v in os.environ.items() if k.startswith("PGSSL") or k == "STUDY_PATIENCE_SECONDS"}
-    job = Job(name, site.secret, data_root, along)
+    url = parse(storage_url.get_secret_value())
+    database = str(url.database) if file_of(url) is not None else _resolved(url)[2]
+    key = hashlib.sha256(f"{database} {name}".encode()).hexdigest()[:12]
+    actor_name, namespace = f"supervisor of {name}", f"study-{key}"
+    passed_on = {k: v for k, v in os.environ.items() if k.startswith("PGSSL") or k == "STUDY_PATIENCE_SECONDS"}
+    job = WorkerJob(name=name, storage_url=storage_url, data_root=data_root, environment=passed_on)
     actor = ray.remote(RaySupervisor).options(
-        name=called,
+        name=actor_name,
         namespace=namespace,
         lifetime="detached",
         get_if_exists=True,
@@ -280,15 +261,15 @@ def _crew(name: str, site: Site, data_root: str | None) -> tuple[Any, bool]:
     )
     for last in (False, False, True):
         try:
-            ray.get_actor(called, namespace=namespace)
-            found = True
+            ray.get_actor(actor_name, namespace=namespace)
+            existed = True
         except ValueError:
-            found = False
-        crew = actor.remote(job, site.order)
+            existed = False
+        supervisor = actor.remote(job, request)
         try:
-            ray.get(crew.take.remote(job, site.order))
-            return crew, found
-        except RayActorError:  # it had lingered long enough just now
+            ray.get(supervisor.update.remote(job, request))
+            return supervisor, existed
+        except RayActorError:  # an old one has ended just now
             if last:
                 raise
             time.sleep(1.0)
@@ -296,13 +277,13 @@ def _crew(name: str, site: Site, data_root: str | None) -> tuple[Any, bool]:
 
 
 @contextmanager
-def _as_one_line() -> Iterator[None]:
+def _cluster_errors_as_user_errors() -> Iterator[None]:
     from ray.exceptions import RayError
 
     try:
         yield
     except (RayError, ConnectionError) as error:
         raise UserError(
-            f"the Ray cluster does not answer ({str(error).strip().splitlines()[0]}); what still runs there goes on; "
-            f"the same command attaches to it, or starts workers again"
+            f"the Ray cluster does not answer ({str(error).strip().splitlines()[0]}); workers there keep running; "
+            f"the same command attaches to them, or starts workers again"
         ) from None

@@ -1,4 +1,4 @@
-"""The search space: the cells of a grid, the tickets of a study, and the only calls of `trial.suggest_*`."""
+"""The search space: the cells of a grid, the queued trials of a study, and the only calls of `trial.suggest`."""
 
 from __future__ import annotations
 
@@ -11,30 +11,25 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from storage.errors import UserError
-from study.config.models import Range, StudyConfig
+from study.config.models import POLICY_PARAMETERS, StudyConfig
+from study.config.values import Range, largest, smallest
 
 WHOLE = ("alpha", "epochs", "batch_size")
-USES: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "static": ("alpha",),
-    "fresh": ("alpha",),
-    "dynamic": ("alpha", "beta", "delta", "gamma"),
-    "infobatch": (),
-}
-"""The parameters that mean something to a policy: the others are neither searched nor counted as cells of their own."""
-DATA_PARAMETERS = frozenset(USES["dynamic"])
+POLICY_SPECIFIC = frozenset(name for names in POLICY_PARAMETERS.values() for name in names)
+"""Parameters that mean something to some policies only."""
 
 Parameters = dict[str, Any]
 
 
 def relevant(policy: str, name: str) -> bool:
-    return name not in DATA_PARAMETERS or name in USES[policy]
+    """Whether the parameter `name` means something to the policy."""
+    return name not in POLICY_SPECIFIC or name in POLICY_PARAMETERS[policy]
 
 
 def cells(config: StudyConfig) -> list[Parameters]:
     """Every combination of the listed values, the last parameter turning fastest, none twice."""
     searched = config.searched()
-    found: dict[tuple[tuple[str, Any], ...], Parameters] = {}
+    distinct: dict[tuple[tuple[str, Any], ...], Parameters] = {}
     listed: Iterable[Parameters] = (
         dict(zip(searched, values, strict=True)) for values in itertools.product(*searched.values())
     )
@@ -44,27 +39,27 @@ def cells(config: StudyConfig) -> list[Parameters]:
     for cell in listed:
         policy = cell.get("policy", config.policy.name)
         cell = {name: value for name, value in cell.items() if relevant(policy, name)}
-        found.setdefault(tuple(cell.items()), cell)
-    return list(found.values())
+        distinct.setdefault(tuple(cell.items()), cell)
+    return list(distinct.values())
 
 
 def queued_trials(config: StudyConfig) -> list[FrozenTrial]:
-    """The study's work, laid down before anyone trains: as many WAITING trials as will ever run.
+    """The study's work, queued before anyone trains: as many WAITING trials as will ever run.
 
     A grid gets one a cell and replicate, parameters fixed; all cells of the first replicate come first, so that more
     replicates only append. Cells of one replicate share a seed: their comparison is paired. Every other sampler gets
-    `search.trials` blanks, each with a seed of its own.
+    `search.trials` trials without parameters, each with a seed of its own.
     """
     seed = config.search.seed
     if config.search.sampler.kind != "grid":
         return [_queued_trial(i, {}, {}, {"seed": seed + i}) for i in range(config.search.trials or 0)]
     grid = cells(config)
-    told = {name: distribution(config, name) for name in config.searched()}
+    distributions = {name: distribution(config, name) for name in config.searched()}
     return [
         _queued_trial(
             replicate * len(grid) + i,
             cell,
-            {name: told[name] for name in cell},
+            {name: distributions[name] for name in cell},
             {"cell": i, "replicate": replicate, "seed": seed + replicate},
         )
         for replicate in range(config.search.replicates)
@@ -80,9 +75,9 @@ def _queued_trial(
 
 
 def distribution(config: StudyConfig, name: str) -> BaseDistribution:
-    """What Optuna is told of a searched parameter.
+    """Optuna's distribution of a searched parameter.
 
-    A list of numbers in a grid is told as the interval it spans, so that importances and contours see its order.
+    A list of numbers in a grid becomes the interval it spans, so that importances and contours see its order.
     """
     value = config.searched()[name]
     whole = name in WHOLE
@@ -126,7 +121,7 @@ def step_images(config: StudyConfig) -> int | None:
     alpha = config.policy.alpha
     if config.pruning.kind == "none" or config.pruning.step == "epochs" or alpha is None:
         return None
-    return int(alpha.low) if isinstance(alpha, Range) else min(alpha) if isinstance(alpha, tuple) else alpha
+    return int(smallest(alpha))
 
 
 def most_steps(config: StudyConfig, train_images: int) -> int:
@@ -136,13 +131,13 @@ def most_steps(config: StudyConfig, train_images: int) -> int:
         return most_epochs(config)
     if config.training.images is not None:
         return config.training.images // unit
-    whole = any("alpha" not in USES[name] for name in config.policies())
+    whole = any("alpha" not in POLICY_PARAMETERS[name] for name in config.policies())
     return most_epochs(config) * (train_images if whole else largest_alpha(config)) // unit
 
 
 def largest_alpha(config: StudyConfig) -> int:
-    alpha = config.searched().get("alpha", config.policy.alpha)
-    return int(alpha.high) if isinstance(alpha, Range) else max(alpha) if isinstance(alpha, tuple) else alpha or 0
+    """0: no policy of the study has an alpha."""
+    return int(largest(config.searched().get("alpha", config.policy.alpha)) or 0)
 
 
 def check_alpha(config: StudyConfig, train_images: int) -> None:
@@ -158,5 +153,4 @@ def check_alpha(config: StudyConfig, train_images: int) -> None:
 
 
 def most_epochs(config: StudyConfig) -> int:
-    epochs = config.searched().get("epochs", config.training.epochs)
-    return int(epochs.high) if isinstance(epochs, Range) else max(epochs) if isinstance(epochs, tuple) else epochs
+    return int(largest(config.searched().get("epochs", config.training.epochs)))

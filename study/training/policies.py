@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -98,7 +99,7 @@ class _Unweighted:
 class Full(_Unweighted):
     """All images, every epoch."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, seed: int) -> None:
         self.active = torch.arange(total)
 
     def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
@@ -114,7 +115,9 @@ class Full(_Unweighted):
 class Static(_Unweighted):
     """A random alpha of the images, the same in every epoch: the control for `less data`."""
 
-    def __init__(self, total: int, alpha: int, seed: int) -> None:
+    def __init__(self, total: int, seed: int, *, alpha: int) -> None:
+        if not 1 <= alpha <= total:
+            raise ValueError(f"alpha must be from 1 to the {total} training images, got {alpha}")
         self.total, self.draws = total, generator(seed, "policy")
         self.active = first_subset(total, alpha, self.draws)
 
@@ -150,15 +153,15 @@ class Dynamic(Static):
     def __init__(
         self,
         total: int,
-        alpha: int,
         seed: int,
         *,
-        beta: float,
-        delta: float,
-        gamma: float,
-        decay: Literal["type2", "both"],
+        alpha: int,
+        beta: float = 0.5,
+        delta: float = 0.01,
+        gamma: float = 0.97,
+        decay: Literal["type2", "both"] = "type2",
     ) -> None:
-        super().__init__(total, alpha, seed)
+        super().__init__(total, seed, alpha=alpha)
         self.beta, self.delta, self.gamma, self.decay = beta, delta, gamma, decay
         self.previous = self.best = float("-inf")
         self.best_active = self.active
@@ -194,7 +197,7 @@ class InfoBatch:
     `anneal` of the run on, all images are trained on, unweighted. Losses stay on the device until the epoch is over.
     """
 
-    def __init__(self, total: int, seed: int, *, ratio: float, anneal: float) -> None:
+    def __init__(self, total: int, seed: int, *, ratio: float = 0.5, anneal: float = 0.875) -> None:
         self.total, self.ratio, self.anneal = total, ratio, anneal
         self.draws = generator(seed, "policy")
         self.losses = torch.ones(total)
@@ -244,34 +247,22 @@ class InfoBatch:
         self.draws.set_state(state["draws"])
 
 
-def make_policy(
-    name: str,
-    total: int,
-    seed: int,
-    *,
-    alpha: int | None = None,
-    beta: float = 0.5,
-    delta: float = 0.01,
-    gamma: float = 0.97,
-    decay: Literal["type2", "both"] = "type2",
-    ratio: float = 0.5,
-    anneal: float = 0.875,
-) -> Policy:
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "dynamic": Dynamic,
+    "static": Static,
+    "full": Full,
+    "fresh": Fresh,
+    "infobatch": InfoBatch,
+}
+"""Each is called with the number of training images, the seed, and its own parameters by keyword."""
+
+
+def make_policy(name: str, total: int, seed: int, **parameters: Any) -> Policy:
     """The policy `name` over `total` training images.
 
     Raises:
-        ValueError: an unknown name, or an alpha outside 1..total where the policy needs one.
+        ValueError: an unknown name, or an alpha outside 1..total.
     """
-    if name == "full":
-        return Full(total)
-    if name == "infobatch":
-        return InfoBatch(total, seed, ratio=ratio, anneal=anneal)
-    if alpha is None or not 1 <= alpha <= total:
-        raise ValueError(f"alpha must be from 1 to the {total} training images, got {alpha}")
-    if name == "static":
-        return Static(total, alpha, seed)
-    if name == "fresh":
-        return Fresh(total, alpha, seed)
-    if name == "dynamic":
-        return Dynamic(total, alpha, seed, beta=beta, delta=delta, gamma=gamma, decay=decay)
-    raise ValueError(f"no policy {name!r}; policies: full, static, fresh, dynamic, infobatch")
+    if name not in POLICIES:
+        raise ValueError(f"no policy {name!r}; policies: {', '.join(POLICIES)}")
+    return POLICIES[name](total, seed, **parameters)

@@ -23,12 +23,12 @@ from study.training.policies import Policy, Resampling
 from study.training.rng import generator
 
 VALIDATION_BATCH = 1000
-FORMAT = 2
+FORMAT = 3
 """Of `state_dict`; grows when what it holds changes."""
 
 
 class Diverged(Exception):
-    """The training loss is no longer a finite number."""
+    """The training loss or the network's output on validation images is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Trainer:
         # Channels last is the layout of the images (one gather, no transpose) and of the fast kernels.
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = Adam(self.network.parameters(), lr=lr, weight_decay=weight_decay)
-        self.shuffles, self.jitters = generator(seed, "shuffle"), generator(seed, "augment")
+        self.shuffles, self.augmentation = generator(seed, "shuffle"), generator(seed, "augment")
         self.history: list[EpochResult] = []
         self.seen = torch.zeros(len(data.train_labels), dtype=torch.bool)
         self.best = -1.0
@@ -100,10 +100,11 @@ class Trainer:
         self.meter = EnergyMeter(self.device)
         self.loss_sum = torch.zeros((), device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.invalid = torch.zeros_like(self.correct)  # validation images with outputs that are not finite
         recording, adam = recorder(self.device), self.optimizer
         changed = [*self.network.parameters(), *self.network.buffers(), *adam.steps, *adam.means, *adam.squares]
         self._training_step = Step(recording, [*changed, self.loss_sum])
-        self._validation_step = Step(recording, [self.correct])
+        self._validation_step = Step(recording, [self.correct, self.invalid])
         self._rest()
 
     def _rest(self) -> None:
@@ -114,6 +115,7 @@ class Trainer:
         self.step = 0
         self.loss_sum.zero_()
         self.correct.zero_()
+        self.invalid.zero_()
         self.train_seconds = self.validation_seconds = self.selection_seconds = 0.0
         self.joules: float | None = 0.0
         self._metered = self.meter.joules()
@@ -168,10 +170,22 @@ class Trainer:
                     yield None
                     started = time.perf_counter()
 
-            accuracy = self.correct.item() / len(self.data.validation_labels)
+            accuracy = self._accuracy(len(self.data.validation_labels))
             self.validation_seconds += time.perf_counter() - started
             started = time.perf_counter()
             yield self._ended(accuracy, started)
+
+    def _accuracy(self, images: int) -> float:
+        """Of the images counted since the last epoch's end.
+
+        Raises:
+            Diverged: the network's output on some of them is not finite; argmax would count those as class 0.
+        """
+        correct, invalid = torch.stack([self.correct, self.invalid]).tolist()
+        if invalid:
+            epoch = len(self.history) + 1
+            raise Diverged(f"the network's output is not finite on {invalid} of {images} images in epoch {epoch}")
+        return float(correct / images)
 
     def _ended(self, accuracy: float, started: float) -> EpochResult:
         assert self.order is not None
@@ -213,10 +227,11 @@ class Trainer:
         self.network.eval()
         total = len(self.data.test_labels)
         self.correct.zero_()
+        self.invalid.zero_()
         for start in range(0, total, VALIDATION_BATCH):
             part = slice(start, start + VALIDATION_BATCH)
             self._validate(self.data.test_images[part], self.data.test_labels[part])
-        return self.correct.item() / total
+        return self._accuracy(total)
 
     def _plan(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The epoch's images in their order, their weights and jitters: drawn once, kept for who resumes in it."""
@@ -227,7 +242,7 @@ class Trainer:
                 drawn = drawn[: self.images - self.trained]
             self.order = active[drawn]
             self.weights = weights[drawn] if weights is not None else None
-            self.jitter = Jitter.draw(len(drawn), self.jitters).draws if self.augment else None
+            self.jitter = Jitter.draw(len(drawn), self.augmentation).draws if self.augment else None
         plan = self.order, self.weights, self.jitter
         order, weights, jitter = (x.to(self.device, non_blocking=True) if x is not None else None for x in plan)
         assert order is not None
@@ -269,6 +284,7 @@ class Trainer:
         with self._autocast():
             logits = self.network(self._normalised(images))
         self.correct += (logits.argmax(1) == labels).sum()
+        self.invalid += (~torch.isfinite(logits)).any(1).sum()
 
     def _normalised(self, images: Tensor) -> Tensor:
         return ((images - self.data.mean) / self.data.std).permute(0, 3, 1, 2)
@@ -284,7 +300,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "policy": self.policy.state_dict(),
             "shuffles": self.shuffles.get_state(),
-            "jitters": self.jitters.get_state(),
+            "augmentation": self.augmentation.get_state(),
             "order": self.order,
             "weights": self.weights,
             "jitter": self.jitter,
@@ -294,6 +310,7 @@ class Trainer:
             "step": self.step,
             "loss_sum": self.loss_sum,
             "correct": self.correct,
+            "invalid": self.invalid,
             "train_seconds": self.train_seconds,
             "validation_seconds": self.validation_seconds,
             "selection_seconds": self.selection_seconds,
@@ -309,12 +326,13 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.policy.load_state_dict(state["policy"])
         self.shuffles.set_state(state["shuffles"])
-        self.jitters.set_state(state["jitters"])
+        self.augmentation.set_state(state["augmentation"])
         self.order, self.weights, self.jitter = state["order"], state["weights"], state["jitter"]
         self.step, self.seen, self.best = state["step"], state["seen"], state["best"]
         self.best_network = state["best_network"]
         self.loss_sum.copy_(state["loss_sum"])
         self.correct.copy_(state["correct"])
+        self.invalid.copy_(state["invalid"])
         self.train_seconds, self.validation_seconds = state["train_seconds"], state["validation_seconds"]
         self.selection_seconds, self.joules = state["selection_seconds"], state["joules"]
         self._metered = self.meter.joules()

@@ -1,18 +1,66 @@
-"""What is recorded of a trial beside its numbers: device, memory, versions."""
+"""What is recorded of a trial beside its accuracy: costs, device, versions; and what its checkpoint belongs to."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import platform
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
 
 from study import __version__
+from study.config.models import StudyConfig
+from study.search.space import Parameters
+from study.training.trainer import EpochResult, Trainer
+
+TRAINING_SECTIONS = ("data", "network", "policy", "training")
+"""The sections of a config that a trial's numbers depend on."""
+
+
+def trial_attributes(trainer: Trainer, history: list[EpochResult]) -> dict[str, Any]:
+    """User attributes of a trial that has finished after `history`. Seconds, bytes, joules."""
+    attributes = {
+        "epochs": len(history),
+        "images": sum(result.images for result in history),
+        "seen": history[-1].seen,
+        "train_seconds": round(sum(result.train_seconds for result in history), 3),
+        "validation_seconds": round(sum(result.validation_seconds for result in history), 3),
+        "selection_seconds": round(sum(result.selection_seconds for result in history), 3),
+        "peak_memory_bytes": peak_memory(trainer.device),
+        "precision": trainer.precision,
+        "device": device_name(trainer.device),
+        "host": platform.node(),
+        "versions": versions(),
+    }
+    energy = [result.joules for result in history if result.joules is not None]
+    if len(energy) == len(history):
+        attributes["joules"] = round(sum(energy), 1)
+    return attributes
+
+
+def checkpoint_identity(
+    study: optuna.Study, config: StudyConfig, parameters: Parameters, seed: int
+) -> dict[str, str | int | None]:
+    """What a checkpoint of a trial with these parameters belongs to. Copies of a study keep its `uid`."""
+    sections = config.model_dump(mode="json", include=set(TRAINING_SECTIONS))
+    return {
+        "study": study.user_attrs.get("uid"),
+        "config": _digest(sections),
+        "parameters": _digest(parameters),
+        "seed": seed,
+        "data": study.user_attrs.get("data_fingerprint"),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -24,22 +72,22 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@functools.cache
-def versions() -> dict[str, str]:
-    """Of this program (with its commit, where it runs from a clone) and of what its numbers depend on."""
-    found = {"study": __version__, "torch": str(torch.__version__), "optuna": optuna.__version__}
-    clone = Path(__file__).parents[2]
-    if (clone / ".git").exists():
-        with suppress(OSError, subprocess.SubprocessError):
-            told = subprocess.run(
-                ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                capture_output=True, text=True, timeout=5, check=True,
-            )  # fmt: skip
-            found["commit"] = told.stdout.strip()
-    return found
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of this program (with its commit, where it runs from a clone) and of what its numbers depend on."""
+    names = {"study": __version__, "torch": str(torch.__version__), "optuna": optuna.__version__}
+    clone = Path(__file__).parents[2]
+    if (clone / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            describe = subprocess.run(
+                ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                capture_output=True, text=True, timeout=5, check=True,
+            )  # fmt: skip
+            names["commit"] = describe.stdout.strip()
+    return names

@@ -1,23 +1,22 @@
 """One trial: its parameters, the epochs of its Trainer, what is reported of them, and its value.
 
-A trial's value is its best validation accuracy over the epochs, as in the paper. What it reports at epoch n is
-therefore its best accuracy up to n, not that epoch's: the last report of a finished trial is its value, a pruned
-trial's value (Optuna takes the last report) is the value it would have had if it had ended there, and a pruner that
-looks at step n compares what the trials would be worth if all stopped at n. One bad epoch prunes nothing. The raw
-accuracies are in `trial_epochs`, and the learning curves show those.
+A trial's value is its best validation accuracy over the epochs, as in the paper. At epoch n it therefore reports its
+best accuracy up to n, not that epoch's: the last report of a finished trial is its value, a pruned trial's value
+(Optuna takes the last report) is the value it would have had if it had ended there, and a pruner that compares trials
+at step n compares what they would be worth if all stopped at n. One bad epoch prunes nothing. The accuracy of each
+epoch is in `trial_epochs`, and the learning curves show it.
 
 With `pruning.step = "images"` a step is not an epoch but as many images trained on as the smallest alpha: an epoch of
-alpha = 5,000 and one of 45,000 are not the same work. What is reported at step s is then the best accuracy of the
-epochs that had ended when s steps' images had been trained on, so nobody is credited with images he has not had yet.
+alpha = 5,000 and one of 45,000 are not the same work. The report at step s is then the best accuracy of the epochs that
+had ended when that many images had been trained on: an epoch counts once all of its images have been paid for.
 """
 
 from __future__ import annotations
 
-import platform
+import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import optuna
 import torch
@@ -26,50 +25,51 @@ from optuna.trial import TrialState
 from storage.optuna_internals import forget_cached_trials, storage_of
 from storage.queue import Lease, LeaseLost, Queue
 from storage.retry import is_transient, retry
-from study.config.models import StudyConfig
+from study.config.models import POLICY_PARAMETERS, StudyConfig
 from study.search import space
 from study.search.samplers import make_sampler
 from study.training.data.placement import DeviceData
 from study.training.policies import make_policy
 from study.training.trainer import Diverged, EpochResult, Trainer
-from study.trial import checkpoint
-from study.trial.checkpoint import _restore, on_host, to_bytes
-from study.trial.metadata import device_name, peak_memory, versions
+from study.trial.checkpoint import Identity, on_host, restore, to_bytes, write_fallback
+from study.trial.metadata import checkpoint_identity, trial_attributes
 from study.trial.writer import TrialWriter
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_SHARE = 0.01
 """The part of the time that checkpoints may take."""
-LAST_WORDS_SECONDS = 3.5
+RELEASE_SECONDS = 3.5
 """How long a worker that was asked to stop may take to store what it has: Slurm and spot instances do not wait."""
 
 
 class StopCheck(Protocol):
     """Whether a worker is to stop: asked after every step."""
 
-    near: bool
-    """Whether a budget is nearly spent, so that `look` is worth its query after every epoch."""
+    near_limit: bool
+    """Whether a budget is nearly spent, so that `check` is worth its query after every epoch."""
 
     def __call__(self) -> bool: ...
 
-    def look(self) -> None: ...
+    def check(self) -> None: ...
 
 
 class DatabaseUnavailable(Exception):
-    """The database was away for longer than a worker waits; the trial's checkpoint is on this machine's disk."""
+    """The database was unavailable for longer than a worker waits; the trial's checkpoint is on this machine's disk."""
+
+
+class InvalidParameters(Exception):
+    """A trial that somebody else queued has parameters that this study cannot run."""
 
 
 def make_trainer(config: StudyConfig, data: DeviceData, chosen: space.Parameters, seed: int) -> Trainer:
     """The Trainer of a trial with the parameters `chosen` over the config's."""
     parameters = space.settings(config, chosen)
+    policy = config.policy.model_dump() | {k: v for k, v in parameters.items() if k in type(config.policy).model_fields}
     name = parameters["policy"]
-    uses = {key: parameters[key] for key in space.USES[name]}
-    if name == "dynamic":
-        uses["decay"] = config.policy.decay
-    if name == "infobatch":
-        uses |= {"ratio": config.policy.ratio, "anneal": config.policy.anneal}
     return Trainer(
         data,
-        make_policy(name, len(data.train_labels), seed, **uses),
+        make_policy(name, len(data.train_labels), seed, **{key: policy[key] for key in POLICY_PARAMETERS[name]}),
         seed,
         epochs=parameters["epochs"],
         images=config.training.images,
@@ -90,77 +90,123 @@ def run_trial(
     queue: Queue,
     lease: Lease,
     stop: StopCheck,
-    say: Callable[[str], None],
-    aside: Path,
+    fallback_folder: Path,
 ) -> None:
-    """Work on the leased trial until it is settled, or given back because it is to `stop`.
+    """Run the leased trial until it has finished, or is released because the worker is to `stop`.
 
     Args:
-        aside: folder for a checkpoint that could not be brought into the database; looked at before the trial starts.
+        fallback_folder: for a checkpoint that could not be stored in the database; read before the trial starts.
 
     Raises:
         LeaseLost: another worker has the trial; nothing more was written.
-        DatabaseUnavailable: the database was away for too long; the checkpoint lies in `aside`.
+        DatabaseUnavailable: for too long; the checkpoint is in the fallback folder.
     """
-    chosen, seed = retry(lambda: ask(study, config, lease), stopping=stop)
-    trainer = make_trainer(config, data, chosen, seed)
-    kept = aside / f"trial-{lease.number}.checkpoint"
-    _restore(trainer, queue, lease, kept, say)
-
-    unit = space.step_images(config)
-    saved, every, diverged = time.monotonic(), config.checkpoint.every_seconds, ""
+    try:
+        chosen, seed = retry(lambda: ask(study, config, lease, len(data.train_labels)), stopping=stop)
+    except InvalidParameters as error:  # another attempt could only fail again
+        queue.fail(lease, str(error))
+        logger.warning("trial %d failed: %s", lease.number, error)
+        return
+    identity = checkpoint_identity(study, config, space.settings(config, chosen), seed)
+    fallback = fallback_folder / f"trial-{lease.number}.checkpoint"
+    trainer = restore(
+        lambda: make_trainer(config, data, chosen, seed), queue, lease, fallback, identity, config.checkpoint.store
+    )
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()  # what is reserved for the trial before is not this one's peak
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    with TrialWriter(study, queue, lease, store=config.checkpoint.store) as scribe:
-        for n in range(scribe.told, len(trainer.history)):  # to the checkpoint, but not to the database
-            known = trainer.history[: n + 1]
-            scribe.tell(known[-1], reports(known, unit), last=trainer.over and n + 1 == len(trainer.history))
+    diverged = ""
+    with TrialWriter(study, queue, lease, identity=identity, store=config.checkpoint.store) as writer:
+        _write_missing_epochs(trainer, writer, space.step_images(config))
         try:
-            for result in trainer.run():
-                if result is not None:
-                    scribe.tell(result, reports(trainer.history, unit), last=trainer.over)
-                    if stop.near:  # the budget counts what is stored
-                        scribe.flush(LAST_WORDS_SECONDS)
-                        stop.look()
-                if lease.lost.is_set():
-                    raise LeaseLost(f"trial {lease.number} has been taken over")
-                if scribe.fault is not None or (scribe.pruned is not None and len(trainer.history) >= scribe.pruned):
-                    break
-                if stop():
-                    _give_back(trainer, scribe, queue, lease, kept, say)
-                    return
-                if not scribe.saving and time.monotonic() - saved >= every:
-                    synchronize(trainer.device)  # the wait is training's, not the checkpoint's
-                    started = time.monotonic()
-                    scribe.save(len(trainer.history), on_host(trainer.state_dict()))
-                    saved = time.monotonic()
-                    cost = scribe.cost + saved - started
-                    every = max(config.checkpoint.every_seconds, cost / CHECKPOINT_SHARE)
+            if not _train(config, trainer, writer, lease, stop):
+                _release(trainer, writer, queue, lease, fallback, identity)
+                return
         except Diverged as error:
             diverged = str(error)
-        scribe.flush()
-        if scribe.fault is not None:
-            if not is_transient(scribe.fault):
-                raise scribe.fault
-            checkpoint.keep(kept, to_bytes(trainer.state_dict()))
-            raise DatabaseUnavailable(str(scribe.fault)) from scribe.fault
-    if diverged and scribe.pruned is None:
+        writer.flush()
+        if writer.error is not None:
+            if not is_transient(writer.error):
+                raise writer.error
+            write_fallback(fallback, to_bytes(trainer.state_dict(), identity))
+            raise DatabaseUnavailable(str(writer.error)) from writer.error
+    if diverged and writer.pruned_at is None:
         queue.fail(lease, diverged)
-        say(f"trial {lease.number} failed: {diverged}")
+        logger.warning("trial %d failed: %s", lease.number, diverged)
         return
-    history = trainer.history if scribe.pruned is None else trainer.history[: scribe.pruned]
-    state = TrialState.COMPLETE if scribe.pruned is None else TrialState.PRUNED
-    _settle(study, config, queue, lease, state, trainer, history)
-    kept.unlink(missing_ok=True)
+    history = trainer.history if writer.pruned_at is None else trainer.history[: writer.pruned_at]
+    state = TrialState.COMPLETE if writer.pruned_at is None else TrialState.PRUNED
+    _finish(study, config, queue, lease, state, trainer, history)
+    fallback.unlink(missing_ok=True)
 
 
-def ask(study: optuna.Study, config: StudyConfig, lease: Lease) -> tuple[space.Parameters, int]:
-    """What `Study.ask` does, for a trial that exists: its parameters, drawn where it has none, and its seed."""
+def _write_missing_epochs(trainer: Trainer, writer: TrialWriter, unit: int | None) -> None:
+    """The epochs that reached the checkpoint, but not the database."""
+    for n in range(writer.epochs_done, len(trainer.history)):
+        history = trainer.history[: n + 1]
+        writer.write_epoch(history[-1], reports(history, unit), last=trainer.over and n + 1 == len(trainer.history))
+
+
+def _train(config: StudyConfig, trainer: Trainer, writer: TrialWriter, lease: Lease, stop: StopCheck) -> bool:
+    """Train to the end of the trial, or until it is pruned or the writer has failed. False: until `stop` said so.
+
+    Raises:
+        LeaseLost, Diverged.
+    """
+    unit = space.step_images(config)
+    saved, every = time.monotonic(), config.checkpoint.every_seconds
+    for result in trainer.run():
+        if result is not None:
+            writer.write_epoch(result, reports(trainer.history, unit), last=trainer.over)
+            if stop.near_limit:  # the budget counts what is stored
+                writer.flush(RELEASE_SECONDS)
+                stop.check()
+        if lease.lost.is_set():
+            raise LeaseLost(f"trial {lease.number} has been taken over, finished or deleted by somebody else")
+        if writer.error is not None or (writer.pruned_at is not None and len(trainer.history) >= writer.pruned_at):
+            break
+        if stop():
+            return False
+        if not writer.saving and time.monotonic() - saved >= every:
+            _warn_unsaved(writer, lease)
+            synchronize(trainer.device)  # the wait is training's, not the checkpoint's
+            started = time.monotonic()
+            writer.write_checkpoint(len(trainer.history), on_host(trainer.state_dict()))
+            saved = time.monotonic()
+            cost = writer.checkpoint_seconds + saved - started
+            every = max(config.checkpoint.every_seconds, cost / CHECKPOINT_SHARE)
+    return True
+
+
+_warned: set[str] = set()
+
+
+def _warn_unsaved(writer: TrialWriter, lease: Lease) -> None:
+    """Once a worker: a checkpoint that could not be stored costs nothing but what is trained again after a crash."""
+    if writer.checkpoint_error and writer.store not in _warned:
+        _warned.add(writer.store)
+        logger.warning("trial %d: its checkpoint could not be stored: %s", lease.number, writer.checkpoint_error)
+
+
+def ask(study: optuna.Study, config: StudyConfig, lease: Lease, train_images: int) -> tuple[space.Parameters, int]:
+    """What `Study.ask` does, for a trial that exists: its parameters, drawn where it has none, and its seed.
+
+    Raises:
+        InvalidParameters: it was queued by somebody else with parameters outside what the study can run.
+    """
     study.sampler = make_sampler(config, lease.number)
-    forget_cached_trials(study)  # as ask does: samplers must see what has finished since
+    forget_cached_trials(study)
     trial = optuna.Trial(study, lease.trial_id)
-    return space.suggest(trial, config), int(trial.user_attrs.get("seed", config.search.seed))
+    try:
+        chosen = space.suggest(trial, config)
+    except ValueError as error:
+        raise InvalidParameters(f"its parameters do not fit this study: {error}") from None
+    faults = config.faults_of(chosen)
+    if chosen.get("alpha", 0) > train_images:
+        faults.append(f"alpha must be at most the {train_images} training images, got {chosen['alpha']}")
+    if faults:
+        raise InvalidParameters(f"its parameters do not fit this study: {'; '.join(faults)}")
+    return chosen, int(trial.user_attrs.get("seed", config.search.seed))
 
 
 def best(history: list[EpochResult]) -> EpochResult:
@@ -178,30 +224,28 @@ def reports(history: list[EpochResult], unit: int | None) -> dict[int, float]:
         return {len(history): best(history).accuracy}
     after = sum(result.images for result in history)
     before = after - history[-1].images
-    found = {}
+    values = {}
     for step in range(before // unit + 1, after // unit + 1):
         ended = history if step * unit == after else history[:-1]
         if ended:
-            found[step] = best(ended).accuracy
-    return found
+            values[step] = best(ended).accuracy
+    return values
 
 
-def _give_back(
-    trainer: Trainer, scribe: TrialWriter, queue: Queue, lease: Lease, kept: Path, say: Callable[[str], None]
+def _release(
+    trainer: Trainer, writer: TrialWriter, queue: Queue, lease: Lease, fallback: Path, identity: Identity
 ) -> None:
-    """Asked to stop: the checkpoint into the database and the trial claimable at once, or the checkpoint onto disk."""
-    scribe.save(len(trainer.history), on_host(trainer.state_dict()))
-    if scribe.flush(LAST_WORDS_SECONDS) and not scribe.unsaved:
+    """Asked to stop: store the checkpoint and make the trial claimable at once, or write the checkpoint to disk."""
+    writer.write_checkpoint(len(trainer.history), on_host(trainer.state_dict()))
+    if writer.flush(RELEASE_SECONDS) or writer.checkpoint_error:
+        _warn_unsaved(writer, lease)
         queue.release(lease)
-    elif scribe.unsaved:
-        say(f"trial {lease.number}: its checkpoint could not be stored: {scribe.unsaved}")
-        queue.release(lease)
-    elif not isinstance(scribe.fault, LeaseLost):
-        checkpoint.keep(kept, to_bytes(trainer.state_dict()))
-        say(f"trial {lease.number}: the database does not answer; its checkpoint is kept in {kept}")
+    elif not isinstance(writer.error, LeaseLost):
+        write_fallback(fallback, to_bytes(trainer.state_dict(), identity))
+        logger.warning("trial %d: the database does not answer; its checkpoint is in %s", lease.number, fallback)
 
 
-def _settle(
+def _finish(
     study: optuna.Study,
     config: StudyConfig,
     queue: Queue,
@@ -210,27 +254,11 @@ def _settle(
     trainer: Trainer,
     history: list[EpochResult],
 ) -> None:
-    top, images = best(history), sum(result.images for result in history)
-    values = [top.accuracy] if config.search.objective == "accuracy" else [top.accuracy, float(images)]
+    top = best(history)
+    attributes: dict[str, Any] = {"best_epoch": top.epoch} | trial_attributes(trainer, history)
+    values = [top.accuracy] if config.search.objective == "accuracy" else [top.accuracy, float(attributes["images"])]
     frozen = retry(lambda: storage_of(study).get_trial(lease.trial_id))
     retry(lambda: study.sampler.after_trial(study, frozen, state, values))  # as study.tell does
-    attributes = {
-        "best_epoch": top.epoch,
-        "epochs": len(history),
-        "images": images,
-        "seen": history[-1].seen,
-        "train_seconds": round(sum(result.train_seconds for result in history), 3),
-        "validation_seconds": round(sum(result.validation_seconds for result in history), 3),
-        "selection_seconds": round(sum(result.selection_seconds for result in history), 3),
-        "peak_memory_bytes": peak_memory(trainer.device),
-        "precision": trainer.precision,
-        "device": device_name(trainer.device),
-        "host": platform.node(),
-        "versions": versions(),
-    }
-    energy = [result.joules for result in history if result.joules is not None]
-    if len(energy) == len(history):
-        attributes["joules"] = round(sum(energy), 1)
     if state == TrialState.COMPLETE and config.data.test:
         attributes["test_accuracy"] = trainer.test()
     queue.finish(lease, state, values, attributes)

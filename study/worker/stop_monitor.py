@@ -1,4 +1,4 @@
-"""Whether a worker is to stop: because of a signal, the end of the launcher that started it, or the database."""
+"""Whether a worker is to stop: because of a signal, the end of its launcher, `study stop`, or a spent budget."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage import budgets, stop_requests
+from study.exit_codes import BUDGET_SPENT, INTERRUPTED, STOPPED
 
-LOOK_SECONDS = 2.0
-"""Between two looks at whether somebody asked the study to stop."""
-NEAR_SECONDS = 0.5
-"""Between two looks at the budgets when one is nearly spent."""
-FAR_SECONDS = 30.0
-NEAR_PART, FAR_PART = 1.0, 0.1
+CHECK_SECONDS = 2.0
+"""Between two checks for a request to stop."""
+NEAR_LIMIT_SECONDS = 0.5
+"""Between two checks of the budgets when one is nearly spent."""
+MOST_SECONDS = 30.0
+"""Between two checks of the budgets."""
+NEAR_LIMIT_SHARE, SHARE = 1.0, 0.1
 """Of the time, for adding up what is spent: one worker of all at a time does it."""
 PART = 0.1
-"""Of the time that the budgets will last, until they are looked at again."""
+"""Of the time that the budgets will last, until they are checked again."""
+SUPERVISOR_VARIABLE = "STUDY_SUPERVISED"
+"""Environment variable of a launcher's workers: its process id. They end when it does."""
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+"""Ctrl-C, and what Slurm and spot instances send."""
 
 
-class Stop:
+class StopMonitor:
     """Call it: whether to stop.
 
     Args:
@@ -34,76 +40,77 @@ class Stop:
 
     def __init__(self, asked: Callable[[], bool] = lambda: False) -> None:
         self.reason = ""
-        """Why, if it was the database that asked."""
-        self.near = False
-        """Whether a budget is nearly spent: then `look` after every epoch, before the next begins."""
-        self._asked, self._was_asked = asked, False
-        self._where: tuple[sa.Engine, int] | None = None
+        """Why, if the database said so: a request or a spent budget."""
+        self.exit_code = INTERRUPTED
+        """For the worker's process, once this is true."""
+        self.near_limit = False
+        """Whether a budget is nearly spent: then `check` after every epoch, before the next begins."""
+        self._asked, self._stopping = asked, False
+        self._study: tuple[sa.Engine, int] | None = None
         self._budgets: dict[str, float] = {}
-        self._due = self._began = 0.0
-        self._spent: budgets.Spending | None = None
-        """At the last look at budgets."""
+        self._next_check = self._started = 0.0
+        self._spending: budgets.Spending | None = None
+        """At the last check of budgets."""
 
     def __call__(self) -> bool:
-        return self._was_asked or self._asked()
+        return self._stopping or self._asked()
 
-    def on_signals(self) -> None:
+    def handle_signals(self) -> None:
         for number in STOP_SIGNALS:
-            signal.signal(number, self._ask)
+            signal.signal(number, self._stop)
 
-    def _ask(self, *_: object) -> None:
-        self._was_asked = True
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
 
     def watch(self, engine: sa.Engine, study_id: int) -> None:
-        """Look at once, and from then on in a thread: at a request to stop every LOOK_SECONDS, at budgets as often as
+        """Check now, and from now on in a thread: for a request to stop every CHECK_SECONDS, the budgets as often as
         what is left of them demands.
         """
-        self._where = engine, study_id
-        self._began = time.monotonic()
-        self.look()
+        self._study = engine, study_id
+        self._started = time.monotonic()
+        self.check()
 
-        def go_on_looking() -> None:
+        def repeat() -> None:
             while not self():
-                time.sleep(NEAR_SECONDS if self.near else LOOK_SECONDS)
-                self.look(at_budgets=time.monotonic() >= self._due)
+                time.sleep(NEAR_LIMIT_SECONDS if self.near_limit else CHECK_SECONDS)
+                self.check(with_budgets=time.monotonic() >= self._next_check)
 
-        threading.Thread(target=go_on_looking, name="stop", daemon=True).start()
+        threading.Thread(target=repeat, name="stop-monitor", daemon=True).start()
 
-    def look(self, at_budgets: bool = True) -> None:
-        """Ask the database; if it is away, later."""
-        if self._where is None:
+    def check(self, with_budgets: bool = True) -> None:
+        """Ask the database; if it is unavailable, the next check asks again."""
+        if self._study is None:
             return
         with suppress(SQLAlchemyError):
-            orders = stop_requests.read_controls(*self._where)
-            reason = stop_requests.STOP_REQUESTED if orders.stop else None
-            if orders.budgets and reason is None and (at_budgets or orders.budgets != self._budgets):
-                unsure = self.near or self._spent is None
-                spent = budgets.recent_spending(*self._where, NEAR_PART if unsure else FAR_PART)
-                clock = time.monotonic()
-                reason = spent.reason_to_stop(orders.budgets)
-                pause = PART * spent.seconds_left(orders.budgets, self._spent)
-                # Who has just begun does not know the pace yet.
-                self._due = clock + min(pause, FAR_SECONDS, max(LOOK_SECONDS, clock - self._began))
-                self.near, self._spent = pause < LOOK_SECONDS, spent
-            self.near, self._budgets = self.near and bool(orders.budgets), orders.budgets
-            if reason is not None:
-                self.reason, self._was_asked = reason, True
+            controls = stop_requests.read_controls(*self._study)
+            if controls.stop:
+                self._stop_because(stop_requests.STOP_REQUESTED, STOPPED)
+            elif controls.budgets and (with_budgets or controls.budgets != self._budgets):
+                self._check_budgets(*self._study, controls.budgets)
+            self.near_limit, self._budgets = self.near_limit and bool(controls.budgets), controls.budgets
+
+    def _check_budgets(self, engine: sa.Engine, study_id: int, limits: dict[str, float]) -> None:
+        unsure = self.near_limit or self._spending is None
+        spent = budgets.recent_spending(engine, study_id, NEAR_LIMIT_SHARE if unsure else SHARE)
+        clock = time.monotonic()
+        reason = spent.reason_to_stop(limits)
+        if reason is not None:
+            self._stop_because(reason, BUDGET_SPENT)
+        pause = PART * spent.seconds_left(limits, self._spending)
+        # A worker that has just started does not know the pace yet.
+        self._next_check = clock + min(pause, MOST_SECONDS, max(CHECK_SECONDS, clock - self._started))
+        self.near_limit, self._spending = pause < CHECK_SECONDS, spent
+
+    def _stop_because(self, reason: str, exit_code: int) -> None:
+        self.reason, self.exit_code, self._stopping = reason, exit_code, True
 
 
-def launcher_gone() -> Callable[[], bool]:
-    """Whether the launcher that started this process has ended, if it was one."""
-    parent = supervisor()
+def launcher_ended() -> Callable[[], bool]:
+    """Whether the launcher that started this process has ended, if one did."""
+    parent = supervisor_pid()
     return lambda: parent != 0 and os.getppid() != parent
 
 
-def supervisor() -> int:
+def supervisor_pid() -> int:
     """The process id of the launcher that started this process; 0: none did."""
     return int(os.environ.get(SUPERVISOR_VARIABLE, 0))
-
-
-SUPERVISOR_VARIABLE = "STUDY_SUPERVISED"
-"""In the environment of a launcher's workers: its process id. They end when it does."""
-
-
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-"""Ctrl-C, and what Slurm and spot instances send."""

@@ -1,10 +1,10 @@
-"""One process on one device: claim a trial, train it, settle it, until nothing is left."""
+"""One worker process on one device: claim a trial, run it, repeat until nothing is left."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -25,55 +25,48 @@ from storage.retry import PATIENCE_SECONDS, is_transient, retry
 from storage.url import parse, redact
 from study.config.models import StudyConfig
 from study.create import check_fingerprint, load_study
+from study.exit_codes import OK
 from study.search.pruners import make_pruner
 from study.training.data import dataset, sources
 from study.training.data.placement import DeviceData
 from study.training.data.split import split_dataset
 from study.training.device import be_deterministic, keep_freed_memory, pick_device
 from study.training.energy import EnergyMeter, gpu_share
-from study.trial import metadata
+from study.trial.metadata import device_name
 from study.trial.runner import DatabaseUnavailable, run_trial
-from study.worker.stop_monitor import Stop, launcher_gone, supervisor
+from study.worker.stop_monitor import StopMonitor, launcher_ended, supervisor_pid
+
+logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 2.0
+"""Between two looks for a trial while others hold all that are left."""
 MOST_ERRORS_IN_A_ROW = 2
 DATABASE_ERRORS = (DBAPIError, optuna.exceptions.StorageInternalError, DatabaseUnavailable)
 
 
 class WorkerBroken(Exception):
-    """Attempt after attempt failed in this process: it may be the process or its device, so another goes on."""
+    """Attempt after attempt failed in this process: it may be the process or its device, so another replaces it."""
 
 
-def say(text: str) -> None:
-    with suppress(OSError):  # whoever listened may be gone; the trial must still be given back
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+def work(name: str, storage_url: str, device_spec: str, data_root: str | None, *, wait: bool = True) -> int:
+    """Work on the study `name` until nothing is left to do, or until the worker is to stop.
 
-
-def work(name: str, storage_url: str, device_name: str, data_root: str | None, *, wait: bool = True) -> bool:
-    """Work on the study `name` until nothing is left to do, or a signal asks to stop.
+    Args:
+        wait: while others hold the trials that are left, in case they end without finishing them.
 
     Returns:
-        Whether the study is settled.
+        The exit code: OK, STOPPED, BUDGET_SPENT or INTERRUPTED.
 
     Raises:
         UserError: no such study, a device that is not there, or data other than the study's.
         DataError: the data cannot be used.
+        DatabaseUnavailable: for too long.
     """
-    stop = Stop(launcher_gone())
-    stop.on_signals()
+    stop = StopMonitor(launcher_ended())
+    stop.handle_signals()
     storage, study, config = _join(storage_url, name, stop)
-    read_ahead(study, config)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    be_deterministic(config.training.deterministic)
-    keep_freed_memory()
-    try:
-        device = pick_device(device_name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # else a part of the first GPU's memory goes to each worker of the others
+    preload_trials(study, config)
+    device = _prepare_device(device_spec, config)
     data = retry(lambda: load_data(study, config, data_root, device), stopping=stop)
     study.pruner = make_pruner(config, len(data.train_labels))
     queue = Queue(
@@ -81,58 +74,74 @@ def work(name: str, storage_url: str, device_name: str, data_root: str | None, *
         study_id_of(study),
         seconds=config.lease.seconds,
         max_attempts=config.lease.max_attempts,
-        device=metadata.device_name(device),
+        device=device_name(device),
         share=gpu_share(),
         stopping=stop,
     )
     if "kWh" in stop_requests.read_controls(storage.engine, study_id_of(study)).budgets:
         check_energy([str(device)])
     stop.watch(storage.engine, study_id_of(study))
-    aside = _aside(storage_url, study)
-    errors = 0
+    fallback_folder = _fallback_folder(storage_url, study)
     try:
-        while not stop():
-            lease = queue.claim()
-            if lease is None:
-                left = queue.unfinished()
-                if left == 0 or not wait:
-                    return left == 0
-                _pause(WAIT_SECONDS, stop)  # others are at work; one of them may die
-                continue
-            try:
-                with queue.renewing(lease):
-                    run_trial(study, config, data, queue, lease, stop, say, aside)
-                errors = 0
-            except LeaseLost as lost:
-                say(f"{lost}; this worker drops it")
-            except DATABASE_ERRORS:
-                raise
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                say(f"trial {lease.number}: attempt failed: {reason}")
-                errors += 1
-                # A device in error stays so for this process: its next trials must not pay for it.
-                broken = device.type == "cuda" and "CUDA" in reason
-                queue.release(lease, error=reason)
-                if broken or errors >= MOST_ERRORS_IN_A_ROW:
-                    raise WorkerBroken(f"this worker gives up after: {reason}") from error
-        if stop.reason:
-            say(f"{stop.reason}; {stop_requests.how_to_resume(name, stop.reason)}")
-        return queue.unfinished() == 0
+        finished = _work_through(study, config, data, queue, stop, fallback_folder, wait=wait)
     except DATABASE_ERRORS as error:
         if stop():
-            return False
+            return stop.exit_code
         if not isinstance(error, DatabaseUnavailable) and not is_transient(error):
             raise
         raise DatabaseUnavailable(
-            f"the database was away for over {PATIENCE_SECONDS:.0f} s; unsaved checkpoints are kept in {aside} "
-            f"and taken up when this machine works on {name!r} again"
+            f"the database was unavailable for over {PATIENCE_SECONDS:.0f} s; checkpoints that it lacks are in "
+            f"{fallback_folder} and are used when this machine works on {name!r} again"
         ) from error
+    return OK if finished or not stop() else stop.exit_code
 
 
-def _join(storage_url: str, name: str, stop: Stop) -> tuple[RDBStorage, optuna.Study, StudyConfig]:
-    """The study. A launcher's worker waits for a database that is away when it starts; a person is told at once."""
-    deadline = time.monotonic() + (PATIENCE_SECONDS if supervisor() else 0.0)
+def _work_through(
+    study: optuna.Study,
+    config: StudyConfig,
+    data: DeviceData,
+    queue: Queue,
+    stop: StopMonitor,
+    fallback_folder: Path,
+    *,
+    wait: bool,
+) -> bool:
+    """Claim and run trials; whether all of the study's have finished."""
+    errors = 0
+    while not stop():
+        lease = queue.claim()
+        if lease is None:
+            left = queue.unfinished()
+            if left == 0 or not wait:
+                return left == 0
+            _pause(WAIT_SECONDS, stop)
+            continue
+        try:
+            with queue.renewing(lease):
+                run_trial(study, config, data, queue, lease, stop, fallback_folder)
+            errors = 0
+        except LeaseLost as lost:
+            logger.warning("%s; this worker drops it", lost)
+        except DATABASE_ERRORS:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("trial %d: attempt failed: %s", lease.number, reason)
+            logger.debug("the traceback of trial %d", lease.number, exc_info=True)
+            errors += 1
+            # A device in error stays so for this process: its next trials must not pay for it.
+            broken = data.train_images.device.type == "cuda" and "CUDA" in reason
+            queue.release(lease, error=reason)
+            if broken or errors >= MOST_ERRORS_IN_A_ROW:
+                raise WorkerBroken(f"this worker gives up after: {reason}") from error
+    if stop.reason:
+        logger.info(stop.reason)
+    return queue.unfinished() == 0
+
+
+def _join(storage_url: str, name: str, stop: StopMonitor) -> tuple[RDBStorage, optuna.Study, StudyConfig]:
+    """The study. A launcher's worker waits for a database that is unavailable when it starts; a person's does not."""
+    deadline = time.monotonic() + (PATIENCE_SECONDS if supervisor_pid() else 0.0)
     while True:
         try:
             storage = open_storage(storage_url, create=False)
@@ -143,47 +152,64 @@ def _join(storage_url: str, name: str, stop: Stop) -> tuple[RDBStorage, optuna.S
             _pause(1.0, stop)
 
 
-def read_ahead(study: optuna.Study, config: StudyConfig) -> None:
-    """Read what the sampler will ask of the study's past, in a thread: the data load meanwhile."""
+def _prepare_device(spec: str, config: StudyConfig) -> torch.device:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    be_deterministic(config.training.deterministic)
+    keep_freed_memory()
+    try:
+        device = pick_device(spec)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # else a part of the first GPU's memory goes to each worker of the others
+    return device
+
+
+def preload_trials(study: optuna.Study, config: StudyConfig) -> None:
+    """Read the study's past trials for the sampler in a thread, while the data load."""
     if config.search.sampler.kind in ("grid", "random"):
         return
 
     def read() -> None:
-        with suppress(*DATABASE_ERRORS):  # then who asks first reads it
+        with suppress(*DATABASE_ERRORS):  # then the sampler reads them
             study.get_trials(deepcopy=False)
 
-    threading.Thread(target=read, name="ahead", daemon=True).start()
+    threading.Thread(target=read, name="preload-trials", daemon=True).start()
 
 
-def _aside(storage_url: str, study: optuna.Study) -> Path:
-    """The folder on this machine for what the database could not take of this study, and of no other of its name."""
-    what = f"{redact(parse(storage_url))} {study.study_name} {study.user_attrs['config']}"
-    key = hashlib.sha256(what.encode()).hexdigest()[:16]
+def _fallback_folder(storage_url: str, study: optuna.Study) -> Path:
+    """The folder on this machine for checkpoints of this very study that its database could not take."""
+    identity = f"{redact(parse(storage_url))} {study.study_name} {study.user_attrs.get('uid')}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return dataset.cache_dir() / "unsaved" / key
 
 
 def load_data(study: optuna.Study, config: StudyConfig, root: str | None, device: torch.device) -> DeviceData:
-    dataset = sources.load(config.data.name, root, say)
-    check_fingerprint(study, dataset)
-    part = config.data
-    split = split_dataset(dataset, part.protocol, holdout=part.holdout, train_images=part.train_images)
-    return DeviceData.of(split, device, test=part.test)
+    """The study's images on the device.
+
+    Raises:
+        UserError, DataError: they are not here, or not the study's.
+    """
+    images = sources.load(config.data.name, root)
+    check_fingerprint(study, images)
+    options = config.data
+    split = split_dataset(images, options.protocol, holdout=options.holdout, train_images=options.train_images)
+    return DeviceData.of(split, device, test=options.test)
+
+
+def check_energy(devices: Iterable[str]) -> None:
+    """Raises:
+    UserError: a device that does not report the energy it consumes.
+    """
+    for device in set(devices):
+        if EnergyMeter(torch.device(device)).joules() is None:
+            raise UserError(
+                f"a budget in kWh needs devices that report their energy; {device} does not: use another unit"
+            )
 
 
 def _pause(seconds: float, stop: Callable[[], bool]) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not stop():
         time.sleep(0.1)
-
-
-def check_energy(devices: Iterable[str]) -> None:
-    """Raises:
-    UserError: a device that does not tell what energy it consumes.
-    """
-    import torch
-
-    for device in set(devices):
-        if EnergyMeter(torch.device(device)).joules() is None:
-            raise UserError(
-                f"a budget in kWh needs devices that tell their energy; {device} does not: use another unit"
-            )

@@ -21,7 +21,7 @@ from dashboards.reports import html
 from dashboards.reports import json as json_report
 from dashboards.server.publish import publish
 from dashboards.status import Status
-from dashboards.study_data import Row, View
+from dashboards.study_data import StudyData, TrialRow
 from storage import budgets, queries, stop_requests
 from storage.engine import open_storage
 from storage.errors import UserError
@@ -34,14 +34,14 @@ from tests.support.harness import Harness, config_of
 ALL = ["dynamic", "static", "fresh", "full", "infobatch"]
 
 
-def text_of(found: View) -> str:
+def text_of(found: StudyData) -> str:
     console = Console(file=io.StringIO(), width=400)
     console.print(console.report_text(found))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 @pytest.fixture(scope="module")
-def controls(tmp_path_factory: pytest.TempPathFactory) -> View:
+def controls(tmp_path_factory: pytest.TempPathFactory) -> StudyData:
     """Every policy, two seeds, equal images, with the last word."""
     bench = Harness(
         f"sqlite:///{tmp_path_factory.mktemp('controls') / 'study.db'}",
@@ -56,7 +56,7 @@ def controls(tmp_path_factory: pytest.TempPathFactory) -> View:
     return study_data.read(bench.storage, "s")
 
 
-def test_all_policies_train_on_equally_many_images(controls: View) -> None:
+def test_all_policies_train_on_equally_many_images(controls: StudyData) -> None:
     assert [row.images for row in controls.rows] == [450] * 10
     seen = {row.policy: row.seen for row in controls.rows}
     assert seen["static"] == 60 < seen["dynamic"] <= seen["full"] == 200
@@ -64,7 +64,7 @@ def test_all_policies_train_on_equally_many_images(controls: View) -> None:
     assert {row.epochs for row in controls.rows if row.policy == "static"} == {8}
 
 
-def test_comparisons_are_with_each_control_on_the_test_split(controls: View) -> None:
+def test_comparisons_are_with_each_control_on_the_test_split(controls: StudyData) -> None:
     found = aggregate.findings(controls)
     assert found.measure == "test"
     assert [(c.a, c.b, c.difference.n) for c in found.comparisons] == [("dynamic", b, 2) for b in ALL[1:]]
@@ -75,7 +75,7 @@ def test_comparisons_are_with_each_control_on_the_test_split(controls: View) -> 
     assert found.ratios["full"].mean == 1.0
 
 
-def test_the_report_tells_it_on_the_terminal_as_a_page_and_as_json(controls: View) -> None:
+def test_the_report_tells_it_on_the_terminal_as_a_page_and_as_json(controls: StudyData) -> None:
     told = text_of(controls)
     assert "Comparisons, paired by seed" in told
     assert "test %" in told
@@ -89,7 +89,7 @@ def test_the_report_tells_it_on_the_terminal_as_a_page_and_as_json(controls: Vie
     assert [trial["images"] for trial in found["trials"]] == [450] * 10
 
 
-def test_figures_and_note_reach_optuna_dashboard(controls: View) -> None:
+def test_figures_and_note_reach_optuna_dashboard(controls: StudyData) -> None:
     storage = open_storage(str(controls.study._storage._backend.url), create=False)  # type: ignore[attr-defined]
     publish(controls, storage)
     publish(controls, storage)  # again, in place
@@ -101,17 +101,17 @@ def test_figures_and_note_reach_optuna_dashboard(controls: View) -> None:
         assert any(f"study-{name}" in json.dumps([key, attributes[key]]) for key in plots), (name, plots)
 
 
-def test_two_studies_share_a_page(controls: View) -> None:
+def test_two_studies_share_a_page(controls: StudyData) -> None:
     page = html.page([controls, controls])
     assert "Side by side" in page
     assert "their accuracies do not compare" not in page
     assert len(json.loads(json_report.text([controls, controls]))) == 2
 
 
-# Views made by hand, to know what must be found in them.
+# studies made by hand, to know what must be found in them.
 
 
-def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -> View:
+def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -> StudyData:
     """Trials of the policies `values`, accuracies by seed; trial n of `epochs` epochs that rise to its accuracy."""
     rows, curves = [], {}
     for policy, accuracies in values.items():
@@ -125,7 +125,7 @@ def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -
             costs: dict[str, Any] = {"images": 60 * epochs, "seen": 60, "train_seconds": 1.0, "validation_seconds": 0.5}
             costs |= {"selection_seconds": 0.0, "joules": None, "test": None, "error": None, "attributes": {}}
             what = (number, "complete", chosen, settings(config, chosen), seed, accuracy, epochs, epochs)
-            rows.append(Row(*what, **costs))
+            rows.append(TrialRow(*what, **costs))
     study = optuna.create_study(direction="maximize")
     study.set_user_attr("images", {"train": 200, "validation": 1000, "test": 1000})
     states = dict.fromkeys(queries.STATE_NAMES.values(), 0) | {"complete": len(rows)}
@@ -134,7 +134,7 @@ def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -
     known = Status(
         "made", "test", config, now, top.parameters if top else {}, {}, dict.fromkeys(budgets.UNITS, 0.0), None, {}, ()
     )
-    return View("made", "test", config, tuple(rows), curves, (), study, known)
+    return StudyData("made", "test", config, tuple(rows), curves, (), study, known)
 
 
 def with_policies(*names: str, seeds: int = 8) -> StudyConfig:
@@ -171,7 +171,7 @@ def test_effects_are_told_of_whole_grids_alone() -> None:
     """Alpha makes a difference and beta none; of a grid with a hole nothing is said, for its levels are not alike."""
     config = config_of(policy={"alpha": [30, 60, 90], "beta": [0.3, 0.5, 0.7]}, search={"replicates": 6})
     draws = np.random.default_rng(3).normal(0, 0.002, (6, 3, 3))
-    rows: list[Row] = []
+    rows: list[TrialRow] = []
     template = made({"dynamic": [0.5]}, config).rows[0]
     for (seed, i, j), noise in np.ndenumerate(draws):
         chosen = {"alpha": (30, 60, 90)[i], "beta": (0.3, 0.5, 0.7)[j]}
@@ -280,7 +280,7 @@ def test_two_objectives_give_optunas_pareto_front(sampler: str, sqlite_url: str)
     assert {t.values[0] for t in bench.study.best_trials} == {trials[n].values[0] for n in front}
 
 
-def test_a_page_is_written_whatever_the_names(controls: View, tmp_path: Path) -> None:
+def test_a_page_is_written_whatever_the_names(controls: StudyData, tmp_path: Path) -> None:
     nasty = replace(controls, name="<script>alert(1)</script>")
     page = html.page([nasty])
     assert "<script>alert(1)" not in page

@@ -6,7 +6,8 @@ import pytest
 
 from storage.errors import UserError
 from study.config.loading import differences, load_config, parse_config, preset_names, preset_text
-from study.config.models import Range, StudyConfig
+from study.config.models import StudyConfig
+from study.config.values import Range
 from study.search import space
 from tests.support import harness
 

@@ -1,0 +1,98 @@
+"""Logging of the command `study`: one logger a module, rich on a terminal, plain lines elsewhere, a file on request."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from storage.errors import UserError
+from storage.text import printable
+
+OURS = ("study", "storage", "dashboards")
+STYLES = {logging.DEBUG: "dim", logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
+"""Of plain lines, by which a launcher knows the level of what its workers log."""
+
+
+@cache
+def stderr_console() -> Console:
+    """The one console for progress and log lines: progress bars stay below the lines."""
+    return Console(stderr=True, highlight=False, markup=False)
+
+
+class ConsoleHandler(logging.Handler):
+    """Log records as lines on stderr: coloured by level on a terminal, with a prefix by level elsewhere."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = printable(self.format(record))
+            console = stderr_console()
+            if console.is_terminal:
+                console.print(Text(line, style=STYLES.get(record.levelno, "")), soft_wrap=True)
+            else:
+                sys.stderr.write(f"{PREFIXES.get(record.levelno, '')}{line}\n")
+                sys.stderr.flush()
+        except OSError:  # whoever read it is gone; the work must go on
+            pass
+
+
+class OncePerMessage(logging.Filter):
+    """Lets each message of a library through once: Optuna repeats some for every trial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new
+
+
+def configure(verbosity: int = 0, file: Path | None = None) -> None:
+    """Send our log records, and warnings of Optuna and of Python, to stderr and to a file.
+
+    Args:
+        verbosity: below 0 warnings only, 0 also information, above 0 also debugging.
+        file: gets every record of at least that level with time, process and module.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    level = logging.WARNING if verbosity < 0 else logging.DEBUG if verbosity else logging.INFO
+    handlers: list[logging.Handler] = [ConsoleHandler()]
+    if file is not None:
+        try:
+            handlers.append(logging.FileHandler(file, encoding="utf-8", errors="backslashreplace"))
+        except OSError as error:
+            raise UserError(f"cannot write the log file {file}: {error.strerror}; name another") from None
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    for name in OURS:
+        _attach(logging.getLogger(name), handlers, level)
+    libraries = logging.getLogger("optuna"), logging.getLogger("py.warnings")
+    for logger in libraries:
+        _attach(logger, handlers, logging.WARNING)
+        logger.addFilter(OncePerMessage())
+    warnings.showwarning = _log_warning
+
+
+def _attach(logger: logging.Logger, handlers: list[logging.Handler], level: int) -> None:
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """A Python warning as one line of ours, without the path of the library that raised it."""
+    logging.getLogger("py.warnings").warning("%s", " ".join(str(message).split()))
