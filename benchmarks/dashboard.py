@@ -43,7 +43,7 @@ def write(url: str, trials: int) -> None:
     ]
     config = load_config("quick", settings)
     storage = open_storage(url)
-    create_study(storage, "large", "quick", config, prepare(config, None, lambda _: None))
+    create_study(storage, "large", "quick", config, prepare(config, None))
     parameter = "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json) SELECT t.trial_id, "
     steps = f"WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {EPOCHS}) "
     alpha = optuna.distributions.distribution_to_json(optuna.distributions.IntDistribution(200, 900))

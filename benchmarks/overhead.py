@@ -71,7 +71,7 @@ def fill(url: str, finished: int) -> None:
 
     storage, chance = open_storage(url), random.Random(0)
     settings = config(trials=finished + RUNNING + 100)
-    create_study(storage, "s", "overhead", settings, prepare(settings, None, lambda _: None))
+    create_study(storage, "s", "overhead", settings, prepare(settings, None))
     spread = {name: space.distribution(settings, name) for name in settings.searched()}
     state = sa.case(
         (schema.TRIALS.c.number >= finished, of(schema.TRIALS.c.state, TrialState.RUNNING)),
@@ -186,11 +186,11 @@ def share(url: str) -> list[dict[str, float]]:
             clock["ended"] = time.perf_counter()
 
     runner.Trainer = Simulated  # type: ignore[misc]
-    storage, study, settings = worker._join(url, "s", worker.Stop())
-    worker.read_ahead(study, settings)
+    storage, study, settings = worker._join(url, "s", StopMonitor())
+    worker.preload_trials(study, settings)
     data = worker.load_data(study, settings, None, torch.device("cpu"))
     study.pruner = make_pruner(settings, len(data.train_labels))
-    queue = worker.Queue(storage.engine, study._study_id)
+    queue = Queue(storage.engine, study._study_id)
     fixed = {"alpha": 500, "beta": 0.5, "delta": 0.01, "lr": 0.001}
     runner.make_trainer(settings, data, fixed, 0)  # torch's own start: seconds, once a process
     found = []
@@ -202,7 +202,7 @@ def share(url: str) -> list[dict[str, float]]:
             assert lease is not None
             claimed = time.perf_counter()
             with queue.renewing(lease):
-                worker.run_trial(study, settings, data, queue, lease, worker.Stop(), print, Path(aside))
+                run_trial(study, settings, data, queue, lease, StopMonitor(), Path(aside))
             over, used, all_used = time.perf_counter(), time.thread_time() - cpu, time.process_time() - all_cpu
             among = clock["ended"] - clock["began"] - clock["training"]
             parts = {"claim": claimed - started, "ask": clock["asked"] - claimed}
@@ -280,7 +280,7 @@ def decisions(url: str, stock: bool) -> dict[str, list[float]]:
             if stock:
                 study.pruner.prune(study, study._storage.get_trial(lease.trial_id))
             else:
-                scribe._ask_the_pruner({epoch: value})
+                scribe._ask_pruner({epoch: value})
             times.append(1000 * (time.perf_counter() - began))
         found[kind] = times[1:]  # the first reads the study, which is part of the start
         queue.finish(lease, TrialState.COMPLETE, [0.9])

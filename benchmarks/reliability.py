@@ -243,7 +243,7 @@ def kills(title: str, how: signal.Signals, least: int) -> None:
         storage = open_storage(wild, create=False)
         study_id = storage.get_study_id_from_name("quick")
         workers: list[subprocess.Popen[str]] = []
-        while progress(storage.engine, study_id).settled < 12:
+        while progress(storage.engine, study_id).finished < 12:
             workers = [w for w in workers if w.poll() is None]
             while len(workers) < 2:
                 workers.append(start(wild, "worker", "quick", "--device", "cpu"))

@@ -35,7 +35,7 @@ from storage.stop_requests import read_controls
 from study.config.loading import parse_config
 from study.create import PreparedData, create_study, load_study
 from study.trial.runner import ask
-from study.worker.stop_monitor import Stop
+from study.worker.stop_monitor import StopMonitor
 from tests.support.bouncer import Bouncer, usable
 from tests.support.hosts import NETWORK, Hosts
 from tests.support.postgres import Postgres
@@ -100,7 +100,7 @@ def worker(url: str, ready: Any, ends: Any, results: Any, net: Hosts | None = No
 
     ready.wait()
     tally.statements.clear()
-    Stop().watch(engine, study._study_id)
+    StopMonitor().watch(engine, study._study_id)
     time.sleep(random.uniform(0, EPOCH_SECONDS))  # no two clusters' workers start in one second
     started, end = time.monotonic(), ends.value
     while time.monotonic() < end:
@@ -109,9 +109,9 @@ def worker(url: str, ready: Any, ends: Any, results: Any, net: Hosts | None = No
         assert lease is not None
         with queue.renewing(lease):
             with timed("start"):
-                ask(study, config, lease)
+                ask(study, config, lease, 1_000_000)
                 checkpoints.load(queue, lease)
-                queue.standing(lease.trial_id)
+                queue.stored_progress(lease.trial_id)
             for epoch in range(1, EPOCHS + 1):
                 time.sleep(EPOCH_SECONDS)
                 tally.trained += EPOCH_SECONDS
@@ -119,7 +119,7 @@ def worker(url: str, ready: Any, ends: Any, results: Any, net: Hosts | None = No
                     queue.record(lease, ROW | {"epoch": epoch, "accuracy": 0.1 * epoch}, {epoch: 0.1 * epoch})
             with timed("end"):
                 queue.finish(lease, TrialState.COMPLETE, [0.5], {"best_epoch": EPOCHS, "epochs": EPOCHS})
-        tally.settled += 1
+        tally.finished += 1
     tally.lasted = time.monotonic() - started
     results.put(tally)
     results.close()
@@ -177,7 +177,7 @@ def crowd(server: Postgres, workers: int, net: Hosts | None = None, through: Cal
     lasted = max(tally.lasted for tally in tallies)
     worked = sum(tally.lasted for tally in tallies)
     statements = sum((tally.statements for tally in tallies), Counter[str]())
-    line = f"{workers:>7} {sum(t.settled for t in tallies) / lasted:>9.2f} {sum(statements.values()) / worked:>10.2f}"
+    line = f"{workers:>7} {sum(t.finished for t in tallies) / lasted:>9.2f} {sum(statements.values()) / worked:>10.2f}"
     line += f" {(after[0] - before[0]) / lasted:>9.0f} {connections[0] / workers:>6.1f} {used:>6.2f}"
     for what in ("claim", "report"):
         each = np.concatenate([tally.seconds[what] for tally in tallies]) * 1000

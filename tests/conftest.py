@@ -54,6 +54,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
-    bench = Harness(f"sqlite:///{tmp_path_factory.mktemp('undisturbed') / 'study.db'}", config_of())
-    bench.work()
-    return bench.outcome()
+    harness = Harness(f"sqlite:///{tmp_path_factory.mktemp('undisturbed') / 'study.db'}", config_of())
+    harness.work()
+    return harness.outcome()

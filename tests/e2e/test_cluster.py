@@ -97,17 +97,17 @@ def raylet(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
-def running(bench: Harness, epoch: int = 1) -> dict[int, Running]:
+def running(harness: Harness, epoch: int = 1) -> dict[int, Running]:
     """By the worker's process: those that are some epochs into their trials."""
-    now = progress(bench.storage.engine, bench.study._study_id).running
+    now = progress(harness.storage.engine, harness.study._study_id).running
     return {int(trial.owner.split(":")[-2]): trial for trial in now if trial.epoch >= epoch}
 
 
 def quiet(folder: Path, **sections: Any) -> list[tuple[Any, ...]]:
     """The outcome of a single worker that nobody disturbs."""
-    bench = Harness(f"sqlite:///{folder / 'quiet.db'}", config_of(**sections))
-    bench.work()
-    return bench.outcome()
+    harness = Harness(f"sqlite:///{folder / 'quiet.db'}", config_of(**sections))
+    harness.work()
+    return harness.outcome()
 
 
 @pytest.fixture(scope="module")
@@ -119,21 +119,21 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     return wait(condition, seconds=200)  # Ray's processes, torch's imports, on two crowded cores
 
 
-def outcomes(bench: Harness) -> list[str | None]:
-    return [each.outcome for each in attempts(bench.storage.engine, bench.study._study_id)]
+def outcomes(harness: Harness) -> list[str | None]:
+    return [each.outcome for each in attempts(harness.storage.engine, harness.study._study_id)]
 
 
 @pytest.mark.slow
 def test_a_cluster_of_its_own(sqlite_url: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
     """Where none runs (so before the others here), one is started for the command; it cannot be left behind."""
-    bench = Harness(sqlite_url, config_of())
+    harness = Harness(sqlite_url, config_of())
     asked = ["resume", "s", "--storage", sqlite_url, "--on", "ray", "--device", "cpu", "--workers", "1"]
     told = study(*asked, "--detach", cwd=tmp_path)
     assert told.returncode == 2
     assert "ray start --head" in told.stderr
     done = study(*asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert bench.outcome() == undisturbed
+    assert harness.outcome() == undisturbed
 
 
 @pytest.mark.slow
@@ -144,8 +144,8 @@ def test_nobody_sees_the_password_and_the_outcome_is_a_single_workers(
     server, launcher, seen = Postgres(), None, set()
     try:
         url = server.new_database()
-        bench = Harness(url, config_of())
-        with bench.storage.engine.begin() as connection:
+        harness = Harness(url, config_of())
+        with harness.storage.engine.begin() as connection:
             connection.exec_driver_sql("ALTER USER postgres PASSWORD 'hunter2'")
         (server.server.pgdata / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
         server.control("reload")
@@ -161,7 +161,7 @@ def test_nobody_sees_the_password_and_the_outcome_is_a_single_workers(
             time.sleep(1.0)
         out, err = launcher.communicate()
         assert launcher.returncode == 0, err
-        assert bench.outcome() == undisturbed
+        assert harness.outcome() == undisturbed
     finally:
         if launcher is not None:
             launcher.kill()
@@ -239,25 +239,25 @@ def test_a_cluster_of_the_environment_that_is_not_there_is_refused(tmp_path: Pat
 def test_nodes_come_and_go(
     cluster: Cluster, node: Any, postgres: Postgres, tmp_path: Path, long_undisturbed: list[tuple[Any, ...]]
 ) -> None:
-    bench = Harness(url := postgres.new_database(), config_of(**LONG))
+    harness = Harness(url := postgres.new_database(), config_of(**LONG))
     launcher = started(cluster, url, tmp_path)
     new = None
     try:
-        lost = wait_for(lambda: [pid for pid in below(raylet(node)) if pid in running(bench, 3)])
+        lost = wait_for(lambda: [pid for pid in below(raylet(node)) if pid in running(harness, 3)])
         for pid in reversed(below(raylet(node))):  # as when its power is cut
             os.kill(pid, signal.SIGKILL)
         new = cluster.add_node(**NODE)
-        left = wait_for(lambda: [pid for pid in below(raylet(new)) if pid in running(bench)])
+        left = wait_for(lambda: [pid for pid in below(raylet(new)) if pid in running(harness)])
         cluster.remove_node(new, allow_graceful=True)  # SIGTERM, as when a cluster is made smaller
         _, err = launcher.communicate(timeout=200)
     finally:
         launcher.kill()
     assert launcher.returncode == 0, err
-    log = attempts(bench.storage.engine, bench.study._study_id)
+    log = attempts(harness.storage.engine, harness.study._study_id)
     ended = {(int(each.owner.split(":")[-2]), each.outcome) for each in log}
     assert {(pid, "vanished") for pid in lost} <= ended
     assert {(pid, "released") for pid in left} <= ended
-    assert bench.outcome() == long_undisturbed
+    assert harness.outcome() == long_undisturbed
 
 
 @pytest.mark.slow
@@ -265,36 +265,36 @@ def test_launchers_come_and_go(
     cluster: Cluster, postgres: Postgres, tmp_path: Path, long_undisturbed: list[tuple[Any, ...]]
 ) -> None:
     """Killed, another attached for fewer workers, interrupted, gone on with, stopped; one crew at a time."""
-    bench = Harness(url := postgres.new_database(), config_of(**LONG))
+    harness = Harness(url := postgres.new_database(), config_of(**LONG))
     first = started(cluster, url, tmp_path, "--workers", "2")
-    two = wait_for(lambda: running(bench) if len(running(bench)) == 2 else None)
+    two = wait_for(lambda: running(harness) if len(running(harness)) == 2 else None)
     first.kill()
     first.communicate()
     second = started(cluster, url, tmp_path, "--workers", "1")
-    wait_for(lambda: "released" in outcomes(bench))
-    (one,) = wait_for(lambda: running(bench) if len(running(bench)) == 1 else None)
+    wait_for(lambda: "released" in outcomes(harness))
+    (one,) = wait_for(lambda: running(harness) if len(running(harness)) == 1 else None)
     assert one in two  # the same process as before
     second.send_signal(signal.SIGINT)
     _, err = second.communicate(timeout=100)
     assert second.returncode == 130, err
     assert "attached to its workers" in err
     assert "nothing is lost" in err
-    assert not running(bench)
+    assert not running(harness)
     third = started(cluster, url, tmp_path, "--workers", "2")
-    wait_for(lambda: len(running(bench)) == 2)
+    wait_for(lambda: len(running(harness)) == 2)
     assert study("stop", "s", "--storage", url, cwd=tmp_path).returncode == 0
     asked = time.monotonic()
-    wait_for(lambda: not running(bench))
+    wait_for(lambda: not running(harness))
     assert time.monotonic() - asked < 10  # seconds, on two crowded cores
     _, err = third.communicate(timeout=100)
     assert third.returncode == 130, err
     assert "stopped: asked to stop by `study stop`; nothing is lost; go on with: study resume s" in err
     left = study(*command(cluster, url, "--workers", "2", "--detach"), cwd=tmp_path)
     assert left.returncode == 0, left.stderr
-    wait_for(lambda: not bench.queue().unfinished())
-    assert set(outcomes(bench)) == {"released", "settled"}
-    assert bench.outcome() == long_undisturbed
-    with bench.storage.engine.connect() as connection:  # all those stops cost no epoch
+    wait_for(lambda: not harness.queue().unfinished())
+    assert set(outcomes(harness)) == {"released", "settled"}
+    assert harness.outcome() == long_undisturbed
+    with harness.storage.engine.connect() as connection:  # all those stops cost no epoch
         trained, stored = (connection.scalar(sa.select(sa.func.sum(t.c.images))) for t in (ATTEMPTS, EPOCHS))
     assert trained == stored
 
@@ -303,16 +303,16 @@ def test_launchers_come_and_go(
 def test_two_studies_share_a_cluster(cluster: Cluster, postgres: Postgres, tmp_path: Path) -> None:
     """Of one name, in two databases."""
     benches = [Harness(postgres.new_database(), config_of(training={"epochs": 40})) for _ in range(2)]
-    launchers = [started(cluster, bench_url(bench), tmp_path, "--workers", "1") for bench in benches]
-    wait_for(lambda: all(running(bench) for bench in benches))
-    for launcher, bench in zip(launchers, benches, strict=True):
+    launchers = [started(cluster, bench_url(harness), tmp_path, "--workers", "1") for harness in benches]
+    wait_for(lambda: all(running(harness) for harness in benches))
+    for launcher, harness in zip(launchers, benches, strict=True):
         _, err = launcher.communicate(timeout=250)
         assert launcher.returncode == 0, err
-        assert bench.outcome() == quiet(tmp_path, training={"epochs": 40})
+        assert harness.outcome() == quiet(tmp_path, training={"epochs": 40})
 
 
-def bench_url(bench: Harness) -> str:
-    return str(bench.storage.engine.url)
+def bench_url(harness: Harness) -> str:
+    return str(harness.storage.engine.url)
 
 
 @pytest.mark.slow
@@ -384,17 +384,17 @@ def test_a_database_that_stays_away_ends_a_launch_with_75(
     """And nothing is lost: the trial's checkpoint waits on the node's disk."""
     server = Postgres()
     try:
-        bench = Harness(url := server.new_database(), config_of(**LONG))
+        harness = Harness(url := server.new_database(), config_of(**LONG))
         monkeypatch.setenv("STUDY_PATIENCE_SECONDS", "5")
         launcher = started(cluster, url, tmp_path, "--workers", "1")
-        wait_for(lambda: running(bench, 3))
+        wait_for(lambda: running(harness, 3))
         server.control("stop", "-m", "immediate")
         _, err = launcher.communicate(timeout=200)
         assert launcher.returncode == 75, err
         server.control("start")
         done = study(*command(cluster, url, "--workers", "2"), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert bench.outcome() == long_undisturbed
+        assert harness.outcome() == long_undisturbed
     finally:
         server.stop()
 
@@ -443,7 +443,7 @@ def test_machines_with_addresses_of_their_own(
 ) -> None:
     """Joined by ray:// from a fourth; one is cut off from all others for a while."""
     net, url = machines
-    bench = Harness(url, config_of(**LONG))
+    harness = Harness(url, config_of(**LONG))
     token = os.environ | TOKEN
     asked = ["resume", "s", "--on", "ray", "--address", f"ray://{net.address('head')}:10001", "--device", "cpu"]
     Harness(f"sqlite:///{tmp_path / 'study.db'}", config_of())
@@ -459,15 +459,15 @@ def test_machines_with_addresses_of_their_own(
         [sys.executable, "-m", "study", *asked, "--workers", "3", "--storage", url], cwd=tmp_path, env=token, **pipes
     )
     try:
-        wait_for(lambda: len(running(bench, 3)) == 3)
+        wait_for(lambda: len(running(harness, 3)) == 3)
         net.cut("w2")
-        wait_for(lambda: "vanished" in outcomes(bench))
+        wait_for(lambda: "vanished" in outcomes(harness))
         net.mend("w2")
         _, err = launcher.communicate(timeout=300)
     finally:
         launcher.kill()
     assert launcher.returncode == 0, err
-    assert bench.outcome() == long_undisturbed
+    assert harness.outcome() == long_undisturbed
 
 
 @pytest.mark.slow

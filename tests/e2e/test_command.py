@@ -198,7 +198,7 @@ def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbe
             wait_for(lambda: not Path(f"/proc/{worker}").exists(), 20)  # nobody is left behind
             again = study("launch", "quick", *SMALL, cwd=tmp_path)
             assert again.returncode == 0, again.stderr
-            assert "goes on after epoch" in again.stderr
+            assert "resumes after epoch" in again.stderr
     finally:
         launcher.kill()
     assert outcome(url, "quick") == undisturbed

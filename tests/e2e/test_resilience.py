@@ -40,7 +40,7 @@ def restartable() -> Iterator[Postgres]:
 
 
 def test_restarts_of_the_database_are_waited_out(restartable: Postgres, undisturbed: Outcome) -> None:
-    bench = Harness(restartable.new_database(), config_of(checkpoint={"every_seconds": 0}))
+    harness = Harness(restartable.new_database(), config_of(checkpoint={"every_seconds": 0}))
     done = threading.Event()
 
     def restart() -> None:
@@ -51,16 +51,16 @@ def test_restarts_of_the_database_are_waited_out(restartable: Postgres, undistur
 
     thread = threading.Thread(target=restart)
     thread.start()
-    bench.work()
+    harness.work()
     thread.join()
     assert done.is_set()
-    assert bench.outcome() == undisturbed
+    assert harness.outcome() == undisturbed
 
 
 def test_a_long_absence_keeps_the_checkpoint_on_disk_and_takes_it_up(
     restartable: Postgres, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = Harness(restartable.new_database(), config_of())
+    harness = Harness(restartable.new_database(), config_of())
     monkeypatch.setattr(retry_module, "PATIENCE_SECONDS", 0.5)
     stopped_at = 4
 
@@ -73,17 +73,17 @@ def test_a_long_absence_keeps_the_checkpoint_on_disk_and_takes_it_up(
         return False
 
     with pytest.raises(DatabaseUnavailable):
-        bench.work(stop_the_server)
-    (kept,) = bench.aside.glob("*.checkpoint")
+        harness.work(stop_the_server)
+    (kept,) = harness.fallback.glob("*.checkpoint")
     restartable.control("start")
-    with bench.storage.engine.begin() as connection:  # the lease of the dead attempt, a minute later
+    with harness.storage.engine.begin() as connection:  # the lease of the dead attempt, a minute later
         connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
     monkeypatch.setattr(retry_module, "PATIENCE_SECONDS", 30)
-    bench.work()
+    harness.work()
     # Trained to its end while the database was away: all of its epochs came from disk.
-    assert "trial 0 goes on after epoch 3" in bench.said
+    assert "trial 0 resumes after epoch 3" in harness.messages
     assert not kept.exists()
-    assert bench.outcome() == undisturbed
+    assert harness.outcome() == undisturbed
 
 
 def test_a_launch_ends_with_75_when_the_database_stays_away(restartable: Postgres, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_launch_ends_with_75_when_the_database_stays_away(restartable: Postgre
 
 
 def test_asked_to_stop_while_the_database_is_away(restartable: Postgres, undisturbed: Outcome) -> None:
-    bench = Harness(restartable.new_database(), config_of())
+    harness = Harness(restartable.new_database(), config_of())
     steps = 0
 
     def stop() -> bool:
@@ -117,15 +117,15 @@ def test_asked_to_stop_while_the_database_is_away(restartable: Postgres, undistu
         return steps >= 3
 
     started = time.monotonic()
-    bench.work(stop, most=1)
+    harness.work(stop, most=1)
     assert time.monotonic() - started < 8  # of which up to 3 s went to the server's end
-    assert any("kept in" in line for line in bench.said)
+    assert any("kept in" in line for line in harness.messages)
     restartable.control("start")
-    with bench.storage.engine.begin() as connection:
+    with harness.storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
-    bench.work()
-    assert any("goes on after epoch" in line for line in bench.said)
-    assert bench.outcome() == undisturbed
+    harness.work()
+    assert any("resumes after epoch" in line for line in harness.messages)
+    assert harness.outcome() == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -204,19 +204,21 @@ def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) 
         policy={"alpha": 90, "beta": [0.2, 0.6]}, training={"epochs": 16}, lease={"seconds": 1.0},
         checkpoint={"every_seconds": 0},
     )  # fmt: skip
-    bench = Harness(url, config)
+    harness = Harness(url, config)
     environment = os.environ | {"STUDY_STORAGE": url}
     command = [sys.executable, "-m", "study", "worker", "s", "--device", "cpu"]
     worker = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
-        while not (now := progress(bench.storage.engine, bench.study._study_id)).running or now.running[0].epoch < 2:
+        while (
+            not (now := progress(harness.storage.engine, harness.study._study_id)).running or now.running[0].epoch < 2
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        freeze(worker, bench.storage.engine)
+        freeze(worker, harness.storage.engine)
         time.sleep(1.5)
-        bench.work(most=1)  # takes over trial 0 and settles it
-        before = bench.outcome()[0]
+        harness.work(most=1)  # takes over trial 0 and settles it
+        before = harness.outcome()[0]
         assert before[1] == TrialState.COMPLETE
         os.kill(worker.pid, signal.SIGCONT)
         _, said = worker.communicate(timeout=100)
@@ -224,22 +226,22 @@ def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) 
         worker.kill()
     assert worker.returncode == 0, said
     assert "trial 0 has been taken over; this worker drops it" in said
-    assert bench.outcome()[0] == before
+    assert harness.outcome()[0] == before
     quiet = Harness(f"sqlite:///{tmp_path}/quiet.db", config)
     quiet.work()
-    assert bench.outcome() == quiet.outcome()
+    assert harness.outcome() == quiet.outcome()
 
 
 def test_a_worker_waits_for_others_and_takes_over(sqlite_url: str) -> None:
     """Nothing to claim while another lives; its trial, once it is dead."""
-    bench = Harness(sqlite_url, config_of(policy={"alpha": 60, "beta": 0.5}))
-    other = Queue(bench.storage.engine, bench.study._study_id, owner="other", seconds=2)
+    harness = Harness(sqlite_url, config_of(policy={"alpha": 60, "beta": 0.5}))
+    other = Queue(harness.storage.engine, harness.study._study_id, owner="other", seconds=2)
     assert other.claim() is not None
-    assert bench.queue().claim() is None
-    assert bench.queue().unfinished() == 1
+    assert harness.queue().claim() is None
+    assert harness.queue().unfinished() == 1
     time.sleep(2.2)
-    bench.work()
-    assert bench.study.trials[0].state == TrialState.COMPLETE
+    harness.work()
+    assert harness.study.trials[0].state == TrialState.COMPLETE
 
 
 def test_stop_after_is_used() -> None:
@@ -249,9 +251,9 @@ def test_stop_after_is_used() -> None:
 
 
 def test_storages_open_while_studies_are_there(sqlite_url: str) -> None:
-    bench = Harness(sqlite_url, config_of())
+    harness = Harness(sqlite_url, config_of())
     study, config = load_study(open_storage(sqlite_url, create=False, reading=True), "s")
-    assert config == bench.config
+    assert config == harness.config
     assert len(study.trials) == 4
 
 

@@ -20,7 +20,7 @@ from storage import budgets, queue, stop_requests
 from storage.engine import database_time, open_storage
 from storage.errors import UserError
 from storage.schema import ATTEMPTS, EPOCHS, SPENDING
-from study.worker.stop_monitor import Stop
+from study.worker.stop_monitor import StopMonitor
 from tests.support.harness import Harness, config_of
 
 
@@ -48,8 +48,8 @@ def test_what_is_no_budget_is_refused(texts: list[str]) -> None:
 
 
 def test_a_request_to_stop_holds_until_somebody_goes_on(url: str) -> None:
-    bench = Harness(url, config_of())
-    engine, study_id = bench.storage.engine, bench.study._study_id
+    harness = Harness(url, config_of())
+    engine, study_id = harness.storage.engine, harness.study._study_id
     assert stop_requests.reason_to_stop(engine, study_id) is None
     stop_requests.request_stop(engine, study_id)
     stop_requests.request_stop(engine, study_id)
@@ -60,9 +60,9 @@ def test_a_request_to_stop_holds_until_somebody_goes_on(url: str) -> None:
 
 def test_what_is_spent_is_counted_over_all_attempts(url: str) -> None:
     """Two workers side by side, a pause, one more: gpu-hours add up, hours are those in which anybody worked."""
-    bench = Harness(url, config_of())
-    engine, study_id = bench.storage.engine, bench.study._study_id
-    ids = [trial._trial_id for trial in bench.study.trials]
+    harness = Harness(url, config_of())
+    engine, study_id = harness.storage.engine, harness.study._study_id
+    ids = [trial._trial_id for trial in harness.study.trials]
     rows = [(ids[0], 0, 3600, 100, 3.6e6), (ids[1], 1800, 5400, 200, 0.0), (ids[2], 9000, 10800, 50, 1.8e6)]
     with engine.begin() as connection:
         for trial_id, start, end, images, joules in rows:
@@ -80,13 +80,13 @@ def test_what_is_spent_is_counted_over_all_attempts(url: str) -> None:
     assert stop_requests.reason_to_stop(engine, study_id) == "the budget is spent: 350 of 350 images"
     budgets.set_budgets(engine, study_id, {})
     assert stop_requests.reason_to_stop(engine, study_id) is None
-    lease = bench.queue(seconds=60).claim()
+    lease = harness.queue(seconds=60).claim()
     assert lease is not None
     assert budgets.spending(engine, study_id).workers == 1
 
 
 @pytest.mark.parametrize(
-    ("amounts", "workers", "budgets", "seconds"),
+    ("amounts", "workers", "limits", "seconds"),
     [
         ({"gpu-hours": 2.0, "hours": 1.0, "images": 7200}, 4, {}, math.inf),
         ({"gpu-hours": 2.0, "hours": 1.0, "images": 7200}, 4, {"images": 10800}, 900.0),  # one image a second each
@@ -99,10 +99,10 @@ def test_what_is_spent_is_counted_over_all_attempts(url: str) -> None:
     ],
 )
 def test_how_long_budgets_will_last(
-    amounts: dict[str, float], workers: int, budgets: dict[str, float], seconds: float
+    amounts: dict[str, float], workers: int, limits: dict[str, float], seconds: float
 ) -> None:
     spent = budgets.Spending(amounts, workers, 3600 * amounts["gpu-hours"])
-    assert spent.seconds_left(budgets) == pytest.approx(seconds)
+    assert spent.seconds_left(limits) == pytest.approx(seconds)
 
 
 def test_the_faster_pace_counts_towards_how_long_budgets_will_last() -> None:
@@ -115,8 +115,8 @@ def test_the_faster_pace_counts_towards_how_long_budgets_will_last() -> None:
 
 def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is fresh, and while somebody is at it; who should have renewed it may have died."""
-    bench = Harness(url, config_of())
-    engine, study_id = bench.storage.engine, bench.study._study_id
+    harness = Harness(url, config_of())
+    engine, study_id = harness.storage.engine, harness.study._study_id
     added = []
     real = budgets.spending
     monkeypatch.setattr(budgets, "spending", lambda *where: added.append(where) or real(*where))
@@ -144,12 +144,12 @@ def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Harness(url, config_of())
-    study_id = bench.study._study_id
-    budgets.recent_spending(bench.storage.engine, study_id)
-    with bench.storage.engine.begin() as connection:
-        connection.execute(sa.update(SPENDING).values(took=0.02, at=database_time(bench.storage.engine) - 0.3))
-    added, real = [], budgets.spent
+    harness = Harness(url, config_of())
+    study_id = harness.study._study_id
+    budgets.recent_spending(harness.storage.engine, study_id)
+    with harness.storage.engine.begin() as connection:
+        connection.execute(sa.update(SPENDING).values(took=0.02, at=database_time(harness.storage.engine) - 0.3))
+    added, real = [], budgets.spending
     monkeypatch.setattr(budgets, "spending", lambda *where: added.append(where) or real(*where))
     engines = [open_storage(url, create=False).engine for _ in range(8)]
     threads = [threading.Thread(target=budgets.recent_spending, args=(engine, study_id)) for engine in engines]
@@ -161,25 +161,25 @@ def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.Monk
 
 
 def test_workers_that_share_a_gpu_spend_its_hours_together(url: str) -> None:
-    bench = Harness(url, config_of())
-    engine, study_id = bench.storage.engine, bench.study._study_id
+    harness = Harness(url, config_of())
+    engine, study_id = harness.storage.engine, harness.study._study_id
     row = {"token": 1, "owner": "w", "device": "gpu", "started_at": 0, "ended_at": 3600, "images": 0}
     with engine.begin() as connection:
-        for trial, share in zip(bench.study.trials, (0.5, 0.5, None), strict=False):
+        for trial, share in zip(harness.study.trials, (0.5, 0.5, None), strict=False):
             connection.execute(sa.insert(ATTEMPTS).values(row | {"trial_id": trial._trial_id, "share": share}))
     spent = budgets.spending(engine, study_id)
     assert spent.amounts["gpu-hours"] == pytest.approx(2.0)  # one GPU by two workers, one by one
     assert spent.amounts["hours"] == pytest.approx(1.0)
     assert spent.seconds_worked == pytest.approx(3 * 3600)
-    assert bench.queue(share=0.25).claim() is not None
+    assert harness.queue(share=0.25).claim() is not None
     with engine.connect() as connection:
         assert connection.scalar(sa.select(ATTEMPTS.c.share).where(ATTEMPTS.c.ended_at.is_(None))) == 0.25
 
 
 def test_an_epoch_whose_commit_was_not_answered_counts_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks after the commit: the same statements come again."""
-    bench = Harness(url, config_of())
-    work = bench.queue()
+    harness = Harness(url, config_of())
+    work = harness.queue()
     lease = work.claim()
     assert lease is not None
     monkeypatch.setattr(queue, "retry", lambda action, *_, **__: (action(), action())[1])
@@ -187,7 +187,7 @@ def test_an_epoch_whose_commit_was_not_answered_counts_once(url: str, monkeypatc
     row |= {"kind": "keep", "k": 0, "beta": 0.0, "joules": 5.0}  # type: ignore[dict-item]
     for epoch in (1, 2):
         work.record(lease, row | {"epoch": epoch}, {epoch: 0.5})
-    spent = budgets.spending(bench.storage.engine, bench.study._study_id).amounts
+    spent = budgets.spending(harness.storage.engine, harness.study._study_id).amounts
     assert spent["images"] == 120
     assert spent["kWh"] == pytest.approx(10.0 / 3.6e6)
 
@@ -195,20 +195,20 @@ def test_an_epoch_whose_commit_was_not_answered_counts_once(url: str, monkeypatc
 def test_a_worker_looks_at_a_far_budget_seldom_and_at_a_near_one_after_every_epoch(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = Harness(url, config_of(training={"epochs": 20}))
-    engine, study_id = bench.storage.engine, bench.study._study_id
+    harness = Harness(url, config_of(training={"epochs": 20}))
+    engine, study_id = harness.storage.engine, harness.study._study_id
     looks: list[str] = []
     real = budgets.recent_spending
     monkeypatch.setattr(budgets, "recent_spending", lambda *where: looks.append("") or real(*where))
 
     def epochs_and_looks(budget: float) -> int:
         budgets.set_budgets(engine, study_id, {"images": budget})
-        stop = Stop()
+        stop = StopMonitor()
         stop.watch(engine, study_id)
         looks.clear()
-        bench.work(stop, most=1)
+        harness.work(stop, most=1)
         looked = len(looks)
-        stop._ask()  # its thread ends
+        stop._stop()  # its thread ends
         return looked
 
     # Once, because nothing is known of the pace yet; on a slow machine every 2 s, of 20 epochs.

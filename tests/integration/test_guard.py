@@ -359,16 +359,18 @@ def contents(engine: sa.Engine) -> dict[str, list[Any]]:
 
 def test_read_only_with_every_route_of_optuna_dashboard(url: str) -> None:
     """No route that may be reached writes; those that write are refused; and the database would refuse them too."""
-    bench = Harness(url, config_of(training={"epochs": 2}, policy={"alpha": [60], "beta": [0.3, 0.6]}, pruning="none"))
-    bench.work()
-    before = contents(bench.storage.engine)
+    harness = Harness(
+        url, config_of(training={"epochs": 2}, policy={"alpha": [60], "beta": [0.3, 0.6]}, pruning="none")
+    )
+    harness.work()
+    before = contents(harness.storage.engine)
     storage = open_storage(url, create=False, reading=True)
     write_nothing(storage.engine)
     application = optuna_dashboard.wsgi(optuna.storages.get_storage(storage))
     browser = Browser(read_only=True)
     browser.guard.application = application
-    study_id = bench.storage.get_study_id_from_name("s")
-    trial_id = bench.storage.get_all_trials(study_id)[0]._trial_id
+    study_id = harness.storage.get_study_id_from_name("s")
+    trial_id = harness.storage.get_all_trials(study_id)[0]._trial_id
     values = {"study_id": study_id, "trial_id": trial_id, "history_id": "1", "artifact_id": "0-1", "plot_type": "slice"}
     routes = {(route.method, route.rule) for route in application.routes}
     assert len(routes) > 20
@@ -391,7 +393,7 @@ def test_read_only_with_every_route_of_optuna_dashboard(url: str) -> None:
         with pytest.raises(Exception) as raised:  # noqa: PT011 - Optuna's, or SQLAlchemy's
             write()
         assert re.search("readonly|read-only", f"{raised.value} {raised.value.__cause__}")
-    assert contents(bench.storage.engine) == before
+    assert contents(harness.storage.engine) == before
 
 
 class Client:
@@ -441,7 +443,7 @@ def test_over_http_with_a_login(sqlite_url: str, tmp_path: Path) -> None:
 
 
 def test_over_http_read_only(sqlite_url: str, tmp_path: Path) -> None:
-    bench = Harness(sqlite_url, config_of())
+    harness = Harness(sqlite_url, config_of())
     with dashboard(sqlite_url, tmp_path, "--read-only") as served:
         assert "read-only" in served.said
         client = Client(served.port)
@@ -450,10 +452,10 @@ def test_over_http_read_only(sqlite_url: str, tmp_path: Path) -> None:
         assert (status, headers["location"]) == (302, "/dashboard")
         assert client("GET", "/dashboard")[0] == 200
         # What is written elsewhere is seen: read-only is not frozen.
-        bench.storage.set_study_user_attr(1, "colour", "green")
+        harness.storage.set_study_user_attr(1, "colour", "green")
         assert "green" in client("GET", "/api/studies")[2]
         assert served.terminate() == 0
-    assert optuna.get_all_study_names(bench.storage) == ["s"]
+    assert optuna.get_all_study_names(harness.storage) == ["s"]
 
 
 def test_refused_before_anything_is_opened(sqlite_url: str, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_samplers_suggest_as_on_stock_optuna(sampler: dict[str, Any], pruner: st
     for number in range(30, 40):
         # The trials before the tickets are held by nobody: both sides take the tickets themselves.
         mine, other = (_start(storage, number) for storage in (here, there))
-        parameters, _ = ask(ours, config, mine)
+        parameters, _ = ask(ours, config, mine, 1000)
         chosen.append(parameters)
         theirs.append(_stock_ask(stock, config, other))
         state = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.COMPLETE, TrialState.FAIL)[number % 4]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from dashboards import aggregate, status, study_data
@@ -25,9 +26,9 @@ from dashboards.study_data import StudyData, TrialRow
 from storage import budgets, queries, stop_requests
 from storage.engine import open_storage
 from storage.errors import UserError
-from study.config.models import StudyConfig
+from study.config.models import PROTOCOLS, StudyConfig
 from study.confirm import FAR, confirmation
-from study.create import create_study, load_study, noise_warning, prepare
+from study.create import PreparedData, config_warnings, create_study, load_study, prepare
 from study.search.space import settings
 from tests.support.harness import Harness, config_of
 
@@ -35,15 +36,15 @@ ALL = ["dynamic", "static", "fresh", "full", "infobatch"]
 
 
 def text_of(found: StudyData) -> str:
-    console = Console(file=io.StringIO(), width=400)
-    console.print(console.report_text(found))
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+    output = Console(file=io.StringIO(), width=400)
+    output.print(console.report_text(found))
+    return output.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 @pytest.fixture(scope="module")
 def controls(tmp_path_factory: pytest.TempPathFactory) -> StudyData:
     """Every policy, two seeds, equal images, with the last word."""
-    bench = Harness(
+    harness = Harness(
         f"sqlite:///{tmp_path_factory.mktemp('controls') / 'study.db'}",
         config_of(
             data={"train_images": 200, "test": True},
@@ -52,8 +53,8 @@ def controls(tmp_path_factory: pytest.TempPathFactory) -> StudyData:
             search={"replicates": 2},
         ),
     )
-    bench.work()
-    return study_data.read(bench.storage, "s")
+    harness.work()
+    return study_data.read(harness.storage, "s")
 
 
 def test_all_policies_train_on_equally_many_images(controls: StudyData) -> None:
@@ -130,10 +131,15 @@ def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -
     study.set_user_attr("images", {"train": 200, "validation": 1000, "test": 1000})
     states = dict.fromkeys(queries.STATE_NAMES.values(), 0) | {"complete": len(rows)}
     top = max(rows, key=lambda row: row.value or 0, default=None)
-    now = queries.Progress(states, (), 0, 0, top and top.value, top and top.number)
+    now = queries.Progress(
+        states=states, running=(), interrupted=(), epochs=0, images=0,
+        best=top.value if top else None, best_trial=top.number if top else None,
+    )  # fmt: skip
     known = Status(
-        "made", "test", config, now, top.parameters if top else {}, {}, dict.fromkeys(budgets.UNITS, 0.0), None, {}, ()
-    )
+        name="made", preset="test", config=config.model_dump(mode="json"), protocol=PROTOCOLS[config.data.protocol],
+        progress=now, best_parameters=top.parameters if top else {}, budgets={},
+        spent=dict.fromkeys(budgets.UNITS, 0.0), stop=None, failures={}, failed_attempts=(),
+    )  # fmt: skip
     return StudyData("made", "test", config, tuple(rows), curves, (), study, known)
 
 
@@ -212,7 +218,7 @@ def test_a_thousand_trials_stay_readable() -> None:
     assert any("80 % of the other" in str(trace.name) for trace in curves.data)
     page = html.page([many])
     assert "The best 500 of 1,000" in page
-    assert len(page) - len(html.get_plotlyjs()) < 2_000_000
+    assert len(page) - len(get_plotlyjs()) < 2_000_000
 
 
 def test_the_pareto_front_is_what_nothing_beats() -> None:
@@ -224,16 +230,17 @@ def test_the_pareto_front_is_what_nothing_beats() -> None:
 
 @pytest.mark.parametrize(("images", "delta", "warns"), [(1000, 0.01, True), (10000, 0.01, False), (1000, 0.02, False)])
 def test_a_delta_below_the_noise_is_warned_of(images: int, delta: float, warns: bool) -> None:
-    warning = noise_warning(config_of(policy={"alpha": 60, "delta": delta}), images)
-    assert (warning is not None) == warns
-    assert noise_warning(config_of(policy={"name": "static", "alpha": 60, "delta": delta}), images) is None
+    data = PreparedData("", {"train": 1000, "validation": images, "test": 0}, (2000, 0))
+    sentences = config_warnings(config_of(policy={"alpha": 60, "delta": delta}), data)
+    assert any("most stalls will be chance" in sentence for sentence in sentences) == warns
+    assert config_warnings(config_of(policy={"name": "static", "alpha": 60, "delta": delta}), data) == []
 
 
 # Confirmation, and searches with two objectives.
 
 
 def test_the_best_are_confirmed_on_fresh_seeds_and_the_test_split(sqlite_url: str) -> None:
-    bench = Harness(
+    harness = Harness(
         sqlite_url,
         config_of(
             policy={"alpha": {"low": 40, "high": 100, "step": 20}, "beta": 0.5},
@@ -241,14 +248,14 @@ def test_the_best_are_confirmed_on_fresh_seeds_and_the_test_split(sqlite_url: st
             search={"sampler": "random", "trials": 4},
         ),
     )
-    bench.work()
-    again, origin = confirmation(bench.study, bench.config, 2, 3)
-    ranked = sorted(bench.study.trials, key=lambda t: -t.values[0])
+    harness.work()
+    again, origin = confirmation(harness.study, harness.config, 2, 3)
+    ranked = sorted(harness.study.trials, key=lambda t: -t.values[0])
     assert again.search.cells == tuple(t.params for t in ranked[:2])
     assert origin["confirms"]["values"] == [t.values[0] for t in ranked[:2]]
     assert again.data.test
-    create_study(bench.storage, "again", "confirm s", again, prepare(again, None, lambda _: None), origin)
-    study, config = load_study(bench.storage, "again")
+    create_study(harness.storage, "again", "confirm s", again, prepare(again, None), origin)
+    study, config = load_study(harness.storage, "again")
     assert config == again
     assert [t.user_attrs["seed"] for t in study.trials] == [FAR, FAR, FAR + 1, FAR + 1, FAR + 2, FAR + 2]
     confirmed = Harness(sqlite_url, again, "once more")
@@ -262,7 +269,7 @@ def test_the_best_are_confirmed_on_fresh_seeds_and_the_test_split(sqlite_url: st
     assert "points of winner's curse" in told
     assert "on the untouched test split" in told
     with pytest.raises(UserError, match="--top must be at most the 4 settings"):
-        confirmation(bench.study, bench.config, 5, 1)
+        confirmation(harness.study, harness.config, 5, 1)
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
@@ -271,13 +278,13 @@ def test_two_objectives_give_optunas_pareto_front(sampler: str, sqlite_url: str)
         policy={"alpha": {"low": 40, "high": 160, "step": 20}, "beta": {"low": 0.1, "high": 0.9}},
         search={"sampler": sampler, "trials": 6, "objective": "accuracy,images"},
     )
-    bench = Harness(sqlite_url, config)
-    bench.work()
-    trials = bench.study.trials
+    harness = Harness(sqlite_url, config)
+    harness.work()
+    trials = harness.study.trials
     assert [t.values[1] for t in trials] == [3.0 * t.params["alpha"] for t in trials]
-    front = {row.number for row in aggregate.pareto([*study_data.read(bench.storage, "s").rows])}
-    assert front <= {t.number for t in bench.study.best_trials}  # Optuna's keeps ties, too
-    assert {t.values[0] for t in bench.study.best_trials} == {trials[n].values[0] for n in front}
+    front = {row.number for row in aggregate.pareto([*study_data.read(harness.storage, "s").rows])}
+    assert front <= {t.number for t in harness.study.best_trials}  # Optuna's keeps ties, too
+    assert {t.values[0] for t in harness.study.best_trials} == {trials[n].values[0] for n in front}
 
 
 def test_a_page_is_written_whatever_the_names(controls: StudyData, tmp_path: Path) -> None:
@@ -287,8 +294,8 @@ def test_a_page_is_written_whatever_the_names(controls: StudyData, tmp_path: Pat
 
 
 def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url: str) -> None:
-    bench = Harness(url, config_of())
-    first, second = (bench.queue(owner=f"{host}:7:x", device=f"gpu of {host}") for host in ("here", "there"))
+    harness = Harness(url, config_of())
+    first, second = (harness.queue(owner=f"{host}:7:x", device=f"gpu of {host}") for host in ("here", "there"))
     broken = first.claim()
     assert broken is not None
     first.release(broken, error="CUDA error: out of luck")
@@ -296,7 +303,7 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     assert lease is not None
     row = {"epoch": 1, "accuracy": 0.5, "loss": 1.0, "images": 60, "train_seconds": 2.0, "validation_seconds": 1.0}
     second.record(lease, row | {"kind": "keep", "k": 0, "beta": 0.0}, {1: 0.5})
-    engine, study_id = bench.storage.engine, bench.study._study_id
+    engine, study_id = harness.storage.engine, harness.study._study_id
     budgets.set_budgets(engine, study_id, {"images": 1000})
     console = Console(file=io.StringIO(), width=200)
     console.print(status.page(status.read(engine, "s")))
@@ -317,6 +324,6 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     assert spent.seconds_left is None
     assert status.document(spent)["stop"] == spent.stop
     second.release(lease)
-    bench.work()
+    harness.work()
     status.watch(engine, "s", console)  # settled: returns at once
     assert "4 trials: 4 complete" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -36,11 +36,11 @@ from tests.support.harness import Harness, StopAfter, config_of, stock_pruner
 
 
 def test_a_finished_trial_keeps_what_the_issue_asks(sqlite_url: str) -> None:
-    bench = Harness(sqlite_url, config_of())
-    bench.work()
-    rows = epoch_rows(bench.storage.engine, bench.study._study_id)
-    assert len(bench.study.trials) == 4
-    for trial in optuna.load_study(study_name="s", storage=bench.storage).trials:
+    harness = Harness(sqlite_url, config_of())
+    harness.work()
+    rows = epoch_rows(harness.storage.engine, harness.study._study_id)
+    assert len(harness.study.trials) == 4
+    for trial in optuna.load_study(study_name="s", storage=harness.storage).trials:
         assert trial.state == TrialState.COMPLETE
         kept = trial.user_attrs
         assert {"seed", "device", "host", "versions", "precision"} <= kept.keys()
@@ -70,8 +70,8 @@ def test_samplers_fill_the_blanks_and_repeat(sampler: str, sqlite_url: str) -> N
         "training": {"epochs": 1, "lr": {"low": 0.001, "high": 0.01, "log": True}, "batch_size": [32, 64]},
     }
     first, second = (Harness(sqlite_url, config_of(**searched), name) for name in ("one", "two"))
-    for bench in (first, second):
-        bench.work()
+    for harness in (first, second):
+        harness.work()
     assert first.outcome() == second.outcome()
     trials = first.study.trials
     assert len(trials) == 4
@@ -90,10 +90,10 @@ def test_a_search_over_policies_asks_only_for_what_they_use(sqlite_url: str) -> 
         search={"sampler": "random", "trials": 8},
         training={"epochs": 1},
     )
-    bench = Harness(sqlite_url, config)
-    bench.work()
+    harness = Harness(sqlite_url, config)
+    harness.work()
     uses = {"full": {"policy"}, "static": {"policy", "alpha"}, "dynamic": {"policy", "alpha", "beta"}}
-    chosen = [t.params for t in bench.study.trials]
+    chosen = [t.params for t in harness.study.trials]
     assert {params["policy"] for params in chosen} == set(uses)
     assert all(set(params) == uses[params["policy"]] for params in chosen)
 
@@ -133,12 +133,12 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
     for curve in CURVES:
         lease = queue.claim()
         assert lease is not None
-        with TrialWriter(ours, queue, lease) as scribe:
+        with TrialWriter(ours, queue, lease, identity={}) as writer:
             for n, accuracy in enumerate(curve, 1):
                 result = EpochResult(n, accuracy, 0.0, 1, 0.0, 0.0, 0.0, 1, None, KEEP)
-                scribe.tell(result, {n: accuracy}, last=n == len(curve))
-            assert scribe.flush()
-        pruned = scribe.pruned
+                writer.write_epoch(result, {n: accuracy}, last=n == len(curve))
+            assert writer.flush()
+        pruned = writer.pruned_at
         queue.finish(
             lease,
             TrialState.PRUNED if pruned else TrialState.COMPLETE,
@@ -177,7 +177,7 @@ def test_samplers_suggest_as_stock_optuna_does(sampler: str, url: str) -> None:
     enqueue_trials(storage.engine, ours._study_id, {}, space.queued_trials(config))
     queue = Queue(storage.engine, ours._study_id)
     while (lease := queue.claim()) is not None:
-        chosen, _ = ask(ours, config, lease)
+        chosen, _ = ask(ours, config, lease, 1000)
         queue.finish(lease, TrialState.COMPLETE, [value(chosen)])
     stock = optuna.create_study(direction="maximize")
     for number in range(10):
@@ -205,79 +205,79 @@ def test_patience_is_counted_in_epochs_without_a_rise() -> None:
 
 def test_stopped_trials_go_on_and_end_as_if_nothing_had_been(url: str, undisturbed: list[tuple[Any, ...]]) -> None:
     """Stopped at every possible step of the first trials, resumed each time by another worker."""
-    bench = Harness(url, config_of())
+    harness = Harness(url, config_of())
     for steps in (1, 2, 3, 4, 2, 1, 5, 3, 6, 2):
-        bench.work(StopAfter(steps), most=1)
-    assert sum("goes on after epoch" in line for line in bench.said) >= 5
-    bench.work()
-    assert bench.outcome() == undisturbed
+        harness.work(StopAfter(steps), most=1)
+    assert sum("resumes after epoch" in line for line in harness.messages) >= 5
+    harness.work()
+    assert harness.outcome() == undisturbed
 
 
 def test_a_damaged_checkpoint_is_said_and_costs_only_time(sqlite_url: str, undisturbed: list[tuple[Any, ...]]) -> None:
-    bench = Harness(sqlite_url, config_of())
-    bench.work(StopAfter(5), most=1)
-    with bench.storage.engine.begin() as connection:
+    harness = Harness(sqlite_url, config_of())
+    harness.work(StopAfter(5), most=1)
+    with harness.storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE trial_checkpoints SET payload = substr(payload, 1, 1000)")
-    bench.work()
-    assert any("damaged" in line for line in bench.said)
-    assert bench.outcome() == undisturbed
+    harness.work()
+    assert any("damaged" in line for line in harness.messages)
+    assert harness.outcome() == undisturbed
 
 
 def test_the_comparison_can_fail(sqlite_url: str, undisturbed: list[tuple[Any, ...]]) -> None:
-    bench = Harness(sqlite_url, config_of(search={"seed": 1}))
-    bench.work()
-    assert bench.outcome() != undisturbed
+    harness = Harness(sqlite_url, config_of(search={"seed": 1}))
+    harness.work()
+    assert harness.outcome() != undisturbed
 
 
 def test_a_diverged_trial_fails_at_once_with_its_reason(sqlite_url: str) -> None:
-    bench = Harness(
+    harness = Harness(
         sqlite_url, config_of(policy={"alpha": 60, "beta": 0.5}, training={"lr": 1e30}, network={"norm": "none"})
     )
-    bench.work()
-    (trial,) = bench.study.trials
+    harness.work()
+    (trial,) = harness.study.trials
     assert trial.state == TrialState.FAIL
     assert "not finite" in trial.user_attrs["error"]
 
 
 def test_laying_down_again_changes_nothing_and_other_configs_are_refused(sqlite_url: str) -> None:
-    bench = Harness(sqlite_url, config_of())
-    data = prepare(bench.config, None, lambda _: None)
-    assert create_study(bench.storage, "s", "test", bench.config, data) is False
-    assert len(bench.study.trials) == 4
+    harness = Harness(sqlite_url, config_of())
+    data = prepare(harness.config, None)
+    assert create_study(harness.storage, "s", "test", harness.config, data) is False
+    assert len(harness.study.trials) == 4
     with pytest.raises(UserError, match=r"training\.epochs: 4 != 3"):
-        create_study(bench.storage, "s", "test", config_of(training={"epochs": 4}), data)
+        create_study(harness.storage, "s", "test", config_of(training={"epochs": 4}), data)
     with pytest.raises(UserError, match="are not those of the study"):
-        create_study(bench.storage, "s", "test", bench.config, dataclasses.replace(data, fingerprint="0" * 64))
-    stranger = optuna.create_study(study_name="stranger", storage=bench.storage)
+        create_study(harness.storage, "s", "test", harness.config, dataclasses.replace(data, fingerprint="0" * 64))
+    stranger = optuna.create_study(study_name="stranger", storage=harness.storage)
     stranger.ask()
     with pytest.raises(UserError, match="was not laid down by"):
-        create_study(bench.storage, "stranger", "test", bench.config, data)
+        create_study(harness.storage, "stranger", "test", harness.config, data)
 
 
 def test_a_study_grows_and_ends_as_if_it_had_been_so_from_the_start(url: str) -> None:
     def config(replicates: int) -> StudyConfig:
         return config_of(search={"replicates": replicates}, training={"epochs": 1})
 
-    bench = Harness(url, config(1))
-    bench.work(most=2)
-    data = prepare(config(3), None, lambda _: None)
-    assert create_study(bench.storage, "s", "test", config(3), data) is False
-    assert create_study(bench.storage, "s", "test", config(3), data) is False
-    bench.work()
+    harness = Harness(url, config(1))
+    harness.work(most=2)
+    data = prepare(config(3), None)
+    assert create_study(harness.storage, "s", "test", config(3), data) is False
+    assert create_study(harness.storage, "s", "test", config(3), data) is False
+    harness.work()
     whole = Harness(url, config(3), "whole")
     whole.work()
     assert len(whole.study.trials) == 12
-    assert bench.outcome() == whole.outcome()
-    assert load_study(bench.storage, "s")[1] == config(3)
+    assert harness.outcome() == whole.outcome()
+    assert load_study(harness.storage, "s")[1] == config(3)
     with pytest.raises(UserError, match=r"search\.replicates: 2 != 3"):
-        create_study(bench.storage, "s", "test", config(2), data)
+        create_study(harness.storage, "s", "test", config(2), data)
 
 
 def test_a_worker_with_other_data_refuses(sqlite_url: str) -> None:
-    bench = Harness(sqlite_url, config_of())
-    bench.study.set_user_attr("data_fingerprint", "f" * 64)
+    harness = Harness(sqlite_url, config_of())
+    harness.study.set_user_attr("data_fingerprint", "f" * 64)
     with pytest.raises(UserError, match="ffffffffffffffff"):
-        load_data(bench.study, bench.config, None, torch.device("cpu"))
+        load_data(harness.study, harness.config, None, torch.device("cpu"))
 
 
 def test_every_sampler_of_a_trial_is_seeded_by_the_trial() -> None:
@@ -293,9 +293,9 @@ def test_every_sampler_of_a_trial_is_seeded_by_the_trial() -> None:
 @pytest.mark.parametrize("policy", ["static", "full", ["full", "dynamic"]])
 def test_reports_of_the_controls(policy: str | list[str], sqlite_url: str, tmp_path: Path) -> None:
     """Parameters that a policy does not use are no columns, and no holes in a table."""
-    bench = Harness(sqlite_url, config_of(policy={"name": policy}, training={"epochs": 1}))
-    bench.work()
-    found = study_data.read(bench.storage, "s")
+    harness = Harness(sqlite_url, config_of(policy={"name": policy}, training={"epochs": 1}))
+    harness.work()
+    found = study_data.read(harness.storage, "s")
     assert aggregate.grid(found) is None
     Console(file=io.StringIO()).print(console.report_text(found))
     (tmp_path / "page.html").write_text(html.page([found]))
@@ -304,8 +304,8 @@ def test_reports_of_the_controls(policy: str | list[str], sqlite_url: str, tmp_p
 
 
 def test_reports_before_anything_has_run(sqlite_url: str, tmp_path: Path) -> None:
-    bench = Harness(sqlite_url, config_of())
-    found = study_data.read(bench.storage, "s")
+    harness = Harness(sqlite_url, config_of())
+    found = study_data.read(harness.storage, "s")
     Console(file=io.StringIO()).print(console.report_text(found))
     (tmp_path / "page.html").write_text(html.page([found]))
     assert "No trial has finished an epoch yet" in (tmp_path / "page.html").read_text()
@@ -327,67 +327,70 @@ def test_qmc_draws_what_it_does_not_cover_anew_for_every_trial() -> None:
 
 
 def test_a_study_of_somebody_else_is_left_alone(sqlite_url: str) -> None:
-    bench = Harness(sqlite_url, config_of())
-    data = prepare(bench.config, None, lambda _: None)
-    optuna.create_study(study_name="minimised", storage=bench.storage, direction="minimize")
-    optuna.create_study(study_name="noted", storage=bench.storage, direction="maximize").set_user_attr("a", 1)
+    harness = Harness(sqlite_url, config_of())
+    data = prepare(harness.config, None)
+    optuna.create_study(study_name="minimised", storage=harness.storage, direction="minimize")
+    optuna.create_study(study_name="noted", storage=harness.storage, direction="maximize").set_user_attr("a", 1)
     for name in ("minimised", "noted"):
         with pytest.raises(UserError, match="was not laid down by"):
-            create_study(bench.storage, name, "test", bench.config, data)
+            create_study(harness.storage, name, "test", harness.config, data)
 
 
 def test_a_worker_runs_again_what_it_has_seen_fail(sqlite_url: str) -> None:
     config = config_of(policy={"alpha": 60, "beta": [0.3, 0.6]}, lease={"max_attempts": 1})
-    bench = Harness(sqlite_url, config)
-    queue = bench.queue(max_attempts=1)
+    harness = Harness(sqlite_url, config)
+    queue = harness.queue(max_attempts=1)
     lease = queue.claim()
     assert lease is not None
     queue.release(lease, error="boom")
-    bench.work()
-    assert [t.state for t in bench.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]  # and now it is in the cache
-    assert transfer.requeue(bench.storage, "s", trials=None) == [0]
-    bench.work()
+    harness.work()
+    assert [t.state for t in harness.study.trials] == [
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+    ]  # and now it is in the cache
+    assert transfer.requeue(harness.storage, "s", trials=None) == [0]
+    harness.work()
     quiet = Harness(sqlite_url, config, "quiet")
     quiet.work()
-    study = optuna.load_study(study_name="s", storage=bench.storage)
+    study = optuna.load_study(study_name="s", storage=harness.storage)
     assert [t.value for t in study.trials] == [t.value for t in quiet.study.trials]
 
 
 def test_checkpoints_in_a_folder(url: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]) -> None:
     """One file a trial, named in the database, gone at the trial's end; a copy of the study has its own."""
     folder = tmp_path / "shared" / "checkpoints"
-    bench = Harness(url, config_of(checkpoint={"every_seconds": 0, "store": f"file://{folder}"}))
+    harness = Harness(url, config_of(checkpoint={"every_seconds": 0, "store": f"file://{folder}"}))
     for steps in (2, 3, 2):
-        bench.work(StopAfter(steps), most=1)
+        harness.work(StopAfter(steps), most=1)
         assert len(list(folder.iterdir())) == 1
     elsewhere = open_storage(f"sqlite:///{tmp_path}/copy.db")
-    transfer.copy(bench.storage, elsewhere, "s")
+    transfer.copy(harness.storage, elsewhere, "s")
     with elsewhere.engine.connect() as connection:
         (row,) = connection.exec_driver_sql("SELECT payload, location FROM trial_checkpoints").all()
     assert (row.payload, row.location) == (next(folder.iterdir()).read_bytes(), None)
-    bench.work()
-    assert sum("goes on after epoch" in line for line in bench.said) >= 2
+    harness.work()
+    assert sum("resumes after epoch" in line for line in harness.messages) >= 2
     assert list(folder.iterdir()) == []
-    assert bench.outcome() == undisturbed
+    assert harness.outcome() == undisturbed
 
 
 def test_a_folder_that_fails_costs_the_checkpoint_and_not_the_trial(
     sqlite_url: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]
 ) -> None:
     (tmp_path / "no folder").write_text("in the way")
-    bench = Harness(sqlite_url, config_of(checkpoint={"every_seconds": 0, "store": str(tmp_path / "no folder")}))
-    bench.work(StopAfter(4), most=1)
-    assert any("could not be stored" in line for line in bench.said)
-    bench.work()
-    assert bench.outcome() == undisturbed
+    harness = Harness(sqlite_url, config_of(checkpoint={"every_seconds": 0, "store": str(tmp_path / "no folder")}))
+    harness.work(StopAfter(4), most=1)
+    assert any("could not be stored" in line for line in harness.messages)
+    harness.work()
+    assert harness.outcome() == undisturbed
 
 
 def test_a_lost_checkpoint_file_restarts_the_trial(
     sqlite_url: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]
 ) -> None:
-    bench = Harness(sqlite_url, config_of(checkpoint={"store": str(tmp_path / "folder")}))
-    bench.work(StopAfter(4), most=1)
+    harness = Harness(sqlite_url, config_of(checkpoint={"store": str(tmp_path / "folder")}))
+    harness.work(StopAfter(4), most=1)
     next((tmp_path / "folder").iterdir()).unlink()
-    bench.work()
-    assert any("damaged" in line for line in bench.said)
-    assert bench.outcome() == undisturbed
+    harness.work()
+    assert any("damaged" in line for line in harness.messages)
+    assert harness.outcome() == undisturbed

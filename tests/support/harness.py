@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from study.search.pruners import make_pruner
 from study.training.data.placement import DeviceData
 from study.training.device import be_deterministic
 from study.trial.runner import run_trial
-from study.worker.stop_monitor import Stop
+from study.worker.stop_monitor import StopMonitor
 from study.worker.worker import load_data
 
 BASE: dict[str, Any] = {
@@ -52,30 +53,46 @@ def stock_pruner(config: StudyConfig, train_images: int) -> BasePruner:
             return make_pruner(config, train_images)
 
 
+class _Messages(logging.Handler):
+    """Collects what the worker logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 class Harness:
-    """A study laid down in a database, and a worker for it in this process."""
+    """A study in a database, and a worker for it in this process."""
 
     def __init__(self, url: str, config: StudyConfig, name: str = "s") -> None:
         be_deterministic(config.training.deterministic)
         self.storage = open_storage(url)
-        create_study(self.storage, name, "test", config, prepare(config, None, lambda _: None))
+        create_study(self.storage, name, "test", config, prepare(config, None))
         self.study, self.config = load_study(self.storage, name)
         self.data: DeviceData = load_data(self.study, self.config, None, torch.device("cpu"))
         self.study.pruner = make_pruner(self.config, len(self.data.train_labels))
-        self.said: list[str] = []
-        self.aside = Path(tempfile.mkdtemp())
+        handler = _Messages()
+        logger = logging.getLogger("study")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        self.messages = handler.lines
+        """Of all workers of this process since this harness was made."""
+        self.fallback = Path(tempfile.mkdtemp())
 
     def queue(self, **options: Any) -> Queue:
         return Queue(self.storage.engine, self.study._study_id, **options)
 
     def work(self, stopping: Callable[[], bool] = lambda: False, most: int = 1000) -> None:
-        stop = stopping if isinstance(stopping, Stop) else Stop(stopping)
+        stop = stopping if isinstance(stopping, StopMonitor) else StopMonitor(stopping)
         queue = self.queue(max_attempts=self.config.lease.max_attempts)
         for _ in range(most):
             lease = queue.claim()
             if lease is None:
                 return
-            run_trial(self.study, self.config, self.data, queue, lease, stop, self.said.append, self.aside)
+            run_trial(self.study, self.config, self.data, queue, lease, stop, self.fallback)
 
     def outcome(self) -> list[tuple[Any, ...]]:
         """Everything of every trial that is not a time, a place or a count of attempts."""
