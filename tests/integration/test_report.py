@@ -18,6 +18,7 @@ from dashboards import aggregate, status, study_data
 from dashboards.conclusions import verdict
 from dashboards.figures import accuracy as accuracy_figures
 from dashboards.figures import effort, search
+from dashboards.reports import console as console_report
 from dashboards.reports import html
 from dashboards.reports import json as json_report
 from dashboards.server.publish import publish
@@ -30,20 +31,20 @@ from study.config.models import PROTOCOLS, StudyConfig
 from study.confirm import FAR, confirmation
 from study.create import PreparedData, config_warnings, create_study, load_study, prepare
 from study.search.space import settings
-from tests.support.harness import Harness, config_of
+from tests.support.harness import Harness, config_of, scripted_accuracies
 
 ALL = ["dynamic", "static", "fresh", "full", "infobatch"]
 
 
 def text_of(found: StudyData) -> str:
     output = Console(file=io.StringIO(), width=400)
-    output.print(console.report_text(found))
+    output.print(console_report.report_text(found))
     return output.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 @pytest.fixture(scope="module")
 def controls(tmp_path_factory: pytest.TempPathFactory) -> StudyData:
-    """Every policy, two seeds, equal images, with the last word."""
+    """Every policy, two seeds, equal images, with the last word; all stall from the third epoch on."""
     harness = Harness(
         f"sqlite:///{tmp_path_factory.mktemp('controls') / 'study.db'}",
         config_of(
@@ -53,7 +54,8 @@ def controls(tmp_path_factory: pytest.TempPathFactory) -> StudyData:
             search={"replicates": 2},
         ),
     )
-    harness.work()
+    with scripted_accuracies(lambda trainer: min(0.3 + 0.1 * len(trainer.history), 0.5)):
+        harness.work()
     return study_data.read(harness.storage, "s")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
+import pytest
 import torch
 from optuna.pruners import BasePruner, MedianPruner, PercentilePruner
 
@@ -22,6 +24,7 @@ from study.create import create_study, load_study, prepare
 from study.search.pruners import make_pruner
 from study.training.data.placement import DeviceData
 from study.training.device import be_deterministic
+from study.training.trainer import Trainer
 from study.trial.runner import run_trial
 from study.worker.stop_monitor import StopMonitor
 from study.worker.worker import load_data
@@ -51,6 +54,17 @@ def stock_pruner(config: StudyConfig, train_images: int) -> BasePruner:
             return PercentilePruner(**options)
         case _:
             return make_pruner(config, train_images)
+
+
+@contextmanager
+def scripted_accuracies(rule: Callable[[Trainer], float]) -> Iterator[None]:
+    """Meanwhile every epoch in this process ends with the accuracy that `rule` gives it, whatever was measured: what
+    policies, pruners and samplers make of it is then the same on every processor.
+    """
+    real = Trainer._ended
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_ended", lambda trainer, _, started: real(trainer, rule(trainer), started))
+        yield
 
 
 class _Messages(logging.Handler):
