@@ -22,7 +22,7 @@ from sqlalchemy import Engine
 from dashboards import study_data
 from storage.engine import open_engine, open_storage
 from storage.errors import UserError
-from storage.queries import find, progress
+from storage.queries import attempts, find, progress
 from study.cli import app
 
 SMALL = [
@@ -38,9 +38,9 @@ def study(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, **options)
 
 
-def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+def started(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "study", *arguments]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def outcome(url: str, name: str) -> list[tuple[Any, ...]]:
@@ -73,21 +73,42 @@ def there(url: str, name: str) -> tuple[Engine, int] | None:
 
 def worker_pid(url: str, name: str, epochs: range = range(1, 1_000_000)) -> int | None:
     """The process that holds a live lease, if it has stored so many epochs of its trial."""
+    return next(iter(working(url, name, epochs)), None)
+
+
+def working(url: str, name: str, epochs: range = range(1_000_000)) -> list[int]:
+    """The processes that hold live leases and have stored so many epochs of their trials."""
     found = there(url, name)
     running = progress(*found).running if found else ()
-    return next((int(trial.owner.split(":")[-2]) for trial in running if trial.epoch in epochs), None)
+    return [process(trial.owner) for trial in running if trial.epoch in epochs]
+
+
+def process(owner: str) -> int:
+    return int(owner.split(":")[-2])
+
+
+def is_stopped(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def stop(process: int) -> None:
+    """SIGSTOP, and wait until all of it has come to rest."""
+    os.kill(process, signal.SIGSTOP)
+    wait_for(lambda: is_stopped(process))
 
 
 def held_in_mid_trial(url: str) -> int:
-    """The worker of SMALL, stopped (SIGSTOP) where some epochs of its trial are stored and some are to come."""
-    middle = range(1, 4)
+    """The only worker of SMALL, stopped (SIGSTOP) where some epochs of its trial are stored and some are to come.
+
+    From its first trial on it runs for 2 ms at a time, in which it cannot get past all the epochs in the middle.
+    """
+    worker = int(wait_for(lambda: worker_pid(url, "quick", range(4))))
     while True:
-        worker = wait_for(lambda: worker_pid(url, "quick", middle))
-        os.kill(worker, signal.SIGSTOP)
-        time.sleep(0.05)
-        if worker_pid(url, "quick", middle) == worker:
+        stop(worker)
+        if worker_pid(url, "quick", range(1, 4)) == worker:
             return worker
         os.kill(worker, signal.SIGCONT)
+        time.sleep(0.002)
 
 
 def has_a_signal_waiting(process: int) -> bool:
@@ -193,9 +214,9 @@ def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbe
             launcher.send_signal(number)
             wait_for(lambda: launcher.poll() is not None or has_a_signal_waiting(worker))
             os.kill(worker, signal.SIGCONT)
-            launcher.communicate(timeout=20)
+            launcher.communicate(timeout=60)
             assert launcher.returncode == (130 if number != signal.SIGKILL else -signal.SIGKILL)
-            wait_for(lambda: not Path(f"/proc/{worker}").exists(), 20)  # nobody is left behind
+            wait_for(lambda: not Path(f"/proc/{worker}").exists())  # nobody is left behind
             again = study("launch", "quick", *SMALL, cwd=tmp_path)
             assert again.returncode == 0, again.stderr
             assert "resumes after epoch" in again.stderr
@@ -229,14 +250,35 @@ def test_a_study_moves_by_file_and_by_copy(finished: Path, undisturbed: list[tup
 
 
 def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tmp_path: Path) -> None:
-    """On PostgreSQL, with a budget of blank tickets: exactly as many trials as tickets."""
+    """On PostgreSQL, with a budget of blank tickets: exactly as many trials as tickets.
+
+    The two are stopped (SIGSTOP) in their trials until the third has settled one.
+    """
     url = postgres.new_database()
     searched = ["--set", "search.sampler=tpe", "--set", "policy.beta={low=0.1, high=0.9}", "--trials", "7"]
+    searched += ["--set", "lease.seconds=100"]
     launcher = started("launch", "quick", *SMALL, *searched, "--workers", "2", "--storage", url, cwd=tmp_path)
-    wait_for(lambda: worker_pid(url, "quick", range(7)))
-    joined = study("worker", "quick", cwd=tmp_path, env=os.environ | {"STUDY_STORAGE": url})
+    two: list[int] = []
+    while len(two) < 2:
+        worker = wait_for(lambda: next((pid for pid in working(url, "quick") if pid not in two), None))
+        stop(worker)
+        if worker in working(url, "quick"):
+            two.append(worker)
+        else:
+            os.kill(worker, signal.SIGCONT)
+    joined = started("worker", "quick", cwd=tmp_path, env=os.environ | {"STUDY_STORAGE": url})
+    engine, study_id = wait_for(lambda: there(url, "quick"))
+
+    def settled() -> list[int]:
+        return [process(each.owner) for each in attempts(engine, study_id) if each.outcome == "settled"]
+
+    wait_for(lambda: joined.pid in settled())
+    for worker in two:
+        os.kill(worker, signal.SIGCONT)
     out, err = launcher.communicate(timeout=120)
-    assert (launcher.returncode, joined.returncode) == (0, 0), err + joined.stderr
+    _, said = joined.communicate(timeout=120)
+    assert (launcher.returncode, joined.returncode) == (0, 0), err + said
+    assert {*two, joined.pid} <= set(settled())
     told = json.loads(study("status", "quick", "--json", "--storage", url, cwd=tmp_path).stdout)
     assert told["states"]["complete"] == told["tickets"] == 7
     assert "7 complete" in out

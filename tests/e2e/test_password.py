@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tests.e2e.test_command import SMALL, study
+from tests.e2e.test_command import SMALL, held_in_mid_trial, study
 from tests.support.postgres import Postgres
 
 
@@ -46,18 +47,18 @@ def test_a_password_is_seen_nowhere(way: str, tmp_path: Path) -> None:
             "launch",
             "quick",
             *SMALL,
-            "--set",
-            "policy.alpha=60",
-            "--set",
-            "policy.beta=0.5",
         ]
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         launcher = subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment, **pipes)
-        seen: set[str] = set()
+        secret = url.replace("postgres@", "postgres:hunter2@")
+        worker, seen = held_in_mid_trial(secret), set[str]()
         while launcher.poll() is None:
             for entry in Path("/proc").glob("[0-9]*/cmdline"):
                 with suppress(OSError):
                     seen.add(entry.read_bytes().decode(errors="replace"))
+            if worker:
+                os.kill(worker, signal.SIGCONT)
+                worker = 0
             time.sleep(0.2)
         out, err = launcher.communicate()
         assert launcher.returncode == 0, err
@@ -65,9 +66,10 @@ def test_a_password_is_seen_nowhere(way: str, tmp_path: Path) -> None:
         told = study("status", "quick", "--json", cwd=tmp_path, env=os.environ | environment)
         assert told.returncode == 0
 
-        secret = "postgresql+psycopg://postgres:hunter2@127.0.0.1" + url.partition("127.0.0.1")[2]
         stored = []
-        with sa.create_engine(secret, poolclass=sa.NullPool).connect() as connection:
+        with sa.create_engine(
+            secret.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool
+        ).connect() as connection:
             for table in sa.inspect(connection).get_table_names():
                 stored += [str(tuple(row)) for row in connection.exec_driver_sql(f"SELECT * FROM {table}")]
         assert any("train_images" in row for row in stored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from storage.queue import Queue
 from study.create import load_study
 from study.training.trainer import Trainer
 from study.trial.runner import DatabaseUnavailable
-from tests.e2e.test_command import there, wait_for
+from tests.e2e.test_command import is_stopped, there, wait_for
 from tests.support.harness import Harness, StopAfter, config_of, scripted_accuracies
 from tests.support.postgres import Postgres
 
@@ -66,16 +68,22 @@ def test_a_long_absence_keeps_the_checkpoint_on_disk_and_takes_it_up(
     restartable: Postgres, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness = Harness(restartable.new_database(), config_of())
-    monkeypatch.setattr(retry_module, "PATIENCE_SECONDS", 0.5)
-    stopped_at = 4
+    steps, last = 0, 3 * 3
+    """Of trial 0: three epochs of two steps of training and one of validation."""
 
     def stop_the_server() -> bool:
         """Polled at every step, as the stop signal is; never true."""
-        nonlocal stopped_at
-        stopped_at -= 1
-        if stopped_at == 0:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
             restartable.control("stop", "-m", "immediate")
         return False
+
+    def clock() -> float:
+        """Patience ends when the trial has been trained to its end."""
+        return time.monotonic() + (1e6 if steps == last else 0.0)
+
+    monkeypatch.setattr(retry_module, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
 
     with pytest.raises(DatabaseUnavailable):
         harness.work(stop_the_server)
@@ -83,7 +91,7 @@ def test_a_long_absence_keeps_the_checkpoint_on_disk_and_takes_it_up(
     restartable.control("start")
     with harness.storage.engine.begin() as connection:  # the lease of the dead attempt, a minute later
         connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
-    monkeypatch.setattr(retry_module, "PATIENCE_SECONDS", 30)
+    monkeypatch.setattr(retry_module, "time", time)
     harness.work()
     # Trained to its end while the database was away: all of its epochs came from disk.
     assert "trial 0 resumes after epoch 3" in harness.messages
@@ -103,7 +111,7 @@ def test_a_launch_ends_with_75_when_the_database_stays_away(restartable: Postgre
     engine.dispose()
     restartable.control("stop", "-m", "immediate")
     try:
-        _, said = launched.communicate(timeout=60)
+        _, said = launched.communicate(timeout=200)
     finally:
         restartable.control("start")
     assert launched.returncode == 75, said
@@ -191,15 +199,38 @@ def test_pruners_decide_the_same_with_and_without_kills(pruning: dict[str, Any],
     assert {trial.state for trial in quiet.study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
-def freeze(worker: subprocess.Popen[str], engine: sa.Engine) -> None:
-    """SIGSTOP between two transactions: one that is stopped within holds its locks for longer than its lease."""
+STOPS_ITSELF = """
+import os, signal, time
+from pathlib import Path
+from study.cli import run
+from study.training.trainer import Trainer
+
+ended = Trainer._ended
+
+def held(trainer, *rest):
+    result = ended(trainer, *rest)
+    while len(trainer.history) == 3 and not Path("go").exists():
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.01)
+    return result
+
+Trainer._ended = held
+run()
+"""
+"""The command, but training stops its process after the third epoch, again and again until there is a file `go`."""
+
+
+def freeze(worker: subprocess.Popen[str], harness: Harness) -> None:
+    """Leave it stopped after its third epoch and between two transactions: one that is stopped within holds its locks
+    for longer than its lease.
+    """
     while True:
-        os.kill(worker.pid, signal.SIGSTOP)
-        time.sleep(0.05)
-        if not within_a_transaction(engine):
+        wait_for(lambda: is_stopped(worker.pid))
+        (running,) = progress(harness.storage.engine, harness.study._study_id).running
+        if running.epoch >= 2 and not within_a_transaction(harness.storage.engine):
             return
         os.kill(worker.pid, signal.SIGCONT)
-        time.sleep(0.01)
+        time.sleep(0.1)
 
 
 def within_a_transaction(engine: sa.Engine) -> bool:
@@ -225,17 +256,12 @@ def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) 
     )  # fmt: skip
     harness = Harness(url, config)
     environment = os.environ | {"STUDY_STORAGE": url}
-    command = [sys.executable, "-m", "study", "worker", "s", "--device", "cpu"]
+    command = [sys.executable, "-c", STOPS_ITSELF, "worker", "s", "--device", "cpu"]
     worker = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
-        while (
-            not (now := progress(harness.storage.engine, harness.study._study_id)).running or now.running[0].epoch < 2
-        ):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        freeze(worker, harness.storage.engine)
-        time.sleep(1.5)
+        freeze(worker, harness)
+        (tmp_path / "go").touch()
+        wait_for(lambda: not progress(harness.storage.engine, harness.study._study_id).running)  # its lease ran out
         harness.work(most=1)  # takes over trial 0 and settles it
         before = harness.outcome()[0]
         assert before[1] == TrialState.COMPLETE
@@ -252,13 +278,14 @@ def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) 
 
 
 def test_a_worker_waits_for_others_and_takes_over(sqlite_url: str) -> None:
-    """Nothing to claim while another lives; its trial, once it is dead."""
+    """Nothing to claim while another's lease lasts; its trial, once that is over."""
     harness = Harness(sqlite_url, config_of(policy={"alpha": 60, "beta": 0.5}))
-    other = Queue(harness.storage.engine, harness.study._study_id, owner="other", seconds=2)
+    other = Queue(harness.storage.engine, harness.study._study_id, owner="other")
     assert other.claim() is not None
     assert harness.queue().claim() is None
     assert harness.queue().unfinished() == 1
-    time.sleep(2.2)
+    with harness.storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
     harness.work()
     assert harness.study.trials[0].state == TrialState.COMPLETE
 
@@ -287,8 +314,11 @@ def test_a_workers_start_waits_for_a_database_that_is_away(restartable: Postgres
     assert person.returncode == 2
     assert "cannot use the database" in person.stderr
     supervised = environment | {"STUDY_SUPERVISED": str(os.getpid())}
-    worker = subprocess.Popen(command, env=supervised, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    time.sleep(6)
+    with socket.create_server(("127.0.0.1", restartable.port)) as nothing:
+        worker = subprocess.Popen(command, env=supervised, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        nothing.settimeout(100)
+        for _ in range(2):  # it has asked, got no answer and asked again
+            nothing.accept()[0].close()
     restartable.control("start")
-    _, said = worker.communicate(timeout=60)
+    _, said = worker.communicate(timeout=100)
     assert worker.returncode == 0, said

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from storage import checkpoints, queries
 from storage import engine as engine_module
+from storage import retry as retry_module
 from storage.engine import open_storage
 from storage.enqueue import enqueue_trials
 from storage.errors import UserError

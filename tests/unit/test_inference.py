@@ -10,15 +10,19 @@ from scipy import stats
 
 from dashboards.statistics import LEVEL, any_difference, binomial_noise, compare, detectable, holm, summary
 
-RNG = np.random.default_rng(0)
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Of each test's own: the draws must not depend on which tests ran before in the same process."""
+    return np.random.default_rng(0)
 
 
 def by_seed(values: list[float]) -> dict[int, float]:
     return dict(enumerate(values))
 
 
-def test_summary_is_scipys() -> None:
-    values = RNG.normal(0.8, 0.02, 7).tolist()
+def test_summary_is_scipys(rng: np.random.Generator) -> None:
+    values = rng.normal(0.8, 0.02, 7).tolist()
     found = summary(values)
     low, high = stats.t.interval(0.95, 6, loc=np.mean(values), scale=stats.sem(values))
     assert (found.n, found.mean, found.sd) == (7, pytest.approx(np.mean(values)), pytest.approx(stats.tstd(values)))
@@ -31,8 +35,8 @@ def test_one_value_has_no_interval_and_none_no_mean() -> None:
         summary([])
 
 
-def test_comparison_is_scipys_and_pairs_by_seed() -> None:
-    ours, theirs = RNG.normal(0.8, 0.02, 9), RNG.normal(0.79, 0.02, 9)
+def test_comparison_is_scipys_and_pairs_by_seed(rng: np.random.Generator) -> None:
+    ours, theirs = rng.normal(0.8, 0.02, 9), rng.normal(0.79, 0.02, 9)
     shuffled = {seed: float(theirs[seed]) for seed in reversed(range(9))} | {77: 0.1}
     found = compare("a", "b", by_seed(ours.tolist()), shuffled)
     assert found is not None
@@ -68,11 +72,11 @@ def test_holm_is_the_textbooks() -> None:
 
 
 @pytest.mark.parametrize("n", [3, 5, 20])
-def test_intervals_cover_and_false_alarms_stay_at_their_level(n: int) -> None:
+def test_intervals_cover_and_false_alarms_stay_at_their_level(n: int, rng: np.random.Generator) -> None:
     """500 studies without any effect: the interval misses 0, and the test cries, in 5 % of them (within 4 sd)."""
     trials = 500
     alarms = misses = 0
-    for draws in RNG.normal(0.0, 0.01, (trials, n)):
+    for draws in rng.normal(0.0, 0.01, (trials, n)):
         found = compare("a", "b", by_seed(draws.tolist()), dict.fromkeys(range(n), 0.0))
         assert found is not None
         assert found.p_t is not None
@@ -85,25 +89,25 @@ def test_intervals_cover_and_false_alarms_stay_at_their_level(n: int) -> None:
     assert abs(misses / trials - LEVEL) < tolerance
 
 
-def test_a_family_cries_wolf_in_one_of_twenty() -> None:
+def test_a_family_cries_wolf_in_one_of_twenty(rng: np.random.Generator) -> None:
     """200 families of four comparisons without effect: at least one finding in at most 5 % of them."""
     wolves = 0
-    for draws in RNG.normal(0.0, 0.01, (200, 4, 5)):
+    for draws in rng.normal(0.0, 0.01, (200, 4, 5)):
         found = [compare("a", "b", by_seed(row.tolist()), dict.fromkeys(range(5), 0.0)) for row in draws]
         wolves += any(c.finding != "cannot tell" for c in holm([c for c in found if c is not None]))
     assert wolves / 200 < LEVEL + 4 * math.sqrt(LEVEL * (1 - LEVEL) / 200)
 
 
 @pytest.mark.parametrize("n", [3, 5, 20])
-def test_what_is_detectable_is_found_in_four_of_five(n: int) -> None:
+def test_what_is_detectable_is_found_in_four_of_five(n: int, rng: np.random.Generator) -> None:
     effect = detectable(0.01, n)
-    draws = RNG.normal(effect, 0.01, (4000, n))
+    draws = rng.normal(effect, 0.01, (4000, n))
     found = stats.ttest_1samp(draws, 0.0, axis=1).pvalue < LEVEL
     assert abs(found.mean() - 0.8) < 4 * math.sqrt(0.16 / 4000)
 
 
-def test_friedman_is_scipys_and_needs_three() -> None:
-    groups = [by_seed(RNG.normal(0.5, 0.1, 6).tolist()) for _ in range(4)]
+def test_friedman_is_scipys_and_needs_three(rng: np.random.Generator) -> None:
+    groups = [by_seed(rng.normal(0.5, 0.1, 6).tolist()) for _ in range(4)]
     expected = stats.friedmanchisquare(*[list(g.values()) for g in groups]).pvalue
     assert any_difference(groups) == pytest.approx(expected)
     assert any_difference(groups[:2]) is None
@@ -111,6 +115,6 @@ def test_friedman_is_scipys_and_needs_three() -> None:
     assert any_difference([{0: 0.1, 1: 0.2, 2: 0.3}] * 3) == 1.0
 
 
-def test_binomial_noise_is_what_guessing_gives() -> None:
-    hits = RNG.binomial(500, 0.85, 20000) / 500
+def test_binomial_noise_is_what_guessing_gives(rng: np.random.Generator) -> None:
+    hits = rng.binomial(500, 0.85, 20000) / 500
     assert binomial_noise(0.85, 500) == pytest.approx(hits.std(), rel=0.03)

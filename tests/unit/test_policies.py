@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from study.config.models import POLICY_PARAMETERS
 from study.training.policies import POLICIES, Dynamic, Policy, decide, exchange, make_policy
 from study.training.rng import generator
 
+unhurried = functools.partial(settings, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no fault of the code."""
+
 
 def policy_of(name: str, set_up: dict[str, Any]) -> Policy:
     """The policy with those of the parameters that mean something to it."""
-    return make_policy(
-        name, **{key: set_up[key] for key in ("total", "seed", *POLICY_PARAMETERS[name]) if key in set_up}
-    )
+    keys = ("total", "seed", *POLICY_PARAMETERS[name])
+    return make_policy(name, **{key: set_up[key] for key in keys if key in set_up})
 
 
 def test_every_policy_of_the_config_exists() -> None:
@@ -49,7 +52,7 @@ def members(policy: Policy) -> set[int]:
 
 @pytest.mark.parametrize("name", POLICIES)
 @given(set_up=set_ups(), curve=accuracies)
-@settings(max_examples=60, deadline=None)
+@unhurried(max_examples=60)
 def test_active_set_always_has_alpha_images_none_twice(name: str, set_up: dict[str, Any], curve: list[float]) -> None:
     policy = policy_of(name, set_up)
     size = set_up["total"] if name in ("full", "infobatch") else set_up["alpha"]
@@ -62,7 +65,7 @@ def test_active_set_always_has_alpha_images_none_twice(name: str, set_up: dict[s
 
 
 @given(set_up=set_ups(), curve=accuracies)
-@settings(max_examples=200, deadline=None)
+@unhurried(max_examples=200)
 def test_dynamic_follows_section_3(set_up: dict[str, Any], curve: list[float]) -> None:
     """Against the design page's words, with the state kept here anew: branch, base, k, beta."""
     policy = policy_of("dynamic", set_up)
@@ -152,7 +155,7 @@ def test_beta_decays_with_the_epoch_only_where_equation_3_says() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 @given(set_up=set_ups(), before=accuracies, after=accuracies)
-@settings(max_examples=40, deadline=None)
+@unhurried(max_examples=40)
 def test_a_restored_policy_draws_the_same(
     name: str, set_up: dict[str, Any], before: list[float], after: list[float]
 ) -> None:
@@ -174,7 +177,7 @@ def test_a_restored_policy_draws_the_same(
 
 
 @given(total=st.integers(2, 300), ratio=st.floats(0.05, 0.95), seed=st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@unhurried(max_examples=60)
 def test_infobatch_leaves_out_a_part_of_the_easy_images_and_weighs_the_rest(
     total: int, ratio: float, seed: int
 ) -> None:
