@@ -110,7 +110,7 @@ def test_a_study_is_seen_as_it_runs(finished: tuple[Dashboard, Page]) -> None:
     curves = page.locator(".js-plotly-plot", has_text="Step")
     expect(curves.locator(".scatterlayer .trace")).to_have_count(4)
     history = page.locator(".js-plotly-plot").first
-    assert history.locator(".scatterlayer .point").count() >= 4
+    history.locator(".scatterlayer .point").nth(3).wait_for(state="attached")
     assert min(colours(curves), colours(history)) > 20
 
 

@@ -52,7 +52,7 @@ def outcome(url: str, name: str) -> list[tuple[Any, ...]]:
     return [(row.number, row.state, row.parameters, row.value, timeless[row.number]) for row in view.rows]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := condition():
@@ -195,7 +195,7 @@ def test_dashboard_serves_the_study_on_loopback(finished: Path) -> None:
         assert [s["study_name"] for s in studies] == ["quick"]
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "terminate", "kill the launcher", "kill the worker"])
@@ -256,7 +256,7 @@ def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tm
     """
     url = postgres.new_database()
     searched = ["--set", "search.sampler=tpe", "--set", "policy.beta={low=0.1, high=0.9}", "--trials", "7"]
-    searched += ["--set", "lease.seconds=100"]
+    searched += ["--set", "lease.seconds=600"]
     launcher = started("launch", "quick", *SMALL, *searched, "--workers", "2", "--storage", url, cwd=tmp_path)
     two: list[int] = []
     while len(two) < 2:

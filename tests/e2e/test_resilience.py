@@ -22,13 +22,13 @@ from optuna.trial import TrialState
 
 from storage import retry as retry_module
 from storage.engine import open_storage
-from storage.queries import progress
+from storage.queries import epoch_rows, progress
 from storage.queue import Queue
 from study.create import load_study
 from study.training.trainer import Trainer
 from study.trial.runner import DatabaseUnavailable
 from tests.e2e.test_command import is_stopped, there, wait_for
-from tests.support.harness import Harness, StopAfter, config_of, scripted_accuracies
+from tests.support.harness import Harness, StopAfter, config_of, scripted_accuracies, writers_have_ended
 from tests.support.postgres import Postgres
 
 Outcome = list[tuple[Any, ...]]
@@ -122,7 +122,11 @@ def test_asked_to_stop_while_the_database_is_away(
     restartable: Postgres, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is asked to stop does not wait for the database: with such patience that would outlast the test."""
-    monkeypatch.setattr(retry_module, "PATIENCE_SECONDS", 100_000)
+    monkeypatch.setattr(retry_module, "PATIENCE_SECONDS", 1e5)
+    later = 0.0
+    monkeypatch.setattr(
+        retry_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later, sleep=time.sleep)
+    )
     harness = Harness(restartable.new_database(), config_of())
     steps = 0
 
@@ -135,6 +139,8 @@ def test_asked_to_stop_while_the_database_is_away(
 
     harness.work(stop, most=1)
     assert any("its checkpoint is in" in line for line in harness.messages)
+    later = 1e6  # its process would have ended, and the thread that still waits with it
+    writers_have_ended()
     restartable.control("start")
     with harness.storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
@@ -192,6 +198,7 @@ def test_pruners_decide_the_same_with_and_without_kills(pruning: dict[str, Any],
                 break
             except Killed:
                 kills += 1
+                writers_have_ended()
                 with killed.storage.engine.begin() as connection:
                     connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
     assert kills == KILLS
@@ -226,8 +233,8 @@ def freeze(worker: subprocess.Popen[str], harness: Harness) -> None:
     """
     while True:
         wait_for(lambda: is_stopped(worker.pid))
-        (running,) = progress(harness.storage.engine, harness.study._study_id).running
-        if running.epoch >= 2 and not within_a_transaction(harness.storage.engine):
+        stored = epoch_rows(harness.storage.engine, harness.study._study_id).get(0, [])
+        if len(stored) >= 2 and not within_a_transaction(harness.storage.engine):
             return
         os.kill(worker.pid, signal.SIGCONT)
         time.sleep(0.1)

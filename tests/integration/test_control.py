@@ -22,6 +22,7 @@ from storage import budgets, queue, stop_requests
 from storage.engine import database_time, open_storage
 from storage.errors import UserError
 from storage.schema import ATTEMPTS, EPOCHS, SPENDING
+from study.worker import stop_monitor
 from study.worker.stop_monitor import StopMonitor
 from tests.e2e.test_command import wait_for, working
 from tests.support.harness import Harness, config_of
@@ -228,8 +229,8 @@ def test_a_worker_looks_at_a_far_budget_seldom_and_at_a_near_one_after_every_epo
     monkeypatch.setattr(budgets, "recent_spending", spent)
     # Time stands still: the looks are those after epochs.
     over = threading.Event()
-    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: over.wait() and sys.exit())
-    monkeypatch.setattr(stopping, "time", clock)
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: over.wait())
+    monkeypatch.setattr(stop_monitor, "time", clock)
 
     def epochs_and_looks(budget: float) -> int:
         budgets.set_budgets(engine, study_id, {"images": budget})
@@ -237,6 +238,8 @@ def test_a_worker_looks_at_a_far_budget_seldom_and_at_a_near_one_after_every_epo
         stop.watch(engine, study_id)
         looks.clear()
         harness.work(stop, most=1)
+        stop._stop()  # its thread ends, without another check
+        stop._study = None
         return len(looks)
 
     # After the first of 20 epochs: nobody was at work before, so there was no pace to go by.

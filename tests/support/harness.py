@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,14 @@ def scripted_accuracies(rule: Callable[[Trainer], float]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_ended", lambda trainer, _, started: real(trainer, rule(trainer), started))
         yield
+
+
+def writers_have_ended() -> None:
+    """Wait for what a worker in this process has left behind: until then it can renew the lease of its trial."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("writer-"):
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 class _Messages(logging.Handler):

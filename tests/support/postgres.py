@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import socket
+import subprocess
 import tempfile
 import uuid
 from contextlib import suppress
@@ -30,8 +31,14 @@ class Postgres:
         if trust:
             with (self.server.pgdata / "pg_hba.conf").open("a") as rules:
                 rules.write(f"host all all {trust} trust\n")
-        self.port = free_port()
-        self.control("start")
+        for last in (False, False, True):
+            self.port = free_port()
+            try:
+                self.control("start")
+                break
+            except subprocess.CalledProcessError:  # another program was quicker to take the port
+                if last:
+                    raise
 
     def control(self, verb: str, *options: str) -> None:
         """`pg_ctl VERB`."""
