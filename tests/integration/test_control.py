@@ -148,8 +148,8 @@ def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who adds up is not done before all others have been told the old sums, which are fresh for 40 s from when they
-    were claimed.
+    """All find the sums old before the first of them claims to add up, and that one is not done before all others have
+    been told the old ones, which are fresh for 40 s from when they were claimed.
     """
     harness = Harness(url, config_of())
     study_id = harness.study._study_id
@@ -157,21 +157,27 @@ def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.Monk
     with harness.storage.engine.begin() as connection:
         connection.execute(sa.update(SPENDING).values(took=4.0, at=database_time(harness.storage.engine) - 45.0))
     added: list[Any] = []
-    told: list[budgets.Spending] = []
-    all_there, real = threading.Barrier(8), budgets.spending
+    told: list[control.Spent] = []
+    all_old, all_told, real = threading.Barrier(8), threading.Barrier(8), control.spent
+
+    def has_read(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if f"FROM {SPENDING.name}" in statement.replace("\n", ""):
+            all_old.wait(30)
 
     def spent(*where: Any) -> budgets.Spending:
         added.append(where)
-        all_there.wait(30)
+        all_told.wait(30)
         return real(*where)
 
     def ask(engine: sa.Engine) -> None:
         told.append(budgets.recent_spending(engine, study_id))
         if told[-1] == old:
-            all_there.wait(30)
+            all_told.wait(30)
 
     monkeypatch.setattr(budgets, "spending", spent)
     engines = [open_storage(url, create=False).engine for _ in range(8)]
+    for engine in engines:
+        sa.event.listen(engine, "after_cursor_execute", has_read)
     threads = [threading.Thread(target=ask, args=(engine,)) for engine in engines]
     for thread in threads:
         thread.start()
