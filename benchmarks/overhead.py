@@ -154,11 +154,14 @@ def share(url: str) -> list[dict[str, float]]:
     """Trials one after the other in one worker; seconds of each by what they went into."""
     import torch
 
+    from storage.queue import Queue
     from study.search.pruners import make_pruner
     from study.training.policies import KEEP
     from study.training.trainer import EpochResult, Trainer
     from study.trial import runner
+    from study.trial.runner import run_trial
     from study.worker import worker
+    from study.worker.stop_monitor import StopMonitor
 
     clock = {"training": 0.0, "asked": 0.0, "began": 0.0, "ended": 0.0}
 
@@ -270,7 +273,7 @@ def decisions(url: str, stock: bool) -> dict[str, list[float]]:
         study.pruner = (stock_pruner if stock else make_pruner)(settings, 1000)
         lease = queue.claim()
         assert lease is not None
-        scribe, times = TrialWriter(study, queue, lease), []
+        writer, times = TrialWriter(study, queue, lease, identity={}), []
         for epoch in range(1, 101):
             if epoch % 40 == 0:
                 storage.set_trial_state_values(others.pop(0)._trial_id, TrialState.COMPLETE, [0.5])
@@ -280,7 +283,7 @@ def decisions(url: str, stock: bool) -> dict[str, list[float]]:
             if stock:
                 study.pruner.prune(study, study._storage.get_trial(lease.trial_id))
             else:
-                scribe._ask_pruner({epoch: value})
+                writer._ask_pruner({epoch: value})
             times.append(1000 * (time.perf_counter() - began))
         found[kind] = times[1:]  # the first reads the study, which is part of the start
         queue.finish(lease, TrialState.COMPLETE, [0.9])

@@ -73,7 +73,7 @@ def node(cluster: Cluster) -> Iterator[Any]:
 
 
 def command(cluster: Cluster, url: str, *arguments: str) -> list[str]:
-    return ["resume", "s", "--storage", url, "--on", "ray", "--address", cluster.address, *HALF, *arguments]
+    return ["resume", "s", "--storage", url, "--launcher", "ray", "--address", cluster.address, *HALF, *arguments]
 
 
 def started(cluster: Cluster, url: str, cwd: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -127,7 +127,7 @@ def outcomes(harness: Harness) -> list[str | None]:
 def test_a_cluster_of_its_own(sqlite_url: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
     """Where none runs (so before the others here), one is started for the command; it cannot be left behind."""
     harness = Harness(sqlite_url, config_of())
-    asked = ["resume", "s", "--storage", sqlite_url, "--on", "ray", "--device", "cpu", "--workers", "1"]
+    asked = ["resume", "s", "--storage", sqlite_url, "--launcher", "ray", "--device", "cpu", "--workers", "1"]
     told = study(*asked, "--detach", cwd=tmp_path)
     assert told.returncode == 2
     assert "ray start --head" in told.stderr
@@ -211,11 +211,11 @@ def test_what_other_nodes_cannot_reach_is_refused(postgres: Postgres, tmp_path: 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     typed = "postgresql://me:hunter2@127.0.0.1:1/studies"
     for arguments, what in (
-        (["--on", "ray", "--storage", typed], "Ray shows a launcher's arguments; put the password into $PGPASSWORD"),
-        (["--on", "ray", "--device", "cuda:1"], "Ray chooses the device"),
-        (["--on", "ray", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
+        (["--launcher", "ray", "--storage", typed], "Ray shows a launcher's arguments; put the password into $PGPASSWORD"),
+        (["--launcher", "ray", "--device", "cuda:1"], "Ray chooses the device"),
+        (["--launcher", "ray", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
         (["--workers", "0"], "at least 1, or max"),
-        (["--gpus-per-worker", "1"], "need --on ray"),
+        (["--gpus-per-worker", "1"], "need --launcher ray"),
     ):
         told = study("launch", "quick", *arguments, cwd=tmp_path)
         assert told.returncode == 2, told.stderr
@@ -228,7 +228,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 def test_a_cluster_of_the_environment_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """Not waited for, and not replaced by another."""
     for address in ("ray://127.0.0.1:1", "127.0.0.1:1"):
-        told = study("launch", "quick", "--on", "ray", cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": address})
+        told = study("launch", "quick", "--launcher", "ray", cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": address})
         assert told.returncode == 2, told.stderr
         assert f"no Ray cluster at --address {address}" in told.stderr
         assert len(told.stderr.splitlines()) == 1
@@ -323,7 +323,7 @@ def test_each_node_decodes_its_images_once(cluster: Cluster, postgres: Postgres,
     decoded = "decoding 122 images"
     asked = ["launch", "quick", "--set", "data.name=imagefolder", "--data-root", str(root), "--storage", url]
     asked += ["--set", "policy.alpha=[50]", "--set", "training.epochs=2000", "--set", "pruning=none"]
-    asked += ["--on", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
+    asked += ["--launcher", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
     launcher = subprocess.Popen([sys.executable, "-m", "study", *asked], stderr=subprocess.PIPE, text=True)
     try:
         engine, study_id = wait_for(lambda: there(url, "quick"))
@@ -354,7 +354,7 @@ def test_a_node_that_refuses_and_a_worker_that_dies_are_not_the_studys_end(
     asked += ["--set", "policy.alpha=[50]", "--set", "training.epochs=100", "--set", "pruning=none"]
     laid = study(*asked, "--device", "cpu", "--budget", "1 images", cwd=tmp_path)
     assert laid.returncode == 130, laid.stderr
-    there_it_is = ["--on", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
+    there_it_is = ["--launcher", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
     nowhere = ["resume", "quick", "--storage", url, "--data-root", "/nowhere", "--budget", "none"]
     refused = study(*nowhere, *there_it_is, cwd=tmp_path)
     assert refused.returncode == 2, refused.stderr
@@ -445,7 +445,7 @@ def test_machines_with_addresses_of_their_own(
     net, url = machines
     harness = Harness(url, config_of(**LONG))
     token = os.environ | TOKEN
-    asked = ["resume", "s", "--on", "ray", "--address", f"ray://{net.address('head')}:10001", "--device", "cpu"]
+    asked = ["resume", "s", "--launcher", "ray", "--address", f"ray://{net.address('head')}:10001", "--device", "cpu"]
     Harness(f"sqlite:///{tmp_path / 'study.db'}", config_of())
     stranger = study(*asked, "--storage", url, cwd=tmp_path)
     assert stranger.returncode == 2, stranger.stderr

@@ -29,6 +29,7 @@ SMALL = [
     *("--set", "network.width=0.125", "--set", "data.train_images=300", "--set", "policy.alpha=[100, 150]"),
     *("--set", "policy.beta=[0.3, 0.6]", "--set", "training.epochs=6", "--set", "training.batch_size=50"),
     *("--set", "pruning=none", "--set", "checkpoint.every_seconds=0", "--set", "lease.seconds=1.5", "--device", "cpu"),
+    *("--workers", "1"),
 ]
 """The smallest study that is one: digits, an eighth of the width; every step checkpointed, short leases."""
 
@@ -134,10 +135,10 @@ def undisturbed(finished: Path) -> list[tuple[Any, ...]]:
 
 
 def test_status_tells_people_and_programs(finished: Path) -> None:
-    told = json.loads(study("status", "quick", "--json", cwd=finished).stdout)
+    told = json.loads(study("status", "quick", "--json", "-", cwd=finished).stdout)
     assert told["name"] == "quick"
-    assert told["tickets"] == 4
-    assert told["states"] == {"waiting": 0, "running": 0, "complete": 4, "pruned": 0, "failed": 0}
+    assert told["total"] == told["tickets"] == 4
+    assert told["states"] == {"waiting": 0, "running": 0, "interrupted": 0, "complete": 4, "pruned": 0, "failed": 0}
     assert set(told["best_params"]) == {"alpha", "beta"}
     assert 0 < told["best_value"] <= 1
     people = study("status", "quick", cwd=finished).stdout
@@ -148,7 +149,7 @@ def test_status_tells_people_and_programs(finished: Path) -> None:
 def test_launching_again_adds_nothing(finished: Path, undisturbed: list[tuple[Any, ...]]) -> None:
     again = study("launch", "quick", *SMALL, cwd=finished)
     assert again.returncode == 0
-    assert "going on with" in again.stderr
+    assert "resuming study" in again.stderr
     assert outcome(f"sqlite:///{finished}/study.db", "quick") == undisturbed
 
 
@@ -240,7 +241,7 @@ def test_a_study_moves_by_file_and_by_copy(finished: Path, undisturbed: list[tup
     assert outcome(f"sqlite:///{tmp_path}/other.db", "again") == undisturbed
     assert "study resume again" in fine("copy", "again", "--from", "sqlite:///other.db", "--to", "sqlite:///third.db")
     refused = study("delete", "again", cwd=tmp_path, stdin=subprocess.DEVNULL)
-    assert (refused.returncode, "say --yes" in refused.stderr) == (2, True)
+    assert (refused.returncode, "use --yes" in refused.stderr) == (2, True)
     fine("delete", "again", "--yes")
     assert "there are none yet" in study("status", "again", cwd=tmp_path).stderr
     refused = study("export", "nope", "x.study", "--storage", home, cwd=tmp_path)
@@ -279,8 +280,8 @@ def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tm
     _, said = joined.communicate(timeout=120)
     assert (launcher.returncode, joined.returncode) == (0, 0), err + said
     assert {*two, joined.pid} <= set(settled())
-    told = json.loads(study("status", "quick", "--json", "--storage", url, cwd=tmp_path).stdout)
-    assert told["states"]["complete"] == told["tickets"] == 7
+    told = json.loads(study("status", "quick", "--json", "-", "--storage", url, cwd=tmp_path).stdout)
+    assert told["states"]["complete"] == told["total"] == 7
     assert "7 complete" in out
 
 
@@ -294,7 +295,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def refused(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["study", *arguments])
         with pytest.raises(SystemExit) as end:
-            app.run()
+            app.main()
         assert end.value.code == 2
         captured = capsys.readouterr()
         assert captured.out == ""
@@ -316,7 +317,7 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["lunch"], "No such command"),
     (["launch", "quick", "--sett", "x=1"], "No such option"),
     (["launch", "quick", "--set", "training.epoch=5"], "unknown key training.epoch (did you mean 'epochs'?)"),
-    (["launch", "quick", "--set", "policy.alpha=0"], "at least 1, got 0"),
+    (["launch", "quick", "--set", "policy.alpha=0"], "from 1 to 1,000,000,000, got 0"),
     (["launch", "quick", "--set", "policy.alpha=1079"], "at most the 1078 training images of 'digits'"),
     (["launch", "quick", "--set", "policy.beta=1.01"], "(0, 1], got 1.01"),
     (["launch", "quick", "--set", "policy.delta=-1"], "at least 0, got -1"),

@@ -22,6 +22,7 @@ from storage import budgets, queue, stop_requests
 from storage.engine import database_time, open_storage
 from storage.errors import UserError
 from storage.schema import ATTEMPTS, EPOCHS, SPENDING
+from study import exit_codes
 from study.worker import stop_monitor
 from study.worker.stop_monitor import StopMonitor
 from tests.e2e.test_command import wait_for, working
@@ -157,8 +158,8 @@ def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.Monk
     with harness.storage.engine.begin() as connection:
         connection.execute(sa.update(SPENDING).values(took=4.0, at=database_time(harness.storage.engine) - 45.0))
     added: list[Any] = []
-    told: list[control.Spent] = []
-    all_old, all_told, real = threading.Barrier(8), threading.Barrier(8), control.spent
+    told: list[budgets.Spending] = []
+    all_old, all_told, real = threading.Barrier(8), threading.Barrier(8), budgets.spending
 
     def has_read(_: Any, __: Any, statement: str, *___: Any) -> None:
         if f"FROM {SPENDING.name}" in statement.replace("\n", ""):
@@ -281,7 +282,7 @@ def test_a_budget_ends_the_work_and_a_larger_one_goes_on(command: Any) -> None:
     """12 trials of 2 epochs; 3,000 images are spent somewhere in the fourth."""
     first = command(*LAUNCH, "--set", "training.epochs=2", "--workers", "2", "--budget", "3000 images")
     said, _ = first.communicate(timeout=120)
-    assert first.returncode == 130, said
+    assert first.returncode == exit_codes.BUDGET_SPENT, said
     assert "the budget is spent" in said
     status = command("status", "quick").communicate(timeout=60)[0]
     spent = float(status.partition("spent ")[2].partition(" of")[0].replace(",", ""))
@@ -302,8 +303,8 @@ def test_eight_workers_overrun_a_budget_by_an_epoch_each_at_most(
 ) -> None:
     launched = command(*LAUNCH, "--set", "training.epochs=1000", "--workers", "8", "--budget", budget)
     said, _ = launched.communicate(timeout=600)
-    assert launched.returncode == 130, said
-    told = json.loads(command("status", "quick", "--json").communicate(timeout=60)[0])
+    assert launched.returncode == exit_codes.BUDGET_SPENT, said
+    told = json.loads(command("status", "quick", "--json", "-").communicate(timeout=60)[0])
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'study.db'}")
     longest = sa.func.max(EPOCHS.c.train_seconds + EPOCHS.c.validation_seconds + EPOCHS.c.selection_seconds)
     with engine.connect() as connection:
@@ -324,15 +325,15 @@ def test_eight_workers_overrun_a_budget_by_an_epoch_each_at_most(
 
 def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> None:
     endless = (*LAUNCH, "--set", "training.epochs=100000")
-    launched = command(*endless)
+    launched = command(*endless, "--workers", "1")
     url = f"sqlite:///{tmp_path / 'study.db'}"
     wait_for(lambda: working(url, "quick"))
     alone = command("worker", "quick", "--device", "cpu")
     wait_for(lambda: alone.pid in working(url, "quick"))
     assert len(working(url, "quick")) == 2
     assert command("stop", "quick").wait(60) == 0
-    assert launched.wait(60) == 130
-    assert alone.wait(60) == 130
+    assert launched.wait(60) == exit_codes.STOPPED
+    assert alone.wait(60) == exit_codes.STOPPED
     engine = sa.create_engine(url)
     with engine.connect() as connection:
         states = connection.exec_driver_sql("SELECT state, count(*) FROM trials GROUP BY state").all()
@@ -342,27 +343,26 @@ def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> No
     for start in (("worker", "quick", "--device", "cpu"), endless):
         refused = command(*start)  # a machine that restarts its launcher must not take the request back
         said, _ = refused.communicate(timeout=60)
-        assert refused.returncode == 130
-        assert "asked to stop by `study stop`; go on with: study resume quick" in said
+        assert refused.returncode == exit_codes.STOPPED
+        assert "stopped by `study stop`" in said
     resumed = command("resume", "quick", "--device", "cpu", "--budget", "1 images")
     said, _ = resumed.communicate(timeout=60)
-    assert resumed.returncode == 130
-    assert "stopped: the budget is spent" in said
-    assert "go on with: study resume quick --budget" in said
+    assert resumed.returncode == exit_codes.BUDGET_SPENT
+    assert "the budget is spent; continue with: study resume quick --budget" in said
 
 
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--budget", "3 kWh"), "a budget in kWh needs devices that tell their energy; cpu does not"),
+        (("--budget", "3 kWh"), "a budget in kWh needs devices that report their energy; cpu does not"),
         (("--workers", "9" * 20), "--workers must be at most"),
         (
-            ("--on", "ray", "--cpus-per-worker", "inf"),
+            ("--launcher", "ray", "--cpus-per-worker", "inf"),
             "--cpus-per-worker must be 0 or a number from 0.0001 on, got inf",
         ),
-        (("--on", "ray", "--gpus-per-worker", "0.00001"), "--gpus-per-worker must be 0 or a number from 0.0001 on"),
-        (("--on", "ray", "--storage", "postgresql://me:hunt%65r2@h/x"), "Ray shows a launcher's arguments"),
-        (("--on", "ray", "--storage", "postgresql://me@h/x?password=hunter2"), "Ray shows a launcher's arguments"),
+        (("--launcher", "ray", "--gpus-per-worker", "0.00001"), "--gpus-per-worker must be 0 or a number from 0.0001 on"),
+        (("--launcher", "ray", "--storage", "postgresql://me:hunt%65r2@h/x"), "Ray shows a launcher's arguments"),
+        (("--launcher", "ray", "--storage", "postgresql://me@h/x?password=hunter2"), "Ray shows a launcher's arguments"),
     ],
 )
 def test_what_workers_cannot_do_is_refused_before_anything_is_made(

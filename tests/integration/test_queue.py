@@ -298,7 +298,7 @@ def test_progress_counts(url: str) -> None:
     worker.record(lease, epoch(2, 0.75), {2: 0.75})
     now = queries.progress(engine, study._study_id)
     assert now.states == {"waiting": 1, "running": 1, "complete": 1, "pruned": 1, "failed": 0}
-    assert (now.total, now.settled, now.epochs, now.best) == (4, 2, 2, 0.5)
+    assert (now.total, now.finished, now.epochs, now.best) == (4, 2, 2, 0.5)
     (running,) = now.running
     assert (running.number, running.owner, running.epoch, running.accuracy) == (2, "me", 2, 0.75)
     assert 0 < running.lease_seconds_left <= 60

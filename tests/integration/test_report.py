@@ -318,7 +318,7 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     assert [word for word in line.split() if word in ("there:7", "20", "50.00")] == ["there:7", "20", "50.00"]
     stop_requests.request_stop(engine, study_id)
     console.print(status.page(status.read(engine, "s")))
-    assert "asked to stop by `study stop`; go on with: study resume s" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "stopped by `study stop`; continue with: study resume s" in console.file.getvalue()  # type: ignore[attr-defined]
     stop_requests.withdraw_stop(engine, study_id)
     budgets.set_budgets(engine, study_id, {"images": 50})
     spent = status.read(engine, "s")

@@ -254,7 +254,7 @@ def test_laying_down_again_changes_nothing_and_other_configs_are_refused(sqlite_
         create_study(harness.storage, "s", "test", harness.config, dataclasses.replace(data, fingerprint="0" * 64))
     stranger = optuna.create_study(study_name="stranger", storage=harness.storage)
     stranger.ask()
-    with pytest.raises(UserError, match="was not laid down by"):
+    with pytest.raises(UserError, match="was not created by"):
         create_study(harness.storage, "stranger", "test", harness.config, data)
 
 
@@ -336,7 +336,7 @@ def test_a_study_of_somebody_else_is_left_alone(sqlite_url: str) -> None:
     optuna.create_study(study_name="minimised", storage=harness.storage, direction="minimize")
     optuna.create_study(study_name="noted", storage=harness.storage, direction="maximize").set_user_attr("a", 1)
     for name in ("minimised", "noted"):
-        with pytest.raises(UserError, match="was not laid down by"):
+        with pytest.raises(UserError, match="was not created by"):
             create_study(harness.storage, name, "test", harness.config, data)
 
 

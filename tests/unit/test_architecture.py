@@ -17,11 +17,12 @@ CONFIG = ("study.config", "storage.errors")
 SEARCH = ("study.search", "storage.optuna_internals", *CONFIG)
 CREATE = ("study.create", *SEARCH, "study.training.data", "storage")
 TRIAL = ("study.trial", *SEARCH, *TRAINING, "storage")
-WORKER = ("study.worker", *TRIAL, *CREATE)
-LAUNCH = ("study.launch", "study.exit_codes", *WORKER)
+WORKER = ("study.worker", "study.exit_codes", *TRIAL, *CREATE)
+LAUNCH = ("study.launch", "study.logs", *WORKER)
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "storage": ("storage",),
     "study.exit_codes": (),
+    "study.logs": ("storage.errors", "storage.text"),
     "study.config": CONFIG,
     "study.search": SEARCH,
     "study.training": TRAINING,

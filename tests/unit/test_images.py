@@ -38,7 +38,7 @@ def history(accuracies: list[float], images: list[int]) -> list[EpochResult]:
         ([30, 10, 10], [{3: 0.5}, {4: 0.5}, {5: 0.7}]),
     ],
 )
-def test_nobody_is_credited_with_images_not_had_yet(images: list[int], expected: list[dict[int, float]]) -> None:
+def test_an_epoch_counts_once_all_its_images_were_trained_on(images: list[int], expected: list[dict[int, float]]) -> None:
     whole = history([0.5, 0.4, 0.7], images)
     assert [reports(whole[: n + 1], 10) for n in range(3)] == expected
 
@@ -107,7 +107,7 @@ def test_hyperband_knows_the_last_step() -> None:
         ({"search": {"cells": [{"alpha": 60}]}}, "search.cells takes the place of lists"),
         (
             {"policy": FIXED, "search": {"cells": [{"alpha": 0}]}},
-            "search.cells: alpha: must be a whole number of at least",
+            "search.cells: alpha: must be a whole number from 1",
         ),
         ({"policy": FIXED, "search": {"cells": [{"depth": 3}]}}, "search.cells: no parameter 'depth'"),
         ({"policy": FIXED, "search": {"cells": [{"lr": -1.0}]}}, "search.cells: lr: must be a number above 0"),
