@@ -24,7 +24,7 @@ MOST_LINES = 60
 """Learning curves drawn one by one; of more than these, all but the best become a band."""
 
 
-def learning_curves(data: StudyData, found: Findings) -> go.Figure | None:
+def learning_curves(data: StudyData, findings: Findings) -> go.Figure | None:
     """Validation accuracy by epoch, marks where the active set was resampled. None if no trial has an epoch yet.
 
     Few settings with several seeds: a colour a setting, its seeds thin, their mean thick. Else the best few trials in
@@ -33,43 +33,57 @@ def learning_curves(data: StudyData, found: Findings) -> go.Figure | None:
     rows = [row for row in data.rows if data.curves.get(row.number)]
     if not rows:
         return None
-    figure, used = go.Figure(), set()
-    if 1 < len(found.cells) <= len(COLOURS) and any(len(cell.rows) > 1 for cell in found.cells):
-        ranked = [row for cell in found.cells for row in cell.ended]
-        for i, cell in enumerate(sorted(found.cells, key=lambda cell: -cell.accuracy.mean)):
-            for row in (row for row in cell.ended if row.number in data.curves):
-                used |= _add_curve(figure, data, row, COLOURS[i], width=1, opacity=0.35, size=5)
-            curves = [data.curves[row.number] for row in cell.rows if row.number in data.curves]
-            y = [100 * float(np.mean([e["accuracy"] for e in epochs])) for epochs in zip(*curves, strict=False)]
-            if y:
-                figure.add_scatter(
-                    x=list(range(1, len(y) + 1)), y=y, mode="lines", line={"color": COLOURS[i], "width": 3},
-                    name=cell.label, legendrank=i,
-                    hovertemplate=f"{cell.label}, mean<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
-                )  # fmt: skip
+    figure = go.Figure()
+    replicated = any(len(cell.rows) > 1 for cell in findings.cells)
+    if replicated and 1 < len(findings.cells) <= len(COLOURS):
+        drawn, kinds = _curves_by_setting(figure, data, findings)
     else:
-        ranked = sorted(rows, key=lambda row: (row.state == "failed", -(row.value or 0.0), row.number))
-        if len(rows) > MOST_LINES:
-            left_out = sum(row.epochs > 0 for row in data.rows) - len(rows)
-            _add_band(figure, [data.curves[row.number] for row in ranked[len(COLOURS) :]], sampled=left_out > 0)
-            ranked = ranked[: len(COLOURS)]
-        for rank, row in reversed(list(enumerate(ranked))):
-            if rank < len(COLOURS):
-                used |= _add_curve(figure, data, row, COLOURS[rank], width=2, opacity=1.0, size=8, rank=rank)
-            else:
-                _add_curve(figure, data, row, REST, width=1, opacity=0.5, size=0)
-    for i, (symbol, meaning) in enumerate(mark for kind, mark in MARKS.items() if kind in used):
+        drawn, kinds = _curves_by_trial(figure, data, rows)
+    for i, (symbol, meaning) in enumerate(mark for kind, mark in MARKS.items() if kind in kinds):
         figure.add_scatter(
             x=[None], y=[None], mode="markers", name=meaning, legendrank=100 + i,
             marker={"symbol": symbol, "color": INK, "size": 8},
         )  # fmt: skip
-    if any(row.state == "pruned" for row in ranked):
+    if any(row.state == "pruned" for row in drawn):
         figure.add_scatter(
             x=[None], y=[None], mode="lines", name="pruned", legendrank=200, line={"dash": "dot", "color": INK}
         )
     figure.update_xaxes(title="epoch", rangemode="tozero")
     figure.update_yaxes(title="validation accuracy (%)")
     return finished(figure, 480)
+
+
+def _curves_by_setting(figure: go.Figure, data: StudyData, findings: Findings) -> tuple[list[TrialRow], set[str]]:
+    """The trials drawn, and the kinds of resampling that are marked."""
+    kinds: set[str] = set()
+    for i, cell in enumerate(sorted(findings.cells, key=lambda cell: -cell.accuracy.mean)):
+        for row in (row for row in cell.ended if row.number in data.curves):
+            kinds |= _add_curve(figure, data, row, COLOURS[i], width=1, opacity=0.35, size=5)
+        curves = [data.curves[row.number] for row in cell.rows if row.number in data.curves]
+        y = [100 * float(np.mean([e["accuracy"] for e in epochs])) for epochs in zip(*curves, strict=False)]
+        if y:
+            figure.add_scatter(
+                x=list(range(1, len(y) + 1)), y=y, mode="lines", line={"color": COLOURS[i], "width": 3},
+                name=cell.label, legendrank=i,
+                hovertemplate=f"{cell.label}, mean<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
+            )  # fmt: skip
+    return [row for cell in findings.cells for row in cell.ended], kinds
+
+
+def _curves_by_trial(figure: go.Figure, data: StudyData, rows: list[TrialRow]) -> tuple[list[TrialRow], set[str]]:
+    """The trials drawn one by one, and the kinds of resampling that are marked."""
+    kinds: set[str] = set()
+    ranked = sorted(rows, key=lambda row: (row.state == "failed", -(row.value or 0.0), row.number))
+    if len(rows) > MOST_LINES:
+        left_out = sum(row.epochs > 0 for row in data.rows) - len(rows)
+        _add_band(figure, [data.curves[row.number] for row in ranked[len(COLOURS) :]], sampled=left_out > 0)
+        ranked = ranked[: len(COLOURS)]
+    for rank, row in reversed(list(enumerate(ranked))):
+        if rank < len(COLOURS):
+            kinds |= _add_curve(figure, data, row, COLOURS[rank], width=2, opacity=1.0, size=8, rank=rank)
+        else:
+            _add_curve(figure, data, row, REST, width=1, opacity=0.5, size=0)
+    return ranked, kinds
 
 
 def _add_curve(

@@ -246,53 +246,69 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudyConfig:
-        faults = []
-        searched = self.searched()
-        if self.policy.alpha is None and not {"full", "infobatch"}.issuperset(self.policies()):
-            faults.append("policy.alpha is needed: the number of images an epoch trains on")
-        if self.training.images is not None and "epochs" in searched:
-            faults.append("training.images takes the place of training.epochs, so epochs cannot be searched")
-        if self.pruning.kind != "none":
-            if self.search.objective != "accuracy":
-                faults.append('pruning goes by accuracy alone: search.objective "accuracy,images" needs pruning "none"')
-            if self.pruning.step == "images" and self.policy.alpha is None:
-                faults.append('pruning.step "images" counts in policy.alpha, which is not given')
-            if self.pruning.step == "epochs" and self.training.images is not None:
-                faults.append('training.images makes epochs unequal: pruning.step must be "images"')
-        if self.search.objective != "accuracy" and self.search.sampler.kind == "cma-es":
-            faults.append('sampler "cma-es" has one objective: search.objective must be "accuracy"')
-        if self.search.sampler.kind == "cma-es" and sum(isinstance(v, Range) for v in searched.values()) < 2:
-            faults.append('sampler "cma-es" needs at least two ranges: it samples neither lists nor a single parameter')
+        faults = [*self._policy_faults(), *self._pruning_faults()]
+        faults += self._grid_faults() if self.search.sampler.kind == "grid" else self._sampler_faults()
         if self.search.cells is not None:
-            cells = [tuple(sorted(cell.items())) for cell in self.search.cells]
-            if len(set(cells)) < len(cells):
-                faults.append("search.cells lists a cell twice; use search.replicates to repeat cells")
-            if self._listed() or self.search.sampler.kind != "grid":
-                faults.append('search.cells takes the place of lists and ranges, and is for sampler "grid"')
-            faults += [f"search.cells: {fault}" for cell in self.search.cells for fault in self.faults_of(cell)]
-        if self.search.sampler.kind == "grid":
-            ranges = [name for name, value in searched.items() if isinstance(value, Range)]
-            if ranges:
-                faults.append(f"a grid needs lists of values, not ranges: {', '.join(ranges)}")
-            trials = self.search.replicates * (
-                math.prod(len(value) for value in searched.values() if isinstance(value, tuple))
-                if self.search.cells is None
-                else len(self.search.cells)
-            )
-            if trials > MOST_TRIALS:
-                faults.append(f"a study has at most {MOST_TRIALS:,} trials, this grid with its replicates {trials:,}")
-            if self.search.trials is not None:
-                faults.append("search.trials does not go with a grid: its cells x search.replicates are the trials")
-        else:
-            if not searched:
-                faults.append(f"nothing to search for sampler {self.search.sampler.kind!r}: give a parameter a range")
-            if self.search.trials is None:
-                faults.append(f"search.trials is needed for sampler {self.search.sampler.kind!r}")
-            if self.search.replicates != 1:
-                faults.append("search.replicates is for grids")
+            faults += self._cells_faults(self.search.cells)
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _policy_faults(self) -> list[str]:
+        faults = []
+        if self.policy.alpha is None and any("alpha" in POLICY_PARAMETERS[name] for name in self.policies()):
+            faults.append("policy.alpha is needed: the number of images an epoch trains on")
+        if self.training.images is not None and "epochs" in self.searched():
+            faults.append("training.images takes the place of training.epochs, so epochs cannot be searched")
+        return faults
+
+    def _pruning_faults(self) -> list[str]:
+        if self.pruning.kind == "none":
+            return []
+        faults = []
+        if self.search.objective != "accuracy":
+            faults.append('pruning goes by accuracy alone: search.objective "accuracy,images" needs pruning "none"')
+        if self.pruning.step == "images" and self.policy.alpha is None:
+            faults.append('pruning.step "images" counts in policy.alpha, which is not given')
+        if self.pruning.step == "epochs" and self.training.images is not None:
+            faults.append('training.images makes epochs unequal: pruning.step must be "images"')
+        return faults
+
+    def _grid_faults(self) -> list[str]:
+        faults, searched = [], self.searched()
+        ranges = [name for name, value in searched.items() if isinstance(value, Range)]
+        if ranges:
+            faults.append(f"a grid needs lists of values, not ranges: {', '.join(ranges)}")
+        lists = [len(value) for value in searched.values() if isinstance(value, tuple)]
+        cells = math.prod(lists) if self.search.cells is None else len(self.search.cells)
+        if cells * self.search.replicates > MOST_TRIALS:
+            trials = cells * self.search.replicates
+            faults.append(f"a study has at most {MOST_TRIALS:,} trials, this grid with its replicates {trials:,}")
+        if self.search.trials is not None:
+            faults.append("search.trials does not go with a grid: its cells x search.replicates are the trials")
+        return faults
+
+    def _sampler_faults(self) -> list[str]:
+        faults, searched, kind = [], self.searched(), self.search.sampler.kind
+        if kind == "cma-es" and self.search.objective != "accuracy":
+            faults.append('sampler "cma-es" has one objective: search.objective must be "accuracy"')
+        if not searched:
+            faults.append(f"nothing to search for sampler {kind!r}: give a parameter a range")
+        elif kind == "cma-es" and sum(isinstance(value, Range) for value in searched.values()) < 2:
+            faults.append('sampler "cma-es" needs at least two ranges: it samples neither lists nor a single parameter')
+        if self.search.trials is None:
+            faults.append(f"search.trials is needed for sampler {kind!r}")
+        if self.search.replicates != 1:
+            faults.append("search.replicates is for grids")
+        return faults
+
+    def _cells_faults(self, cells: tuple[dict[str, int | float | str], ...]) -> list[str]:
+        faults = []
+        if len({tuple(sorted(cell.items())) for cell in cells}) < len(cells):
+            faults.append("search.cells lists a cell twice; use search.replicates to repeat cells")
+        if self._listed() or self.search.sampler.kind != "grid":
+            faults.append('search.cells takes the place of lists and ranges, and is for sampler "grid"')
+        return faults + [f"search.cells: {fault}" for cell in cells for fault in self.faults_of(cell)]
 
     def faults_of(self, cell: Mapping[str, Any]) -> list[str]:
         """What is wrong with the parameters of a cell or a trial, by the rules of the settings that they replace."""

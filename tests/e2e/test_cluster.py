@@ -211,7 +211,10 @@ def test_what_other_nodes_cannot_reach_is_refused(postgres: Postgres, tmp_path: 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     typed = "postgresql://me:hunter2@127.0.0.1:1/studies"
     for arguments, what in (
-        (["--launcher", "ray", "--storage", typed], "Ray shows a launcher's arguments; put the password into $PGPASSWORD"),
+        (
+            ["--launcher", "ray", "--storage", typed],
+            "Ray shows a launcher's arguments; put the password into $PGPASSWORD",
+        ),
         (["--launcher", "ray", "--device", "cuda:1"], "Ray chooses the device"),
         (["--launcher", "ray", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
         (["--workers", "0"], "at least 1, or max"),

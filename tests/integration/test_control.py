@@ -360,9 +360,15 @@ def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> No
             ("--launcher", "ray", "--cpus-per-worker", "inf"),
             "--cpus-per-worker must be 0 or a number from 0.0001 on, got inf",
         ),
-        (("--launcher", "ray", "--gpus-per-worker", "0.00001"), "--gpus-per-worker must be 0 or a number from 0.0001 on"),
+        (
+            ("--launcher", "ray", "--gpus-per-worker", "0.00001"),
+            "--gpus-per-worker must be 0 or a number from 0.0001 on",
+        ),
         (("--launcher", "ray", "--storage", "postgresql://me:hunt%65r2@h/x"), "Ray shows a launcher's arguments"),
-        (("--launcher", "ray", "--storage", "postgresql://me@h/x?password=hunter2"), "Ray shows a launcher's arguments"),
+        (
+            ("--launcher", "ray", "--storage", "postgresql://me@h/x?password=hunter2"),
+            "Ray shows a launcher's arguments",
+        ),
     ],
 )
 def test_what_workers_cannot_do_is_refused_before_anything_is_made(

@@ -38,7 +38,9 @@ def history(accuracies: list[float], images: list[int]) -> list[EpochResult]:
         ([30, 10, 10], [{3: 0.5}, {4: 0.5}, {5: 0.7}]),
     ],
 )
-def test_an_epoch_counts_once_all_its_images_were_trained_on(images: list[int], expected: list[dict[int, float]]) -> None:
+def test_an_epoch_counts_once_all_its_images_were_trained_on(
+    images: list[int], expected: list[dict[int, float]]
+) -> None:
     whole = history([0.5, 0.4, 0.7], images)
     assert [reports(whole[: n + 1], 10) for n in range(3)] == expected
 
