@@ -55,7 +55,9 @@ def standard(split: Split, seed: int, epochs: int, width: float, device: torch.d
 
 def fast(split: Split, seed: int, epochs: int, width: float, device: torch.device) -> float:
     policy = make_policy("full", len(split.train_labels), seed)
-    trainer = Trainer(DeviceData.of(split, device), policy, seed, epochs=epochs, batch_size=BATCH, lr=RATE, width=width)
+    trainer = Trainer(
+        DeviceData.from_split(split, device), policy, seed, epochs=epochs, batch_size=BATCH, lr=RATE, width=width
+    )
     return [result.accuracy for result in trainer.run() if result is not None][-1]
 
 

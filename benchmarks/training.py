@@ -193,7 +193,7 @@ def ours(task: Task) -> Iterator[None]:
     images, labels, classes = task.train()
     names = tuple(map(str, range(classes)))
     split = Split(images, labels, images[:1], labels[:1], images[:1], labels[:1], names)
-    data, policy = DeviceData.of(split, task.device), make_policy("full", len(labels), 0)
+    data, policy = DeviceData.from_split(split, task.device), make_policy("full", len(labels), 0)
     trainer = Trainer(data, policy, 0, epochs=10**6, batch_size=BATCH, width=task.width)
     for result in trainer.run():
         if result is not None:

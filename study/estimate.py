@@ -110,7 +110,7 @@ def measure(config: StudyConfig, device_name: str) -> Pace:
     held = images[: min(validation, VALIDATION_BATCH)], labels[: min(validation, VALIDATION_BATCH)]
     split = Split(images[:size], labels[:size], *held, *held, tuple("0123456789"))
     trainer = Trainer(
-        DeviceData.of(split, device),
+        DeviceData.from_split(split, device),
         make_policy("full", size, 0),
         0,
         epochs=10**6,

@@ -195,7 +195,7 @@ def load_data(study: optuna.Study, config: StudyConfig, root: str | None, device
     check_fingerprint(study, images)
     options = config.data
     split = split_dataset(images, options.protocol, holdout=options.holdout, train_images=options.train_images)
-    return DeviceData.of(split, device, test=options.test)
+    return DeviceData.from_split(split, device, test=options.test)
 
 
 def check_energy(devices: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ BATCH = 64
 @pytest.fixture(scope="module")
 def digits() -> DeviceData:
     be_deterministic(True)
-    return DeviceData.of(split_dataset(sources.load("digits"), "holdout", holdout=0.25), DEVICE, test=True)
+    return DeviceData.from_split(split_dataset(sources.load("digits"), "holdout", holdout=0.25), DEVICE, test=True)
 
 
 class Counting:

@@ -31,7 +31,7 @@ DEVICE = torch.device(os.environ.get("STUDY_TEST_DEVICE", "cpu"))
 @pytest.fixture(scope="module")
 def digits() -> DeviceData:
     be_deterministic(True)
-    return DeviceData.of(split_dataset(sources.load("digits"), "holdout", holdout=0.25), DEVICE)
+    return DeviceData.from_split(split_dataset(sources.load("digits"), "holdout", holdout=0.25), DEVICE)
 
 
 def trainer(digits: DeviceData, policy: str = "dynamic", seed: int = 0, **options: Any) -> Trainer:
@@ -250,7 +250,7 @@ def test_the_last_word_is_the_best_epochs(digits: DeviceData) -> None:
     What validates is made for it: the labels are what one of the networks answers, so that epoch is certainly the best.
     """
     split = split_dataset(sources.load("digits"), "holdout", holdout=0.25)
-    data = DeviceData.of(split, DEVICE, test=True)
+    data = DeviceData.from_split(split, DEVICE, test=True)
 
     def fresh(count: int) -> Trainer:
         return trainer(data, "static", epochs=count, width=0.125)
@@ -344,7 +344,7 @@ def test_normalisation_uses_the_exact_statistics(digits: DeviceData) -> None:
 def test_it_trains_on_real_images() -> None:
     """A few steps on photographs, half as wide: the loss falls, and a resumed copy agrees."""
     dataset = sources.load("imagefolder", os.environ["STUDY_TEST_IMAGES"])
-    data = DeviceData.of(split_dataset(dataset, "holdout", holdout=0.01, train_images=2000), DEVICE)
+    data = DeviceData.from_split(split_dataset(dataset, "holdout", holdout=0.01, train_images=2000), DEVICE)
 
     def fresh() -> Trainer:
         policy = make_policy("dynamic", 2000, 0, alpha=256)

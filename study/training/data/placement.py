@@ -17,19 +17,27 @@ class DeviceData:
     """A split as tensors on one device, shared by all the trials that a worker trains there."""
 
     train_images: Tensor
+    """uint8 in [0, 255], shape [N, height, width, 3], like the other images."""
     train_labels: Tensor
+    """int64, shape [N], like the other labels."""
     validation_images: Tensor
     validation_labels: Tensor
     classes: int
+    """Number of classes."""
     mean: Tensor
     """Per channel of the training images, shape [3], in [0, 255]."""
     std: Tensor
+    """Per channel of the training images, shape [3], in [0, 255]; 1 for a channel without contrast."""
     test_images: Tensor | None = None
     test_labels: Tensor | None = None
 
     @staticmethod
-    def of(split: Split, device: torch.device, *, test: bool = False) -> DeviceData:
-        """`test`: the test split too, for a last word on it."""
+    def from_split(split: Split, device: torch.device, *, test: bool = False) -> DeviceData:
+        """Copy a split to `device`.
+
+        Args:
+            test: the test images too, for one evaluation on them.
+        """
         mean, std = _channel_statistics(split.train_images)
         return DeviceData(
             torch.from_numpy(split.train_images).to(device),
