@@ -71,7 +71,7 @@ def laid(server: Postgres, trials: int) -> str:
             "training": {"epochs": EPOCHS},
         }
     )
-    data = PreparedData("0" * 64, {"train": 1294, "validation": 144, "test": 359}, (1438, 359))
+    data = PreparedData("0" * 64, {"train": 1294, "validation": 144, "test": 359}, (1294, 144, 359))
     create_study(open_storage(url), "s", "scale", config, data)
     return url
 

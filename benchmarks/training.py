@@ -380,7 +380,7 @@ def main() -> None:
     device = pick_device(options.device)
     name, root = ("imagefolder", options.data_root) if options.data_root else ("digits", None)
     decode = time.perf_counter()
-    total = len(sources.load(name, root, print).train_labels)
+    total = len(sources.load(name, root).train_labels)
     decode, again = time.perf_counter() - decode, time.perf_counter()
     sources.load(name, root)
     again = time.perf_counter() - again

@@ -28,7 +28,7 @@ from study.config.models import PROTOCOLS, StudyConfig
 from study.config.values import smallest
 from study.search import space
 from study.training.data import dataset, sources
-from study.training.data.split import split_dataset
+from study.training.data.split import split_dataset, split_notes
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ class PreparedData:
     fingerprint: str
     images: dict[str, int]
     """As the study splits them: train, validation, test."""
-    sizes: tuple[int, int]
-    """Of the data set's training and test split."""
+    sizes: tuple[int, int, int]
+    """The same numbers, in that order."""
 
 
 def prepare(config: StudyConfig, root: str | None) -> PreparedData:
@@ -101,10 +101,12 @@ def prepare(config: StudyConfig, root: str | None) -> PreparedData:
     options = config.data
     images = sources.load(options.name, root)
     split = split_dataset(images, options.protocol, holdout=options.holdout, train_images=options.train_images)
+    for note in (*images.notes, *split_notes(images, split, options.protocol)):
+        logger.info("%s", note)
     space.check_alpha(config, len(split.train_labels))
     labels = {"train": split.train_labels, "validation": split.validation_labels, "test": split.test_labels}
     counts = {name: len(part) for name, part in labels.items()}
-    return PreparedData(images.fingerprint, counts, (len(images.train_labels), len(images.test_labels)))
+    return PreparedData(images.fingerprint, counts, (counts["train"], counts["validation"], counts["test"]))
 
 
 def create_study(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -22,6 +23,8 @@ from study.config.values import largest, middle
 from study.search import space
 from study.training.data import dataset
 from study.training.data.split import Split
+
+logger = logging.getLogger(__name__)
 
 SIZES = {
     "digits": (1438, 359),
@@ -53,9 +56,9 @@ class Load:
     validate: int
 
 
-def split_sizes(config: StudyConfig, sizes: tuple[int, int] | None = None) -> tuple[int, int, int]:
-    """Images that train, that validate, and of the test split, as `datasets.split` would have it."""
-    train, test = sizes or SIZES[config.data.name]
+def split_sizes(config: StudyConfig) -> tuple[int, int, int]:
+    """Images that train, that validate, and of the test split, as `split_dataset` would have it."""
+    train, test = SIZES[config.data.name]
     validation = test
     if config.data.protocol == "holdout":
         validation = round(config.data.holdout * train)
@@ -63,13 +66,13 @@ def split_sizes(config: StudyConfig, sizes: tuple[int, int] | None = None) -> tu
     return min(train, config.data.train_images or train), validation, test
 
 
-def loads(config: StudyConfig, sizes: tuple[int, int] | None = None) -> list[Load]:
+def loads(config: StudyConfig, sizes: tuple[int, int, int] | None = None) -> list[Load]:
     """One for each trial. A range or list that a sampler draws from counts with its middle.
 
     Args:
-        sizes: images of the training and the test split; None: those that the data set is known to have.
+        sizes: images that train, that validate, and of the test split; None: of the data set as it is known.
     """
-    everything, validation, test = split_sizes(config, sizes)
+    everything, validation, test = sizes or split_sizes(config)
     found = []
     for ticket in space.queued_trials(config):
         chosen = {name: middle(value) for name, value in (config.searchable() | ticket.params).items()}
@@ -134,7 +137,7 @@ def measure(config: StudyConfig, device_name: str) -> Pace:
     )
 
 
-def estimate(config: StudyConfig, pace: Pace, devices: int, sizes: tuple[int, int] | None = None) -> str:
+def estimate(config: StudyConfig, pace: Pace, devices: int, sizes: tuple[int, int, int] | None = None) -> str:
     """`about 11 minutes on 2 x NVIDIA …: 21 trials, …`"""
     work = loads(config, sizes)
     where = f"{devices} x {pace.device}" if devices > 1 else pace.device
@@ -157,16 +160,19 @@ def duration(seconds: float) -> str:
 
 def remember(config: StudyConfig, kind: str, pace: Pace) -> None:
     """Keep a pace for `study launch`, which must not wait for a measurement."""
-    file = _file(config, kind)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(pace)))
+    try:
+        file = _file(config, kind)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(pace)))
+    except (OSError, dataset.DataError) as error:
+        logger.warning("the measurement is not kept for `study launch`: %s", error)
 
 
 def recall(config: StudyConfig, kind: str) -> Pace | None:
     """What was last measured on this machine for this network on a `kind` of device (`cpu`, `cuda`, `mps`)."""
     try:
         return Pace(**json.loads(_file(config, kind).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, dataset.DataError):
         return None
 
 

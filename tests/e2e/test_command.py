@@ -351,9 +351,9 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], fault: str,
 
 
 def test_an_undecodable_image_is_named(tmp_path: Path, run: Any) -> None:
-    for part in ("train", "test"):
-        (tmp_path / "images" / part / "cat").mkdir(parents=True)
-        Image.new("RGB", (32, 32)).save(tmp_path / "images" / part / "cat" / "good.png")
+    for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / folder / "good.png")
     (tmp_path / "images" / "train" / "cat" / "bad.png").write_text("no image")
     options = ["--set", "data.name=imagefolder", "--data-root", str(tmp_path / "images"), "--set", "policy.alpha=1"]
     assert "bad.png" in run("launch", "quick", *options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import subprocess
@@ -14,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from study.training.data import dataset, sources
+from study.training.data import sources
 from study.training.data.dataset import DataError, Dataset
-from study.training.data.split import split_dataset
+from study.training.data.split import split_dataset, split_notes, split_off_test
 
 REAL = os.environ.get("STUDY_TEST_IMAGES")
 real_images = pytest.mark.skipif(not REAL, reason="STUDY_TEST_IMAGES names no folder of images")
@@ -63,22 +64,29 @@ def test_fingerprint_sees_every_pixel_and_label() -> None:
         Dataset(images, one.train_labels, *parts).fingerprint,
         Dataset(one.train_images, labels, *parts).fingerprint,
     }
-    assert len(prints) == 3
+    validation = Dataset(one.train_images, one.train_labels, *parts, images[:5], labels[:5])
+    prints.add(validation.fingerprint)
+    images[2] ^= 1
+    prints.add(Dataset(one.train_images, one.train_labels, *parts, images[:5], labels[:5]).fingerprint)
+    assert len(prints) == 5
 
 
-def test_imagefolder_is_decoded_once_and_again_when_it_changes(tmp_path: Path) -> None:
-    root, said = folder(tmp_path / "images", {"a": 3, "b": 700}), []
-    first = sources.load("imagefolder", str(root), said.append)
+def test_imagefolder_is_decoded_once_and_again_when_it_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "study.training.data")
+    root = folder(tmp_path / "images", {"a": 3, "b": 700})
+    first = sources.load("imagefolder", str(root))
     assert first.classes == ("a", "b")
     assert np.bincount(first.train_labels).tolist() == [3, 700]
     assert first.train_images[3 + 200, 0, 0].tolist() == [10, 200, 7]
-    again = sources.load("imagefolder", str(root), said.append)
-    assert len(said) == 1
+    again = sources.load("imagefolder", str(root))
+    assert caplog.messages == [f"decoding 705 images under {root} (once)"]
     assert again.fingerprint == first.fingerprint
     assert np.array_equal(again.train_images, first.train_images)
     Image.new("RGB", (32, 32), (1, 2, 3)).save(root / "train" / "a" / "0001.png")
-    changed = sources.load("imagefolder", str(root), said.append)
-    assert len(said) == 2
+    changed = sources.load("imagefolder", str(root))
+    assert len(caplog.messages) == 2
     assert changed.fingerprint != first.fingerprint
 
 
@@ -95,40 +103,20 @@ def test_imagefolder_takes_other_sizes_val_and_grey(tmp_path: Path) -> None:
 def test_workers_that_start_together_decode_once(tmp_path: Path) -> None:
     root = folder(tmp_path / "images", {"a": 300, "b": 300})
     program = (
-        "import sys; from study.training.data.sources import load; "
-        "print(load('imagefolder', sys.argv[1], lambda line: print(line, flush=True)).fingerprint)"
+        "import logging, sys; from study.training.data.sources import load; "
+        "logging.basicConfig(level=logging.INFO, stream=sys.stdout); "
+        "print(load('imagefolder', sys.argv[1]).fingerprint)"
     )
     environment = os.environ | {"STUDY_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", program, str(root)]
     workers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    told = [worker.communicate(timeout=100)[0].splitlines() for worker in workers]
-    assert sorted(map(len, told)) == [1, 1, 1, 2]  # one decodes
-    assert len({lines[-1] for lines in told}) == 1
-
-
-def test_faults_of_an_imagefolder_are_named(tmp_path: Path) -> None:
-    def fault(root: Path) -> str:
-        with pytest.raises(DataError) as error:
-            sources.load("imagefolder", str(root))
-        return str(error.value)
-
-    assert "no folder" in fault(tmp_path / "nowhere")
-    (tmp_path / "images" / "train").mkdir(parents=True)
-    assert "must hold train/ and test/" in fault(tmp_path / "images")
-    (tmp_path / "images" / "test").mkdir()
-    assert "no classes with images" in fault(tmp_path / "images")
-    root = folder(tmp_path / "good", {"a": 2})
-    (root / "train" / "a" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
-    assert "torn.jpg" in fault(root)
-    (root / "train" / "a" / "torn.jpg").unlink()
-    (root / "test" / "stranger").mkdir()
-    Image.new("RGB", (32, 32)).save(root / "test" / "stranger" / "x.png")
-    assert "stranger" in fault(root)
-    assert not list(dataset.cache_dir().glob("*.tmp"))
+    outputs = [worker.communicate(timeout=100)[0].splitlines() for worker in workers]
+    assert sorted(map(len, outputs)) == [1, 1, 1, 2]  # one decodes
+    assert len({lines[-1] for lines in outputs}) == 1
 
 
 def test_a_torn_jpeg_is_not_half_decoded(tmp_path: Path) -> None:
-    root = folder(tmp_path / "images", {"a": 1})
+    root = folder(tmp_path / "images", {"a": 1, "b": 1})
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / "train" / "a" / "whole.jpg")
     torn = root / "train" / "a" / "whole.jpg"
@@ -173,6 +161,37 @@ def test_splits_that_cannot_be_are_refused() -> None:
         split_dataset(digits, "holdout", holdout=0.1, train_images=1295)
     with pytest.raises(DataError, match="0 to validate"):
         split_dataset(digits, "holdout", holdout=0.0001)
+
+
+def test_a_validation_split_of_its_own_validates() -> None:
+    digits = sources.load("digits")
+    images, labels = digits.test_images[:50] ^ 1, digits.test_labels[:50]
+    own = Dataset(digits.train_images, digits.train_labels, digits.test_images, digits.test_labels, digits.classes,
+                  images, labels)  # fmt: skip
+    part = split_dataset(own, "holdout", holdout=0.3)
+    assert part.validation_images is images
+    assert part.train_images is digits.train_images
+    assert "data.holdout is not used" in split_notes(own, part, "holdout")[0]
+    part = split_dataset(own, "paper")
+    assert part.validation_images is digits.test_images
+    assert "under the paper protocol the test split validates" in split_notes(own, part, "paper")[0]
+    assert split_notes(digits, split_dataset(digits, "holdout"), "holdout") == []
+
+
+def test_classes_without_images_in_a_part_are_named() -> None:
+    images = np.zeros((21, 32, 32, 3), np.uint8)
+    labels = np.array([0] * 10 + [1] * 10 + [2])
+    rare = Dataset(images, labels, images, labels, ("cat", "dog", "bird"))
+    notes = split_notes(rare, split_dataset(rare, "holdout", holdout=0.2), "holdout")
+    assert notes == ["there are no images to validate of 1 of 3 classes: bird"]
+
+
+def test_a_test_split_of_ours_has_a_fifth_of_each_class() -> None:
+    labels = np.repeat([0, 1, 2], [50, 2, 7])
+    test = split_off_test(labels)
+    assert np.bincount(labels[test]).tolist() == [10, 1, 1]
+    assert np.array_equal(test, split_off_test(labels))
+    assert test[:10].tolist() != list(range(10))  # drawn, not the first of each class
 
 
 def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,10 @@ class Split:
     classes: tuple[str, ...]
 
 
+TEST_FRACTION = 0.2
+"""The part of a data set without a published split that becomes its test split."""
+
+
 def split_dataset(
     dataset: Dataset,
     protocol: Literal["holdout", "paper"],
@@ -33,40 +37,85 @@ def split_dataset(
 ) -> Split:
     """Training, validation and test images under a protocol.
 
-    `holdout`: a stratified `holdout` of the training split validates. `paper`: the test split does. `train_images`
-    keeps a stratified part of what is left to train on. Which images fall where depends on nothing but the data set and
-    these arguments.
+    Which images fall where depends on nothing but the data set and these arguments.
+
+    Args:
+        protocol: `holdout`: the data set's own validation split validates, or where it has none a stratified part of
+            the training split. `paper`: the test split validates.
+        holdout: that part, as a fraction in (0, 1). Not used where the data set has a validation split.
+        train_images: keep a stratified part of so many of the images that are left to train on. None: all.
 
     Raises:
-        DataError: train_images is above the number of images there are.
+        DataError: train_images is above the number of images there are, or holdout leaves none to train or validate on.
     """
     labels = dataset.train_labels
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(labels))
-    held = _stratified(labels, order, round(holdout * len(labels))) if protocol == "holdout" else np.zeros(0, np.int64)
+    held = np.zeros(0, np.int64)
+    if protocol == "paper":
+        validation = dataset.test_images, dataset.test_labels
+    elif dataset.validation_images is not None and dataset.validation_labels is not None:
+        validation = dataset.validation_images, dataset.validation_labels
+    else:
+        held = np.sort(stratified(labels, order, round(holdout * len(labels))))
+        if not 0 < len(held) < len(labels):
+            raise DataError(
+                f"data.holdout leaves {len(labels) - len(held)} images to train on and {len(held)} to validate: "
+                f"got {holdout:g}"
+            )
+        validation = dataset.train_images[held], labels[held]
     left = order[~np.isin(order, held)]
-    if protocol == "holdout" and not (len(held) and len(left)):
-        raise DataError(
-            f"data.holdout leaves {len(left)} images to train on and {len(held)} to validate: got {holdout:g}"
-        )
     if train_images is not None:
         if train_images > len(left):
             raise DataError(
                 f"data.train_images must be at most the {len(left)} training images there are, got {train_images}"
             )
-        left = _stratified(labels, left, train_images)
-    left, held = np.sort(left), np.sort(held)
+        left = stratified(labels, left, train_images)
+    left = np.sort(left)
     everything = len(left) == len(labels)  # no copy of the largest array where none is needed
     train = (dataset.train_images, labels) if everything else (dataset.train_images[left], labels[left])
-    test = dataset.test_images, dataset.test_labels
-    validation = test if protocol == "paper" else (dataset.train_images[held], labels[held])
-    return Split(*train, *validation, *test, dataset.classes)
+    return Split(*train, *validation, dataset.test_images, dataset.test_labels, dataset.classes)
 
 
-def _stratified(labels: Labels, order: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """`size` of the indices in `order`, classes in proportion (largest remainder), the first of each class taken."""
+def split_notes(dataset: Dataset, split: Split, protocol: Literal["holdout", "paper"]) -> list[str]:
+    """What to know of a split: which use a validation split finds, and classes that it leaves out. A line each."""
+    notes = []
+    if dataset.validation_labels is not None:
+        count = f"the {len(dataset.validation_labels):,} images of the data set's own validation split"
+        if protocol == "holdout":
+            notes.append(f"{count} validate; data.holdout is not used")
+        else:
+            notes.append(f"{count} are not used: under the paper protocol the test split validates")
+    for labels, use in ((split.train_labels, "train on"), (split.validation_labels, "validate")):
+        missing = [dataset.classes[i] for i in np.setdiff1d(np.arange(len(dataset.classes)), labels)]
+        if missing:
+            shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+            notes.append(f"there are no images to {use} of {len(missing)} of {len(dataset.classes)} classes: {shown}")
+    return notes
+
+
+def stratified(labels: Labels, order: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """`size` of the indices in `order`, classes in proportion (largest remainder), the first of each class taken.
+
+    Args:
+        labels: shape [N].
+        order: indices into `labels`, shape [at most N].
+
+    Returns:
+        Indices into `labels`, shape [size], class by class.
+    """
     kinds, counts = np.unique(labels[order], return_counts=True)
     exact = counts * (size / len(order))
     take = np.floor(exact).astype(np.int64)
     short = size - int(take.sum())
     take[np.argsort(take - exact, kind="stable")[:short]] += 1
     return np.concatenate([order[labels[order] == kind][:n] for kind, n in zip(kinds, take, strict=True)])
+
+
+def split_off_test(labels: Labels) -> NDArray[np.int64]:
+    """Indices of a test split: TEST_FRACTION of each class, and at least one image of each, sorted. Always the same."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(labels))
+    parts = []
+    for kind in np.unique(labels):
+        of_class = order[labels[order] == kind]
+        parts.append(of_class[: max(1, round(TEST_FRACTION * len(of_class)))])
+    return np.sort(np.concatenate(parts))

@@ -1,0 +1,446 @@
+"""Folders of images: layouts, what is left out, what is refused, and the cache of decoded images."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from study import estimate
+from study.training.data import dataset, decoding, sources
+from study.training.data.dataset import DataError, Dataset
+from study.training.data.split import split_dataset
+from tests.support.harness import config_of
+from tests.support.users import another_user, open_folder, permissions_count
+
+__all__ = ["open_folder"]
+
+
+def add(folder: Path, count: int, value: int = 0, kind: str = "png") -> None:
+    """`count` images of different grey into a class folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (32, 32), (value, i, 7)).save(folder / f"{i:03}.{kind}")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with train/ and test/ of two classes."""
+    root = tmp_path / "images"
+    for part, count in (("train", 4), ("test", 2)):
+        add(root / part / "cat", count, 1)
+        add(root / part / "dog", count, 2)
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("STUDY_CACHE", str(cache))
+    return cache
+
+
+def load(root: Path) -> Dataset:
+    return sources.load("imagefolder", str(root))
+
+
+def refusal(root: Path) -> str:
+    with pytest.raises(DataError) as error:
+        load(root)
+    message = str(error.value)
+    assert message.isprintable()
+    assert len(message) < 2000
+    return message
+
+
+# What is found
+
+
+def test_a_line_says_what_was_found_and_left_out(root: Path) -> None:
+    (root / "train" / "bird").mkdir()
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    (root / "train" / "dog" / "README").write_text("no image")
+    (root / "train" / "dog" / "phone.HEIC").write_bytes(b"no decoder")
+    (root / "train" / "labels.csv").write_text("no class")
+    (root / "extra").mkdir()
+    (root / ".git").mkdir()
+    add(root / "train" / "dog", 5, 2)
+    assert load(root).notes == (
+        f"{root}: train/ 9 images of 2 classes: dog 5, cat 4; test/ 4 images; left out: "
+        "2 files that are no images (no ending, .txt), 1 image without a decoder here (.heic), 1 empty class (bird), "
+        "1 file outside the class folders, 1 entry beside the splits (extra), 1 hidden or system entry",
+    )
+
+
+def test_many_classes_are_summarised(tmp_path: Path) -> None:
+    for i in range(30):
+        add(tmp_path / "train" / f"c{i:02}", 1 + (i == 7))
+        add(tmp_path / "test" / f"c{i:02}", 1)
+    (note,) = load(tmp_path).notes
+    assert "31 images of 30 classes: c07 2, c00 1, c01 1," in note
+    assert note.endswith(" and 20 more of 1 to 1 images; test/ 30 images")
+
+
+def test_hidden_and_system_entries_are_no_classes_and_no_images(root: Path) -> None:
+    plain = load(root)
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+        add(root / "train" / name, 2)
+        add(root / "train" / "cat" / name, 2)
+    for i in range(3):
+        (root / "test" / "dog" / f"._{i:03}.png").write_bytes(b"\0\5\x16\7" + bytes(100))
+    (root / "test" / "dog" / "Thumbs.db").write_bytes(b"")
+    loaded = load(root)
+    assert loaded.classes == ("cat", "dog")
+    assert loaded.fingerprint == plain.fingerprint
+    assert loaded.notes[0].endswith("; left out: 10 hidden or system entries")
+
+
+def test_subfolders_of_a_class_are_walked(root: Path) -> None:
+    plain = load(root)
+    (root / "train" / "cat" / "b" / "deep").mkdir(parents=True)
+    (root / "train" / "cat" / "a").mkdir()
+    shutil.move(root / "train" / "cat" / "001.png", root / "train" / "cat" / "a" / "001.png")
+    shutil.move(root / "train" / "cat" / "002.png", root / "train" / "cat" / "b" / "deep" / "000.png")
+    loaded = load(root)
+    assert np.bincount(loaded.train_labels).tolist() == [4, 4]
+    assert loaded.train_images[:4, 0, 0, 1].tolist() == [0, 3, 1, 2]  # a folder's files, then its subfolders'
+    assert sorted(loaded.train_images[:4, 0, 0, 1]) == sorted(plain.train_images[:4, 0, 0, 1])
+
+
+@pytest.mark.parametrize("kind", ["jfif", "gif", "avif", "JPG", "jpe", "bmp", "webp", "tiff", "pgm"])
+def test_endings_of_images(root: Path, kind: str) -> None:
+    image = Image.new("L", (32, 32), 99)
+    format = {"jfif": "JPEG", "JPG": "JPEG", "jpe": "JPEG", "pgm": "PPM"}.get(kind, kind.upper())
+    image.save(root / "train" / "cat" / f"more.{kind}", format)
+    loaded = load(root)
+    assert np.bincount(loaded.train_labels).tolist() == [5, 4]
+    assert abs(int(loaded.train_images[4].mean()) - 99) <= 2
+
+
+def test_conversions_are_noted_also_from_the_cache(root: Path, cache: Path) -> None:
+    Image.new("L", (48, 40), 99).save(root / "train" / "cat" / "large.png")
+    first = load(root)
+    assert first.notes[1] == "1 image resized to 32x32 (from 48x40; 1 not square)"
+    assert load(root).notes == first.notes
+    (root / "train" / "cat" / "notes.txt").write_text("new")
+    assert "1 file that is no image (.txt)" in load(root).notes[0]
+    assert len(list(cache.glob("*.npz"))) == 1
+
+
+# Splits
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Test"])
+def test_names_of_the_split_that_measures(root: Path, name: str) -> None:
+    plain = load(root)
+    (root / "test").rename(root / name)
+    loaded = load(root)
+    assert loaded.fingerprint == plain.fingerprint
+    assert loaded.validation_images is None
+    assert (f"{name}/ 4 images (the test split)" in loaded.notes[0]) == (name != "Test")
+
+
+def test_a_validation_split_beside_the_test_split_validates(root: Path) -> None:
+    plain = load(root)
+    add(root / "valid" / "cat", 3, 11)
+    add(root / "valid" / "dog", 2, 12)
+    for loaded in (load(root), load(root)):  # decoded, and from the cache
+        assert loaded.fingerprint != plain.fingerprint
+        part = split_dataset(loaded, "holdout")
+        assert part.validation_images[:, 0, 0, 0].tolist() == [11, 11, 11, 12, 12]
+        assert part.validation_labels.tolist() == [0, 0, 0, 1, 1]
+        assert len(part.train_labels) == 8
+        assert np.array_equal(part.test_images, plain.test_images)
+    (root / "val").mkdir()
+    assert "two folders for the validation split: val/ and valid/; keep one" in refusal(root)
+
+
+def test_a_folder_of_classes_is_split(tmp_path: Path) -> None:
+    add(tmp_path / "cat", 10, 1)
+    add(tmp_path / "dog", 5, 2)
+    add(tmp_path / "bird", 2, 3)
+    loaded = load(tmp_path)
+    assert loaded.classes == ("bird", "cat", "dog")
+    assert np.bincount(loaded.test_labels).tolist() == [1, 2, 1]
+    assert np.bincount(loaded.train_labels).tolist() == [1, 8, 4]
+    images = {image.tobytes() for image in (*loaded.train_images, *loaded.test_images)}
+    assert len(images) == 17
+    assert loaded.notes == (
+        f"{tmp_path}: 17 images of 3 classes: cat 10, dog 5, bird 2; "
+        "there is no train/ and test/, so 20% of each class are the test split",
+    )
+    assert load(tmp_path).fingerprint == loaded.fingerprint
+    add(tmp_path / "fish", 1)
+    assert "class fish cannot be split with only one image" in refusal(tmp_path)
+
+
+def test_layouts_that_cannot_be_are_refused(root: Path, tmp_path: Path) -> None:
+    assert "no folder" in refusal(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    assert "no folder" in refusal(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "must hold train/ and test/ (or val/), or one folder of images a class" in refusal(tmp_path / "empty")
+    (root / "test").rename(root / "aside")
+    assert f"holds train/ alone; name {root}/train to have" in refusal(root)
+    (root / "train").rename(root / "test")
+    assert "holds test/ without train/" in refusal(root)
+    (root / "train" / "cat").mkdir(parents=True)
+    (root / "train" / "cat" / "a.heic").write_bytes(b"")
+    message = refusal(root)
+    assert "no classes with images" in message
+    assert "left out: 1 image without a decoder here (.heic), 1 empty class (cat)" in message
+
+
+def test_classes_that_do_not_match_are_refused_or_noted(root: Path) -> None:
+    add(root / "test" / "stranger", 1)
+    assert "has classes that" in (message := refusal(root))
+    assert "stranger" in message
+    shutil.rmtree(root / "test" / "stranger")
+    add(root / "train" / "bird", 1)
+    assert load(root).notes[1].endswith("test has no images of class bird: accuracies measured on it leave them out")
+    shutil.rmtree(root / "train" / "bird")
+    shutil.rmtree(root / "test" / "cat")
+    assert "test has images of one class alone (dog): at least two" in refusal(root)
+    shutil.rmtree(root / "train" / "cat")
+    assert "train has images of one class alone (dog): at least two" in refusal(root)
+
+
+# Files and folders that cannot be used
+
+
+def test_damaged_images_are_named(root: Path, cache: Path) -> None:
+    (root / "train" / "cat" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    (root / "test" / "dog" / "empty.png").write_bytes(b"")
+    message = refusal(root)
+    assert "cannot use 2 images" in message
+    assert "/train/cat/torn.jpg: " in message
+    assert "/test/dog/empty.png: it is no image in a known format" in message
+    assert [path.suffix for path in cache.iterdir()] in ([], [".lock"])
+
+
+@pytest.mark.parametrize("place", ["train", "train/cat"])
+def test_links_that_lead_nowhere_are_named(root: Path, place: str) -> None:
+    (root / place / "loop").symlink_to("loop")
+    assert "cannot follow the link" in (message := refusal(root))
+    assert f"{place}/loop: Too many levels" in message
+    (root / place / "loop").unlink()
+    (root / place / "gone.png").symlink_to("nothing")
+    assert f"{place}/gone.png: No such file" in refusal(root)
+
+
+def test_folders_that_are_listed_twice_are_refused(root: Path) -> None:
+    """A link to a folder above never ends; two classes of the same images would be no two classes."""
+    for target in (".", "..", "../..", "../dog", "../../train/dog"):
+        (root / "train" / "cat" / "link").symlink_to(target)
+        assert "are the same folder, by a link; remove one" in refusal(root), target
+        (root / "train" / "cat" / "link").unlink()
+
+
+def test_links_to_images_elsewhere_are_followed(root: Path, tmp_path: Path) -> None:
+    plain = load(root)
+    shutil.move(root / "train" / "cat", tmp_path / "elsewhere")
+    (root / "train" / "cat").symlink_to(tmp_path / "elsewhere")
+    shutil.move(root / "test" / "dog" / "000.png", tmp_path / "one.png")
+    (root / "test" / "dog" / "000.png").symlink_to(tmp_path / "one.png")
+    assert load(root).fingerprint == plain.fingerprint
+
+
+def test_deep_folders_are_walked_without_recursion(root: Path) -> None:
+    here = os.getcwd()
+    os.chdir(root / "train" / "cat")
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        shutil.copy(root / "train" / "dog" / "000.png", ".")
+    finally:
+        os.chdir(here)
+    assert np.bincount(load(root).train_labels).tolist() == [5, 4]
+    subprocess.run(["rm", "-r", str(root / "train" / "cat" / "d")], check=True)  # shutil's recursion is too deep
+
+
+def test_a_pipe_is_no_image(root: Path) -> None:
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    assert "1 file that is no image (.png)" in load(root).notes[0]
+
+
+def test_an_unreadable_class_folder_is_named(root: Path) -> None:
+    (root / "train" / "dog").chmod(0)
+    with permissions_count():
+        message = refusal(root)
+    (root / "train" / "dog").chmod(0o700)
+    assert message == f"cannot read the folder {root}/train/dog: Permission denied; make it readable or remove it"
+
+
+def test_an_unreadable_image_is_named(root: Path) -> None:
+    (root / "train" / "cat" / "000.png").chmod(0)
+    with permissions_count():
+        assert "cat/000.png: Permission denied" in refusal(root)
+
+
+def test_names_are_shown_without_control_characters(root: Path) -> None:
+    name = os.fsencode(root / "train" / "cat") + b"/\x1b]0;owned\x07\xff.png"
+    with open(name, "wb") as file:
+        file.write(b"no image")
+    assert "/\\x1b]0;owned\\x07\\xff.png: it is no image" in refusal(root)
+    Image.new("RGB", (32, 32)).save(root / "train" / "cat" / "good.png")
+    os.replace(root / "train" / "cat" / "good.png", name)
+    assert np.bincount(load(root).train_labels).tolist() == [5, 4]
+    for strange in (b"\x1b[31mred", b"\xff\xfe", b"two\nlines", "\u202ereversed".encode()):
+        folder = os.fsencode(root / "train") + b"/" + strange
+        os.mkdir(folder)
+        assert "must be named by text without control characters" in refusal(root)
+        os.rmdir(folder)
+
+
+# The cache
+
+
+def cache_file(cache: Path) -> Path:
+    (path,) = cache.glob("*.npz")
+    return path
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "garbage", "zip of nothing", "array"])
+def test_a_damaged_cache_file_is_decoded_again(
+    root: Path, cache: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = load(root)
+    path = cache_file(cache)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    damaged = {
+        "empty": b"", "truncated": content[:-1000], "flipped": content, "garbage": b"PK\3\4" + bytes(100),
+        "zip of nothing": b"PK\5\6" + bytes(18), "array": b"\x93NUMPY\1\0v\0",
+    }  # fmt: skip
+    path.write_bytes(damaged[damage])
+    caplog.set_level(logging.INFO, "study.training.data")
+    again = load(root)
+    assert np.array_equal(again.train_images, first.train_images)
+    assert [message.partition(" (")[0] for message in caplog.messages] == [
+        f"the cache file {path} is damaged", f"decoding 12 images under {root}",
+    ]  # fmt: skip
+    caplog.clear()
+    assert load(root).fingerprint == first.fingerprint
+    assert caplog.messages == []
+
+
+def test_another_decoder_decodes_again(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(root)
+    monkeypatch.setattr(decoding, "DECODER", decoding.DECODER + 1)
+    load(root)
+    assert len(list(cache.glob("*.npz"))) == 2
+
+
+def test_a_killed_process_leaves_nothing_that_counts(root: Path, cache: Path) -> None:
+    """It is killed at its first synchronisation, before the file has its name; the next one removes the remnant."""
+    program = (
+        "import os, signal, sys; from study.training.data import sources\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sources.load('imagefolder', sys.argv[1])"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(root)])
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.suffix for path in cache.iterdir()].count(".npz") == 0
+    assert len(list(cache.glob("*.tmp"))) == 1
+    load(root)
+    assert sorted(path.suffix for path in cache.iterdir()) in ([".lock", ".npz"], [".npz"])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_cache_files_have_the_mode_that_the_umask_gives(root: Path, cache: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        load(root)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(cache_file(cache).stat().st_mode) == mode
+
+
+def test_several_users_share_a_cache(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the mode of /tmp: the second user reads what the first has decoded, and decodes what the first has not."""
+    cache = open_folder / "cache"
+    cache.mkdir()
+    cache.chmod(0o1777)
+    monkeypatch.setenv("STUDY_CACHE", str(cache))
+    for name in ("cat", "dog"):
+        add(open_folder / "images" / name, 3)
+    load(open_folder / "images")
+    first = load(open_folder / "images")
+    with another_user():
+        assert load(open_folder / "images").fingerprint == first.fingerprint
+        with dataset.cache_lock(cache_file(cache).with_suffix(".lock")):
+            pass
+    Image.new("RGB", (32, 32)).save(open_folder / "images" / "cat" / "more.png")
+    with another_user():
+        second = load(open_folder / "images")
+    assert len(second.train_labels) + len(second.test_labels) == 7
+    assert load(open_folder / "images").fingerprint == second.fingerprint
+    assert len(list(cache.glob("*.npz"))) == 2
+
+
+def test_a_cache_that_can_only_be_read_is_read(root: Path, cache: Path) -> None:
+    first = load(root)
+    for lock in cache.glob("*.lock"):
+        lock.unlink()
+    cache.chmod(0o555)
+    with permissions_count():
+        assert load(root).fingerprint == first.fingerprint
+    add(root / "train" / "cat", 5)
+    with permissions_count():
+        message = refusal(root)
+    cache.chmod(0o755)
+    assert message == (
+        f"cannot cache decoded images in {cache}: Permission denied; set STUDY_CACHE to a folder that you can write to"
+    )
+
+
+def test_a_cache_that_is_no_folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        monkeypatch.setenv("STUDY_CACHE", str(tmp_path / place))
+        assert "set STUDY_CACHE to a folder that you can write to" in refusal(root)
+
+
+def test_no_home_folder_is_one_clear_line(root: Path) -> None:
+    """As a user that the system does not know: what needs the cache says so, what does not need it goes on."""
+    program = (
+        "import os, sys; from study import estimate; from study.training.data import dataset, sources\n"
+        "from tests.support.harness import config_of\n"
+        "import platformdirs\n"
+        "sources.load('digits')\n"
+        "if os.geteuid() == 0:\n"
+        "    os.setuid(54321)\n"
+        "    assert estimate.recall(config_of(), 'cpu') is None\n"
+        "    estimate.remember(config_of(), 'cpu', estimate.Pace(1, 1, 'a', 'b'))\n"
+        "    try: dataset.cache_dir()\n"
+        "    except dataset.DataError as error: print(error)\n"
+        "try: sources.load('cifar10', '~nobody-of-that-name/images')\n"
+        "except dataset.DataError as error: print(error)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "STUDY_CACHE") and not k.startswith("XDG")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if os.geteuid() == 0:
+        assert done.stdout.splitlines()[0] == (
+            "there is no home folder for the cache: set STUDY_CACHE to a folder that you can write to"
+        )
+    assert done.stdout.splitlines()[-1].startswith("--data-root ~nobody-of-that-name/images: ")
+
+
+def test_a_pace_that_cannot_be_kept_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "file"))
+    estimate.remember(config_of(), "cpu", estimate.Pace(1.0, 1.0, "cpu", "today"))
+    assert "is not kept" in caplog.text
