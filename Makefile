@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Every worker is a process that imports torch: 2.0 s of processor time from byte code, 4.2 s without.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow lint bench constraints clean
+.PHONY: demo test test-slow fuzz lint bench constraints clean
 
 demo: $(INSTALLED)  ## a finished study on the embedded digits, its table, and its page report.html
 	$(BIN)/study launch quick
@@ -16,6 +16,9 @@ test: $(INSTALLED)  ## the tests; with STUDY_TEST_IMAGES=FOLDER also on real ima
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow --timeout=1800
+
+fuzz: $(INSTALLED)  ## random input for a bounded time, with its seeds; FUZZ_SECONDS=300 and FUZZ_SEED=… change them
+	$(BIN)/python -m pytest -m fuzz -s
 
 lint: $(INSTALLED)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test,dev]'
