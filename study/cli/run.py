@@ -262,7 +262,7 @@ def _refuse_if_stopped(study: OpenStudy) -> None:
             raise typer.Exit(exit_codes.STOPPED)
 
 
-def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int]) -> None:
+def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int, int]) -> None:
     """From what `study bench` has measured on this machine: measuring now would keep the study waiting."""
     from study import estimate
     from study.launch.local import LocalLauncher
