@@ -1,14 +1,24 @@
-"""Opens a study database: the right engine settings, and tables made once however many processes start together."""
+"""Opens a study database: engine settings, tables created once however many processes start together, versions.
+
+Who opens it for writing gets the present schema: missing tables are created (`create`), older ones migrated. Who opens
+it for reading changes nothing in it, down to the file's bytes.
+"""
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import os
+import shlex
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import sqlalchemy as sa
@@ -17,39 +27,48 @@ from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DatabaseError, OperationalError
 
+from storage import migrations
 from storage.errors import Unreachable, UserError
-from storage.optuna_internals import models
-from storage.schema import (
-    ATTEMPTS,
-    EPOCHS,
-    LEASES,
-    METADATA,
-)
+from storage.older_schema import read_as_current
+from storage.optuna_internals import models, schema_revisions
+from storage.schema import BASELINE, LEASES, METADATA, SCHEMA_VERSION, STUDIES, STUDY_ATTRS, VERSION
 from storage.url import file_of, parse, redact
 
 BUSY_SECONDS = 30
 IDLE_SECONDS = 30
 """After these, PostgreSQL ends a transaction that asks it nothing more. Its worker was frozen or cut off in the middle
 of it, and the row locks would keep the trial from all others for as long as that lasts."""
+CLOSE_SECONDS = 1.0
+"""How long the end of a process waits for others that read SQLite's log at that moment."""
+CLOCK_SLACK_SECONDS = 5.0
+"""By how much the database's clock may be put back before live leases count as expired."""
+MOST_LEASE_SECONDS = 86_400.0
+"""Length of a lease of version 0.1.0, which did not store it, at most."""
 _TABLES_LOCK = 0x64796E74  # any number that every process of ours takes
+_WRITERS: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+"""SQLite engines that may have written, to be closed at the end of the process."""
 
 
-def open_storage(text: str, *, create: bool = True, reading: bool = False) -> RDBStorage:
+def open_storage(text: str, *, create: bool = True, reading: bool = False, may_write: bool = False) -> RDBStorage:
     """Optuna's storage on the database at the URL `text`, with our tables beside its own.
+
+    Opened for writing, a database of an older schema version of ours is migrated, whoever comes first: it takes a
+    moment, happens as a whole under a lock, and is refused while a worker holds a lease, because a worker of the older
+    version would go on writing the older form. Optuna's own older schema is migrated by `upgrade` only.
 
     Args:
         create: make the file and the tables where they are missing.
-        reading: for programs that mostly look (status, report, dashboard): on SQLite their transactions then do not
-            hold up the workers' writes.
+        reading: for programs that only look (status, report, the source of a copy). Nothing is created, migrated or
+            switched on, and on SQLite nothing can be written and no writer is held up.
+        may_write: with `reading`, for a dashboard: opening changes nothing, but its visitors may write notes.
 
     Raises:
-        UserError: the URL is wrong, or the database is missing, unreachable, not writable or not a study database.
+        UserError: the URL is wrong; the database is missing, unreachable, not writable, not a study database, or of a
+            schema version that this program does not know.
     """
-    url, path = _located(text, create)
+    url, path = _located(text, create and not reading)
     with _as_one_line(url):
-        storage = _open(url, path, create, reading)
-    _configure(storage.engine, reading)
-    storage.engine.dispose()  # connections made before the settings were
+        storage = _open_to_read(url, path, may_write) if reading else _open_to_write(url, path, create)
     return storage
 
 
@@ -61,17 +80,66 @@ def open_engine(text: str) -> sa.Engine:
         UserError: as of `open_storage`.
     """
     url, path = _located(text, create=False)
-    settings = _engine_settings(path is not None, reading=True)
-    engine = sa.create_engine(url.render_as_string(hide_password=False), **settings)
-    _configure(engine, reading=True)
     with _as_one_line(url):
-        if not _complete(engine):  # to be refused, or older than this program, which then adds what is missing
-            return open_storage(text, create=False, reading=True).engine
-        with engine.connect() as connection:
-            version = connection.scalar(sa.select(models.VersionInfoModel.schema_version))
-    if version != models.SCHEMA_VERSION:
-        return open_storage(text, create=False, reading=True).engine  # Optuna knows what to say
+        settings = _engine_settings(url, path, reading=True)
+        engine = sa.create_engine(_secret(url), **settings)
+        _configure(engine, reading=True)
+        if _readable(url, engine).ours != SCHEMA_VERSION:
+            read_as_current(engine)
     return engine
+
+
+def upgrade(text: str) -> list[str]:
+    """Migrate an existing database to the present schema: Optuna's tables, then ours.
+
+    Returns:
+        What was done, a sentence each; empty if both were up to date.
+
+    Raises:
+        UserError: as of `open_storage`, or workers hold leases.
+    """
+    url, path = _located(text, create=False)
+    done = []
+    with _as_one_line(url):
+        engine = _plain_engine(url, path)
+        found = _versions(engine)
+        _refuse_newer(url, found)
+        if found.ours is None or found.optuna is None:
+            raise _no_studies(url, engine)
+        _refuse_live(url, engine)
+        with _only_one(_writing_engine(url), path):
+            if found.optuna != schema_revisions()[-1]:
+                options: dict[str, Any] = {"skip_compatibility_check": True, "skip_table_creation": True}
+                RDBStorage(_secret(url), engine_kwargs=_engine_settings(url, path, reading=False), **options).upgrade()
+                done.append(f"Optuna's tables: {found.optuna} to {schema_revisions()[-1]}")
+            if found.ours != SCHEMA_VERSION:
+                _make_current(url, _writing_engine(url))
+                done.append(f"this program's tables: {found.ours} to {SCHEMA_VERSION}")
+    return done
+
+
+def close(engine: sa.Engine) -> None:
+    """End the use of a database. On SQLite what this and other processes wrote is then in the file itself.
+
+    Whatever `open_storage` opened for writing is closed at the end of the process; call this where the file must be
+    complete before that, as after an export.
+    """
+    if engine in _WRITERS:
+        _WRITERS.discard(engine)
+        with suppress(sa.exc.SQLAlchemyError, sqlite3.Error):  # a reader or a full disk: the log stays beside the file
+            connection = engine.raw_connection()
+            try:
+                connection.cursor().execute(f"PRAGMA busy_timeout = {round(CLOSE_SECONDS * 1000)}")
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            finally:
+                connection.close()
+    engine.dispose()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_WRITERS):
+        close(engine)
 
 
 def _located(text: str, create: bool) -> tuple[URL, Path | None]:
@@ -114,27 +182,37 @@ def network_filesystem(path: Path, mounts: Path = Path("/proc/mounts")) -> str |
     except OSError:
         return None
     folder = path.resolve().parent
-    found = ("", "")
+    mounted, filesystem = "", ""
     for line in lines:
         _, point, kind, *_ = line.split(" ")
         point = point.replace("\\040", " ")
-        if folder.is_relative_to(point) and len(point) >= len(found[0]):
-            found = (point, kind)
-    return found[1] if found[1].startswith(NETWORK_FILESYSTEMS) else None
+        if folder.is_relative_to(point) and len(point) >= len(mounted):
+            mounted, filesystem = point, kind
+    return filesystem if filesystem.startswith(NETWORK_FILESYSTEMS) else None
 
 
-def _open(url: URL, path: Path | None, create: bool, reading: bool) -> RDBStorage:
-    secret = url.render_as_string(hide_password=False)
-    settings = _engine_settings(path is not None, reading)
+def _open_to_read(url: URL, path: Path | None, may_write: bool) -> RDBStorage:
+    settings = _engine_settings(url, path, reading=True, may_write=may_write)
+    found = _readable(url, _plain_engine(url, path))
+    storage = RDBStorage(_secret(url), engine_kwargs=settings, skip_table_creation=True)
+    storage.engine.dispose()  # connections made before the settings were
+    _configure(storage.engine, reading=True)
+    if found.ours != SCHEMA_VERSION:
+        read_as_current(storage.engine)
+    return storage
 
+
+def _open_to_write(url: URL, path: Path | None, create: bool) -> RDBStorage:
     def optunas() -> RDBStorage:
-        return RDBStorage(secret, engine_kwargs=settings, skip_table_creation=True)
+        settings = _engine_settings(url, path, reading=False)
+        return RDBStorage(_secret(url), engine_kwargs=settings, skip_table_creation=True)
 
-    engine = sa.create_engine(secret, poolclass=sa.NullPool, connect_args=settings["connect_args"])
-    _configure(engine, reading=True)
-    if _complete(engine):
+    there = path is None or path.exists()
+    found = _versions(_plain_engine(url, path)) if there else _Versions(None, None)
+    _refuse_newer(url, found)
+    if found == _Versions(schema_revisions()[-1], SCHEMA_VERSION):
         if path is not None and create:
-            connection = engine.raw_connection()
+            connection = _writing_engine(url).raw_connection()
             try:  # to learn now whether we may write
                 connection.cursor().execute("BEGIN IMMEDIATE")
                 connection.rollback()
@@ -142,40 +220,128 @@ def _open(url: URL, path: Path | None, create: bool, reading: bool) -> RDBStorag
                 raise OSError(str(error)) from None
             finally:
                 connection.close()
-        return optunas()
-    if not create and not sa.inspect(engine).has_table(LEASES.name):
-        raise UserError(f"the database {redact(url)} holds no studies; check --storage")
-    with _only_one(engine, path):
-        models.BaseModel.metadata.create_all(engine)
-        METADATA.create_all(engine)
-        _add_columns(engine)
-        return optunas()  # writes the schema version, so still under the lock
+        storage = optunas()
+    else:
+        if not create and found.ours is None:
+            raise _no_studies(url, _plain_engine(url, path))
+        if found.optuna is not None:
+            _refuse_older_optuna(url, found.optuna)
+        if found.ours is not None:
+            _refuse_live(url, _plain_engine(url, path))
+        engine = _writing_engine(url)
+        with _only_one(engine, path):
+            models.BaseModel.metadata.create_all(engine)
+            _make_current(url, engine)
+            storage = optunas()  # writes Optuna's schema version, so still under the lock
+    storage.engine.dispose()  # connections made before the settings were
+    _configure(storage.engine, reading=False)
+    if path is not None:
+        _WRITERS.add(storage.engine)
+    return storage
 
 
-def _complete(engine: sa.Engine) -> bool:
-    """Whether all tables are there and stamped; the stamp comes last."""
-    names = set(sa.inspect(engine).get_table_names())
-    if not {*models.BaseModel.metadata.tables, *METADATA.tables, "alembic_version"} <= names:
-        return False
+@dataclass(frozen=True)
+class _Versions:
+    """Of the schemas that a database has; None: the tables are not there, or not complete."""
+
+    optuna: str | None
+    ours: str | None
+
+
+def _versions(engine: sa.Engine) -> _Versions:
+    tables = set(sa.inspect(engine).get_table_names())
     with engine.connect() as connection:
-        stamped = connection.exec_driver_sql("SELECT count(*) FROM alembic_version").scalar() == 1
-    return stamped and not _missing_columns(engine)
+
+        def number(table: str) -> str | None:
+            column = sa.column("version_num", sa.String)
+            return connection.scalar(sa.select(column).select_from(sa.table(table))) if table in tables else None
+
+        stamped = "version_info" in tables and connection.scalar(sa.select(models.VersionInfoModel.version_info_id))
+        ours = number(VERSION.name) or (BASELINE if LEASES.name in tables else None)
+        return _Versions(number("alembic_version") if stamped else None, ours)
 
 
-def _missing_columns(engine: sa.Engine) -> list[sa.Column[Any]]:
-    """Columns of our tables that an older version did not make."""
-    inspector, missing = sa.inspect(engine), []
-    for table in (EPOCHS, ATTEMPTS):
-        there = {column["name"] for column in inspector.get_columns(table.name)}
-        missing += [column for column in table.c if column.name not in there]
-    return missing
+def _readable(url: URL, engine: sa.Engine) -> _Versions:
+    """The versions of a database that is to be read, if it can be."""
+    found = _versions(engine)
+    _refuse_newer(url, found)
+    if found.optuna is None or found.ours is None:
+        raise _no_studies(url, engine)
+    _refuse_older_optuna(url, found.optuna)
+    return found
 
 
-def _add_columns(engine: sa.Engine) -> None:
+def _refuse_newer(url: URL, found: _Versions) -> None:
+    known = schema_revisions()
+    if found.optuna is not None and found.optuna not in known:
+        raise UserError(
+            f"the database {redact(url)} has schema version {found.optuna!r} of a newer Optuna; Optuna "
+            f"{optuna.__version__} here knows up to {known[-1]!r}: upgrade Optuna"
+        )
+    if found.ours is not None and not (found.ours.isdecimal() and int(found.ours) <= int(SCHEMA_VERSION)):
+        raise UserError(
+            f"the database {redact(url)} has schema version {found.ours!r} of a newer version of this program, which "
+            f"knows up to {SCHEMA_VERSION!r}: upgrade this program"
+        )
+
+
+def _refuse_older_optuna(url: URL, revision: str) -> None:
+    newest = schema_revisions()[-1]
+    if revision != newest:
+        raise UserError(
+            f"the database {redact(url)} has Optuna's schema version {revision!r}, and Optuna {optuna.__version__} here "
+            f"needs {newest!r}; migrate it with: study upgrade --storage {shlex.quote(redact(url))}"
+        )
+
+
+def _no_studies(url: URL, engine: sa.Engine) -> UserError:
+    """Why a database without our tables cannot be used; a study of ours may be in it without them."""
+    copied: list[str] = []
+    if sa.inspect(engine).has_table(STUDY_ATTRS.name):
+        keys = sa.and_(STUDY_ATTRS.c.study_id == STUDIES.c.study_id, STUDY_ATTRS.c.key == "data_fingerprint")
+        with engine.connect() as connection:
+            copied = list(connection.scalars(sa.select(STUDIES.c.study_name).where(keys)))
+    if copied:
+        return UserError(incomplete_copy(copied[0], f"the database {redact(url)}"))
+    return UserError(f"the database {redact(url)} holds no studies; check --storage")
+
+
+def incomplete_copy(name: str, where: str) -> str:
+    """What to say of a study that another program copied."""
+    return (
+        f"the study {name!r} in {where} was copied by another program (such as optuna.copy_study), without its epochs, "
+        f"attempts and checkpoints; copy it with: study copy {shlex.quote(name)} --from URL --to URL"
+    )
+
+
+def _make_current(url: URL, engine: sa.Engine) -> None:
+    """Our tables of the present version, in one transaction, under the lock."""
+    version = _versions(engine).ours
+    if version == SCHEMA_VERSION:
+        return
+    if version is not None:
+        _refuse_live(url, engine)
     with engine.begin() as connection:
-        for column in _missing_columns(engine):
-            kind = column.type.compile(engine.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {column.table.name} ADD COLUMN {column.name} {kind}")
+        VERSION.create(connection, checkfirst=True)
+        if version is None:
+            METADATA.create_all(connection)
+            connection.execute(sa.insert(VERSION).values(version_num=SCHEMA_VERSION))
+            return
+        if connection.scalar(sa.select(VERSION.c.version_num)) is None:
+            connection.execute(sa.insert(VERSION).values(version_num=BASELINE))
+        migrations.migrate(connection)
+
+
+def _refuse_live(url: URL, engine: sa.Engine) -> None:
+    """A migration waits for workers of the older version: they would go on writing the older form."""
+    held = LEASES.c.expires_at.between(database_time(engine), database_time(engine) + MOST_LEASE_SECONDS)
+    with engine.connect() as connection:
+        count = connection.scalar(sa.select(sa.func.count()).select_from(LEASES).where(held))
+    if count:
+        raise UserError(
+            f"the database {redact(url)} has an older schema, and workers hold {count} trial{'s' if count > 1 else ''}; "
+            "stop them, or wait until their leases expire, then try again"
+        )
 
 
 @contextmanager
@@ -184,6 +350,9 @@ def _only_one(engine: sa.Engine, path: Path | None) -> Iterator[None]:
         while True:
             with engine.begin() as connection:
                 # Who waits for it keeps no connection: behind a pgbouncer, who has it may need that one.
+                connection.exec_driver_sql(
+                    "SET LOCAL idle_in_transaction_session_timeout = 0"
+                )  # a migration takes long
                 if connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(_TABLES_LOCK))):
                     yield
                     return
@@ -201,28 +370,89 @@ def _only_one(engine: sa.Engine, path: Path | None) -> Iterator[None]:
         raise
 
 
-def _engine_settings(sqlite: bool, reading: bool) -> dict[str, Any]:
-    if sqlite:
+def _secret(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
+
+
+def _plain_engine(url: URL, path: Path | None) -> sa.Engine:
+    """For a look at the database before it is opened; changes nothing."""
+    settings = _engine_settings(url, path, reading=True)
+    options = {key: settings[key] for key in ("connect_args", "creator") if key in settings}
+    engine = sa.create_engine(_secret(url), poolclass=sa.NullPool, **options)
+    _configure(engine, reading=True)
+    return engine
+
+
+def _writing_engine(url: URL) -> sa.Engine:
+    """For the tables."""
+    connect_args = _engine_settings(url, file_of(url), reading=False)["connect_args"]
+    engine = sa.create_engine(_secret(url), poolclass=sa.NullPool, connect_args=connect_args)
+    _configure(engine, reading=False)
+    return engine
+
+
+def _engine_settings(url: URL, path: Path | None, *, reading: bool, may_write: bool = False) -> dict[str, Any]:
+    if path is not None and reading and (not may_write or _is_immutable(path)):
+        settings: dict[str, Any] = {"creator": lambda: _connect_read_only(path)}
+        # Without locks nothing tells a connection that a writer has begun: each query then looks again.
+        return settings | ({"poolclass": sa.NullPool} if _is_immutable(path) else {})
+    if path is not None:
         return {"connect_args": {"timeout": BUSY_SECONDS}}
-    # As many connections as a worker has threads (training, scribe, lease, stop watch; the one that reads ahead is soon
-    # over): who finds none free waits 30 s and fails. With 32 workers 433 reports/s against 152 without a pool. UTC,
-    # because Optuna writes naive times. Keep-alives find a dead server in a minute instead of hours. Who reads locks
-    # nothing, and Optuna may take long over what it has read.
-    idle = "" if reading else f" -c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
+    # Who reads locks nothing, and Optuna may take long over what it has read. UTC, because Optuna writes naive times.
+    ours = "-c timezone=UTC" + (f" -c idle_in_transaction_session_timeout={IDLE_SECONDS}s" if not reading else "")
+    theirs = url.query.get("options", os.environ.get("PGOPTIONS", ""))
+    theirs = theirs if isinstance(theirs, str) else " ".join(theirs)
+    # Keep-alives find a dead server in a minute instead of hours.
+    defaults: dict[str, Any] = {
+        "connect_timeout": 10,
+        "application_name": "study",
+        "keepalives_idle": 20,
+        "keepalives_interval": 10,
+        "keepalives_count": 4,
+        "tcp_user_timeout": 30_000,  # ms; for what was sent into a cut cable
+    }
+    variables = {"connect_timeout": "PGCONNECT_TIMEOUT", "application_name": "PGAPPNAME"}
+    given = url.query.keys() | {name for name, variable in variables.items() if os.environ.get(variable)}
+    # As many connections as a worker has threads (training, writer, lease, stop monitor; the one that reads ahead is
+    # soon over): who finds none free waits 30 s and fails. With 32 workers 433 reports/s against 152 without a pool.
     return {
         "pool_size": 1,
         "max_overflow": 3,
         "pool_pre_ping": True,
-        "connect_args": {
-            "options": f"-c timezone=UTC{idle}",
-            "connect_timeout": 10,
-            "application_name": "study",
-            "keepalives_idle": 20,
-            "keepalives_interval": 10,
-            "keepalives_count": 4,
-            "tcp_user_timeout": 30_000,  # ms; for what was sent into a cut cable
-        },
+        "connect_args": {"options": f"{theirs} {ours}".strip()}
+        | {name: value for name, value in defaults.items() if name not in given},
     }
+
+
+def _connect_read_only(path: Path, mode: str | None = None) -> sqlite3.Connection:
+    """A connection that cannot write. Where the folder does not take the log's files, the file is read without locks,
+    which is safe only while nobody has a log there, and looked at with each connection.
+    """
+    mode = mode or ("mode=ro&immutable=1" if _is_immutable(path) else "mode=ro")
+    address = f"file:{quote(str(path))}?{mode}"
+    return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
+
+
+def _is_immutable(path: Path) -> bool:
+    """Whether a SQLite file can only be read without locks: its log is empty, and the folder takes no new one."""
+    connection = _connect_read_only(path, "mode=ro")
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+    except sqlite3.OperationalError as error:
+        if "unable to open" not in str(error) and "readonly" not in str(error):
+            return False  # the caller meets it again, where it is reported
+        log = path.with_name(path.name + "-wal")
+        if log.exists() and log.stat().st_size:
+            raise UserError(
+                f"{path} has a log of its last writes ({log.name}) that cannot be read in this folder; copy both to a "
+                "folder that can be written"
+            ) from None
+        return True
+    except sqlite3.DatabaseError:
+        return False
+    finally:
+        connection.close()
+    return False
 
 
 def _configure(engine: sa.Engine, reading: bool) -> None:
@@ -236,7 +466,7 @@ def _configure(engine: sa.Engine, reading: bool) -> None:
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
         # WAL stays with the file; setting it needs the file for oneself, so only the first process does.
-        if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        if not reading and cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = NORMAL")
         cursor.close()
@@ -259,3 +489,13 @@ def database_time(engine: sa.Engine) -> sa.ColumnElement[float]:
     if engine.dialect.name == "sqlite":
         return (sa.func.julianday("now") - 2440587.5) * 86400.0
     return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+
+
+def live_lease(engine: sa.Engine) -> sa.ColumnElement[bool]:
+    """Whether a row of `trial_leases` is a lease that somebody holds.
+
+    One that ends later than now and its own length was made by a clock that was ahead, and counts as expired.
+    """
+    clock = database_time(engine)
+    longest = sa.func.coalesce(LEASES.c.seconds, MOST_LEASE_SECONDS) + CLOCK_SLACK_SECONDS
+    return sa.and_(LEASES.c.expires_at > clock, LEASES.c.expires_at <= clock + longest)

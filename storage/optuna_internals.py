@@ -7,7 +7,9 @@ upper bounds.
 from __future__ import annotations
 
 import copy
+import functools
 import re
+from pathlib import Path
 
 import optuna
 from optuna.pruners._percentile import _is_first_in_interval_step as is_first_in_interval_step
@@ -22,6 +24,7 @@ __all__ = [
     "forget_cached_trials",
     "is_first_in_interval_step",
     "models",
+    "schema_revisions",
     "storage_of",
     "study_id_of",
     "with_storage",
@@ -38,6 +41,17 @@ DASHBOARD_NOTE = re.compile(r"dashboard:(\d+):")
 
 # optuna-dashboard renames by copying the trials and deleting the study: its workers would lose what they work on.
 DASHBOARD_RENAME_ROUTE = re.compile(r"/api/studies/-?\d+/rename/*")
+
+
+@functools.cache
+def schema_revisions() -> list[str]:
+    """The versions of its schema that the installed Optuna knows, oldest first.
+
+    Optuna asks Alembic for them, which takes longer to load than `study status` takes in all. They are file names.
+    """
+    folder = Path(models.__file__).parent / "alembic" / "versions"
+    names = [file.stem.rstrip("_") for file in folder.glob("v*.py")]
+    return sorted(names, key=lambda name: [int(part) if part.isdecimal() else part for part in name[1:].split(".")])
 
 
 def study_id_of(study: optuna.Study) -> int:

@@ -1,4 +1,7 @@
-"""Our five tables beside Optuna's, and the few of Optuna's columns that we read and write ourselves."""
+"""Our tables beside Optuna's, their version, and those of Optuna's that we read and write ourselves.
+
+A change of our tables needs a new `SCHEMA_VERSION` and a migration: `storage/migrations`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,13 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage.optuna_internals import models
+
+SCHEMA_VERSION = "0002"
+"""Of our tables; the newest of `storage/migrations/versions`."""
+BASELINE = "0001"
+"""Of tables without a version: program version 0.1.0."""
+VERSION = sa.Table("study_alembic_version", sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True))
+"""Alembic's, for our tables; Optuna's own is `alembic_version`."""
 
 METADATA = sa.MetaData()
 
@@ -23,6 +33,7 @@ LEASES = sa.Table(
     ),
     sa.Column("attempts", sa.Integer, nullable=False, doc="Claims in a row that got no epoch further."),
     sa.Column("last_error", sa.Text, doc="Why the last attempt ended, if it failed."),
+    sa.Column("seconds", sa.Double, doc="How long a claim or renewal lasts; NULL: claimed by version 0.1.0."),
 )
 
 CHECKPOINTS = sa.Table(
@@ -32,8 +43,8 @@ CHECKPOINTS = sa.Table(
     sa.Column("token", sa.Integer, nullable=False),
     sa.Column("epoch", sa.Integer, nullable=False, doc="Whole epochs done."),
     sa.Column("sha256", sa.String(64), nullable=False),
-    sa.Column("payload", sa.LargeBinary, doc="The checkpoint, if it is kept here."),
-    sa.Column("location", sa.Text, doc="Where else it is kept: a URL or path that fsspec opens."),
+    sa.Column("payload", sa.LargeBinary, doc="The checkpoint, if it is stored here."),
+    sa.Column("location", sa.Text, doc="Else the name of its file in the study's checkpoint store."),
 )
 
 EPOCHS = sa.Table(
@@ -54,7 +65,7 @@ EPOCHS = sa.Table(
     sa.Column(
         "decision", sa.String(8), doc="The pruner's, made once: go or prune; NULL: none was asked for, or not yet."
     ),
-    # Since the second version, so NULL in older databases.
+    # NULL in rows of development versions before 0.1.0.
     sa.Column("selection_seconds", sa.Double, doc="Choosing the epoch's images."),
     sa.Column("seen", sa.Integer, doc="Different images trained on up to here."),
     sa.Column("joules", sa.Double, doc="Energy of the epoch; NULL: the device does not tell."),
@@ -69,7 +80,7 @@ ATTEMPTS = sa.Table(
     sa.Column("device", sa.String(255), nullable=False, doc="What it trained on."),
     sa.Column("started_at", sa.Double, nullable=False, doc="Seconds since 1970 on the database's clock."),
     sa.Column("ended_at", sa.Double, doc="NULL: at work, or vanished and not taken over yet."),
-    sa.Column("outcome", sa.String(8), doc="settled, released, error, or vanished."),
+    sa.Column("outcome", sa.String(8), doc="finished, released, error, or vanished."),
     sa.Column("error", sa.Text),
     sa.Column("images", sa.Integer, doc="Trained on in this attempt, in whole epochs."),
     sa.Column("joules", sa.Double, doc="Energy of those epochs, where the device tells."),
