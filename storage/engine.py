@@ -68,8 +68,7 @@ def open_storage(text: str, *, create: bool = True, reading: bool = False, may_w
     """
     url, path = _located(text, create and not reading)
     with _as_one_line(url):
-        storage = _open_to_read(url, path, may_write) if reading else _open_to_write(url, path, create)
-    return storage
+        return _open_to_read(url, path, may_write) if reading else _open_to_write(url, path, create)
 
 
 def open_engine(text: str) -> sa.Engine:
@@ -289,8 +288,8 @@ def _refuse_older_optuna(url: URL, revision: str) -> None:
     newest = schema_revisions()[-1]
     if revision != newest:
         raise UserError(
-            f"the database {redact(url)} has Optuna's schema version {revision!r}, and Optuna {optuna.__version__} here "
-            f"needs {newest!r}; migrate it with: study upgrade --storage {shlex.quote(redact(url))}"
+            f"the database {redact(url)} has Optuna's schema version {revision!r}, and Optuna {optuna.__version__} "
+            f"here needs {newest!r}; migrate it with: study upgrade --storage {shlex.quote(redact(url))}"
         )
 
 
@@ -339,8 +338,8 @@ def _refuse_live(url: URL, engine: sa.Engine) -> None:
         count = connection.scalar(sa.select(sa.func.count()).select_from(LEASES).where(held))
     if count:
         raise UserError(
-            f"the database {redact(url)} has an older schema, and workers hold {count} trial{'s' if count > 1 else ''}; "
-            "stop them, or wait until their leases expire, then try again"
+            f"the database {redact(url)} has an older schema and is in use: workers hold {count} "
+            f"trial{'s' if count > 1 else ''}; stop them, or wait until their leases expire, then try again"
         )
 
 
@@ -350,10 +349,9 @@ def _only_one(engine: sa.Engine, path: Path | None) -> Iterator[None]:
         while True:
             with engine.begin() as connection:
                 # Who waits for it keeps no connection: behind a pgbouncer, who has it may need that one.
-                connection.exec_driver_sql(
-                    "SET LOCAL idle_in_transaction_session_timeout = 0"
-                )  # a migration takes long
                 if connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(_TABLES_LOCK))):
+                    # A migration may take long, and holding the lock is all that this connection does.
+                    connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
                     yield
                     return
             time.sleep(0.1)

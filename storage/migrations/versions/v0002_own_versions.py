@@ -6,13 +6,15 @@ Development versions before 0.1.0 lacked some columns and tables; all of them co
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0002"
 down_revision = "0001"
 
-COLUMNS: dict[str, tuple[tuple[str, type[sa.types.TypeEngine[object]]], ...]] = {
+COLUMNS: dict[str, tuple[tuple[str, Any], ...]] = {
     "trial_epochs": (("selection_seconds", sa.Double), ("seen", sa.Integer), ("joules", sa.Double)),
     "trial_attempts": (("images", sa.Integer), ("joules", sa.Double), ("share", sa.Double)),
     "trial_leases": (("seconds", sa.Double),),
