@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
 
-from storage.engine import database_time, upsert
+from storage.engine import database_time, live_lease, upsert
 from storage.errors import UserError
 from storage.schema import ATTEMPTS, LEASES, SPENDING, TRIALS
 from storage.study_attributes import set_attribute
@@ -130,9 +130,11 @@ def recent_spending(engine: sa.Engine, study_id: int, part: float = 0.1) -> Spen
 def spending(engine: sa.Engine, study_id: int) -> Spending:
     clock = database_time(engine)
     lease = sa.and_(LEASES.c.trial_id == ATTEMPTS.c.trial_id, LEASES.c.token == ATTEMPTS.c.token)
-    # At work until now; if it vanished, at most until its lease ran out; nothing, if its trial was taken from it.
-    live = sa.and_(ATTEMPTS.c.ended_at.is_(None), LEASES.c.expires_at >= clock)
-    open_end = sa.case((live, clock), else_=sa.func.coalesce(LEASES.c.expires_at, 0.0))
+    # At work until now; if it vanished, at most until its lease ran out; nothing, if its trial was taken from it, or if
+    # its lease ends in a future that only a wrong clock saw.
+    live = sa.and_(ATTEMPTS.c.ended_at.is_(None), live_lease(engine))
+    expired = LEASES.c.expires_at <= clock
+    open_end = sa.case((live, clock), (expired, LEASES.c.expires_at), else_=0.0)
     last_sign = sa.func.coalesce(ATTEMPTS.c.ended_at, open_end)
     start = ATTEMPTS.c.started_at
     each = (

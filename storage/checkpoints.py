@@ -1,53 +1,55 @@
-"""A trial's latest checkpoint: opaque bytes, in the study's own database or in a folder, never more than one a trial.
+"""A trial's latest checkpoint: opaque bytes, in the study's own database or in its store, never more than one a trial.
 
-And on disk, for the time that the database is away.
+Files are written before the database names them, and removed after the database has forgotten them: a crash in between
+leaves a file too many, which `collect_garbage` removes, and never one too few.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from storage import object_store
-from storage.engine import upsert
-from storage.queue import Lease, Queue
+from storage.engine import live_lease, upsert
+from storage.queue import Lease, Queue, remove_files
 from storage.retry import retry
-from storage.schema import CHECKPOINTS
+from storage.schema import CHECKPOINTS, LEASES, STUDY_ATTRS
+from storage.study_attributes import read_attributes, set_attribute
 
-DATABASE = "database"
+DATABASE = object_store.DATABASE
+STORE_KEY = "checkpoint_key"
+"""Key of the user attribute that marks the files of one study in one database; a copy of the study gets its own."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint that is there; `payload` is None if it was torn or altered."""
+class StoredCheckpoint:
+    """`payload` is None if it is missing, damaged, or not a file that this program wrote."""
 
     epoch: int
     payload: bytes | None
 
 
-def save(queue: Queue, lease: Lease, epoch: int, payload: bytes, store: str = DATABASE) -> None:
-    """Put `payload`, taken after `epoch` whole epochs, in the place of the trial's checkpoint.
-
-    Args:
-        store: the database, or a folder that fsspec reaches; the database then holds where in it and the checksum.
+def save(queue: Queue, lease: Lease, epoch: int, payload: bytes) -> None:
+    """Replace the trial's checkpoint by `payload`, taken after `epoch` whole epochs.
 
     Raises:
         LeaseLost: nothing was stored.
-        OSError: the folder did not take it; the checkpoint before is as it was.
+        OSError: the store did not take it; the checkpoint before is as it was.
     """
-    location = None
-    if store != DATABASE:
-        location = f"{store.rstrip('/')}/trial-{lease.trial_id}-{lease.token}-{secrets.token_hex(4)}.checkpoint"
-        object_store.write(location, payload)
+    name = None
+    if queue.store != DATABASE:
+        name = object_store.file_name(store_key(queue.engine, queue.study_id), lease.trial_id, lease.token)
+        object_store.write(queue.store, name, payload)
     row = {
         "token": lease.token,
         "epoch": epoch,
         "sha256": hashlib.sha256(payload).hexdigest(),
-        "payload": payload if location is None else None,
-        "location": location,
+        "payload": payload if name is None else None,
+        "location": name,
     }
     before = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id == lease.trial_id)
 
@@ -62,23 +64,81 @@ def save(queue: Queue, lease: Lease, epoch: int, payload: bytes, store: str = DA
     try:
         superseded = retry(once)
     except BaseException:
-        if location is not None:
-            object_store.remove(location)
+        if name is not None:
+            remove_files(queue.store, [name])
         raise
-    if superseded not in (None, location):
-        object_store.remove(superseded)
+    if superseded not in (None, name):
+        remove_files(queue.store, [superseded])
 
 
-def load(queue: Queue, lease: Lease, store: str = DATABASE) -> Found | None:
+def load(queue: Queue, lease: Lease) -> StoredCheckpoint | None:
+    """The trial's checkpoint; None if it has none.
+
+    Raises:
+        OSError: the store does not answer.
+    """
     query = sa.select(CHECKPOINTS).where(CHECKPOINTS.c.trial_id == lease.trial_id)
 
-    def once() -> Found | None:
+    def once() -> StoredCheckpoint | None:
         with queue.engine.connect() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             return None
-        payload = row.payload if row.location is None else object_store.read(row.location)
+        payload = row.payload
+        if row.location is not None:
+            payload = None if queue.store == DATABASE else object_store.read(queue.store, row.location)
         intact = payload is not None and hashlib.sha256(payload).hexdigest() == row.sha256
-        return Found(row.epoch, payload if intact else None)
+        return StoredCheckpoint(row.epoch, payload if intact else None)
 
     return retry(once)
+
+
+def store_key(engine: sa.Engine, study_id: int) -> str:
+    """What the names of the study's checkpoint files begin with; made once."""
+    stored = read_attributes(engine, study_id, [STORE_KEY]).get(STORE_KEY)
+    if stored is None:
+
+        def once() -> None:
+            insert = upsert(engine, STUDY_ATTRS).values(
+                study_id=study_id, key=STORE_KEY, value_json=f'"{secrets.token_hex(8)}"'
+            )
+            with engine.begin() as connection:
+                connection.execute(insert.on_conflict_do_nothing(index_elements=["study_id", "key"]))
+
+        retry(once)
+        stored = read_attributes(engine, study_id, [STORE_KEY]).get(STORE_KEY)
+    if not isinstance(stored, str) or not re.fullmatch("[0-9a-f]{16}", stored):
+        stored = secrets.token_hex(8)  # somebody altered it: old files are then nobody's
+        set_attribute(engine, study_id, STORE_KEY, stored)
+    return stored
+
+
+def collect_garbage(engine: sa.Engine, study_id: int, store: str) -> list[str]:
+    """Remove the checkpoint files of this study that its database no longer names: what crashes and refused removals
+    left. Files of other studies, of the same study in another database and of trials under a live lease stay.
+
+    Args:
+        store: the study's `checkpoint.store`.
+
+    Returns:
+        The names of the removed files.
+
+    Raises:
+        OSError: the store cannot be listed.
+    """
+    if store == DATABASE:
+        return []
+    key = store_key(engine, study_id)
+    # In this order: who wrote a file before it was listed and has not named it yet still holds its lease.
+    files = {name: match for name in object_store.names(store) if (match := object_store.NAME.fullmatch(name))}
+    with engine.execution_options(reading=True).connect() as connection:
+        named = set(connection.scalars(sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.location.is_not(None))))
+        held = set(connection.scalars(sa.select(LEASES.c.trial_id).where(live_lease(engine))))
+    return remove_files(
+        store,
+        [
+            name
+            for name, match in files.items()
+            if match["key"] == key and name not in named and int(match["trial"]) not in held
+        ],
+    )

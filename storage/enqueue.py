@@ -1,4 +1,4 @@
-"""Tickets: the work of a study, laid down whole before anyone trains, and once."""
+"""Queues the trials of a study: all of them, before anyone trains, and once."""
 
 from __future__ import annotations
 
@@ -26,22 +26,26 @@ from storage.schema import (
     TRIALS,
 )
 
+QUEUE_POSITION = "queue_position"
+"""User attribute of a trial that this program queued."""
+
 
 def enqueue_trials(
     engine: sa.Engine,
     study_id: int,
     attributes: Mapping[str, Any],
-    tickets: Sequence[FrozenTrial],
-    instead_of: Mapping[str, Any] | None = None,
+    trials: Sequence[FrozenTrial],
+    replaced: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Give a study its attributes and its tickets, all or nothing, once.
+    """Give a study its attributes and its queued trials, all or nothing, once.
 
-    Attributes that the study has already stay as they are; if one of them has another value, no ticket is laid. The
-    tickets that it has already (user attribute `ticket` below their count) are not laid again, so a longer sequence
-    adds work and a repeated call adds none.
+    Attributes that the study has already stay as they are; if one of them has another value, nothing is queued. As many
+    trials as it has already (those with the user attribute `queue_position`) are left out at the beginning of `trials`,
+    so a longer sequence adds work and a repeated call adds none.
 
     Args:
-        instead_of: attributes that do get their new value, if what is stored is still this.
+        trials: WAITING trials with the user attribute `queue_position`, which counts from 0.
+        replaced: the old values of attributes that do get their new value, if they are still stored.
 
     Returns:
         The study's user attributes.
@@ -53,37 +57,37 @@ def enqueue_trials(
                 sa.select(STUDIES.c.study_id).where(STUDIES.c.study_id == study_id).with_for_update()
             ).one()
             query = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(STUDY_ATTRS.c.study_id == study_id)
-            found = {key: json.loads(text) for key, text in connection.execute(query)}
-            missing = {key: value for key, value in attributes.items() if key not in found}
+            stored = {key: json.loads(text) for key, text in connection.execute(query)}
+            missing = {key: value for key, value in attributes.items() if key not in stored}
             if missing:
                 rows = [{"study_id": study_id, "key": k, "value_json": json.dumps(v)} for k, v in missing.items()]
                 connection.execute(sa.insert(STUDY_ATTRS), rows)
-            for key, old in (instead_of or {}).items():
-                if found.get(key) == old:
+            for key, old in (replaced or {}).items():
+                if stored.get(key) == old:
                     this = sa.and_(STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key == key)
                     connection.execute(
                         sa.update(STUDY_ATTRS).where(this).values(value_json=json.dumps(attributes[key]))
                     )
-                    found[key] = attributes[key]
+                    stored[key] = attributes[key]
             of_study = TRIALS.c.study_id == study_id
-            trials = connection.execute(sa.select(sa.func.count()).select_from(TRIALS).where(of_study)).scalar_one()
-            laid = connection.execute(
+            count = connection.execute(sa.select(sa.func.count()).select_from(TRIALS).where(of_study)).scalar_one()
+            queued = connection.execute(
                 sa.select(sa.func.count())
                 .select_from(TRIALS.join(TRIAL_ATTRS, TRIALS.c.trial_id == TRIAL_ATTRS.c.trial_id))
-                .where(of_study, TRIAL_ATTRS.c.key == "ticket")
+                .where(of_study, TRIAL_ATTRS.c.key == QUEUE_POSITION)
             ).scalar_one()
-            # Two first launches with different settings: the second is told by the attributes, and adds no work.
-            if all(found.get(key, value) == value for key, value in attributes.items()):
-                _insert_tickets(connection, study_id, trials, tickets[laid:])
-            return found | missing
+            # Two first launches with different settings: the second gets the attributes of the first, and adds no work.
+            if all(stored.get(key, value) == value for key, value in attributes.items()):
+                _insert_trials(connection, study_id, count, trials[queued:])
+            return stored | missing
 
     return retry(once)
 
 
-def _insert_tickets(connection: sa.Connection, study_id: int, first: int, tickets: Sequence[FrozenTrial]) -> None:
-    if not tickets:
+def _insert_trials(connection: sa.Connection, study_id: int, first: int, trials: Sequence[FrozenTrial]) -> None:
+    if not trials:
         return
-    rows = [{"study_id": study_id, "number": first + i, "state": TrialState.WAITING} for i in range(len(tickets))]
+    rows = [{"study_id": study_id, "number": first + i, "state": TrialState.WAITING} for i in range(len(trials))]
     insert = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
     ids = list(connection.execute(insert, rows).scalars())
     # SQLite gives a deleted study's trial ids again, and its workers may have written since. (These ids are ours alone
@@ -95,18 +99,18 @@ def _insert_tickets(connection: sa.Connection, study_id: int, first: int, ticket
         {
             "trial_id": trial_id,
             "param_name": name,
-            "param_value": ticket.distributions[name].to_internal_repr(value),
-            "distribution_json": distribution_to_json(ticket.distributions[name]),
+            "param_value": trial.distributions[name].to_internal_repr(value),
+            "distribution_json": distribution_to_json(trial.distributions[name]),
         }
-        for trial_id, ticket in zip(ids, tickets, strict=True)
-        for name, value in ticket.params.items()
+        for trial_id, trial in zip(ids, trials, strict=True)
+        for name, value in trial.params.items()
     ]
     if params:
         connection.execute(sa.insert(TRIAL_PARAMS), params)
     attributes = [
         {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
-        for trial_id, ticket in zip(ids, tickets, strict=True)
-        for key, value in ticket.user_attrs.items()
+        for trial_id, trial in zip(ids, trials, strict=True)
+        for key, value in trial.user_attrs.items()
     ]
     if attributes:
         connection.execute(sa.insert(TRIAL_ATTRS), attributes)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from optuna.distributions import json_to_distribution
 from optuna.trial import TrialState
 
-from storage.engine import database_time
+from storage.engine import database_time, incomplete_copy, live_lease
 from storage.errors import UserError
 from storage.schema import (
     ATTEMPTS,
@@ -93,20 +93,36 @@ def find(engine: sa.Engine, name: str) -> tuple[int, dict[str, Any]]:
             names = connection.scalars(sa.select(STUDIES.c.study_name).order_by(STUDIES.c.study_name)).all()
             there = f"studies there: {', '.join(names)}" if names else "there are none yet"
             raise UserError(f"no study {name!r} in this storage; {there}")
-        found = {
+        stored = {
             key: json.loads(value)
             for key, value in connection.execute(attributes.where(STUDIES.c.study_id == study_id))
         }
-    if "config" not in found:
+        if "config" in stored and _lacks_our_rows(connection, study_id):
+            raise UserError(incomplete_copy(name, "this storage"))
+    if "config" not in stored:
         raise UserError(f"the study {name!r} was not created by `study launch`: it has no config")
-    return study_id, found
+    return study_id, stored
+
+
+def _lacks_our_rows(connection: sa.Connection, study_id: int) -> bool:
+    """Whether trials that this program queued have finished, though none was ever claimed."""
+    of_study = TRIALS.c.study_id == study_id
+    finished = (
+        sa.select(TRIALS.c.trial_id)
+        .join(TRIAL_ATTRS, TRIALS.c.trial_id == TRIAL_ATTRS.c.trial_id)
+        .where(of_study, TRIALS.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED)))
+        .where(TRIAL_ATTRS.c.key.in_(("queue_position", "ticket")))
+        .limit(1)
+    )
+    claimed = sa.select(LEASES.c.trial_id).join(TRIALS, TRIALS.c.trial_id == LEASES.c.trial_id).where(of_study).limit(1)
+    return connection.scalar(finished) is not None and connection.scalar(claimed) is None
 
 
 def progress(engine: sa.Engine, study_id: int) -> Progress:
     """How far a study is, in three small queries."""
     of_study = TRIALS.c.study_id == study_id
     by_state = sa.select(TRIALS.c.state, sa.func.count()).where(of_study).group_by(TRIALS.c.state)
-    left = LEASES.c.expires_at - database_time(engine)
+    left = sa.case((live_lease(engine), LEASES.c.expires_at - database_time(engine)), else_=0.0)
     age = database_time(engine) - ATTEMPTS.c.started_at
     attempt = sa.and_(ATTEMPTS.c.trial_id == LEASES.c.trial_id, ATTEMPTS.c.token == LEASES.c.token)
     held = (
@@ -127,7 +143,14 @@ def progress(engine: sa.Engine, study_id: int) -> Progress:
             .outerjoin(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id)
         )
         .where(of_study, TRIALS.c.state == TrialState.RUNNING)
-        .group_by(TRIALS.c.number, LEASES.c.owner, LEASES.c.expires_at, ATTEMPTS.c.device, ATTEMPTS.c.started_at)
+        .group_by(
+            TRIALS.c.number,
+            LEASES.c.owner,
+            LEASES.c.expires_at,
+            LEASES.c.seconds,
+            ATTEMPTS.c.device,
+            ATTEMPTS.c.started_at,
+        )
         .order_by(TRIALS.c.number)
     )
     best = (
@@ -266,7 +289,7 @@ class Attempt:
     """Seconds since 1970 on the database's clock."""
     ended_at: float | None
     outcome: str | None
-    """settled, released, error or vanished; None: at work, or vanished and not taken over yet."""
+    """finished, released, error or vanished; None: at work, or vanished and not taken over yet."""
     error: str | None
 
 
@@ -318,7 +341,7 @@ def study_summaries(engine: sa.Engine) -> list[StudySummary]:
         .where(TRIALS.c.state == TrialState.COMPLETE, TRIAL_VALUES.c.objective == 0)
         .group_by(TRIALS.c.study_id)
     )
-    live = sa.and_(ATTEMPTS.c.ended_at.is_(None), LEASES.c.token == ATTEMPTS.c.token, LEASES.c.expires_at > clock)
+    live = sa.and_(ATTEMPTS.c.ended_at.is_(None), LEASES.c.token == ATTEMPTS.c.token, live_lease(engine))
     work = (
         sa.select(
             TRIALS.c.study_id,

@@ -1,18 +1,19 @@
-"""Leases: who may work on which of a study's tickets.
+"""Leases: who may work on which of a study's queued trials.
 
-A ticket is a WAITING trial of Optuna's; a lease says which worker has it and until when. Every write that a worker
-makes about its trial goes through here, in one transaction with the check of its token: who has lost the lease writes
-nothing.
+A queued trial is a WAITING trial of Optuna's; a lease says which worker holds it and until when. Every write that a
+worker makes about its trial goes through here, in one transaction with the check of its token: who has lost the lease
+writes nothing.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +24,8 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage import object_store
-from storage.engine import database_time, upsert
+from storage.engine import database_time, live_lease, upsert
+from storage.errors import UserError
 from storage.retry import retry
 from storage.schema import (
     ATTEMPTS,
@@ -39,6 +41,8 @@ from storage.schema import (
     UNFINISHED,
     VALUE_TYPE,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class LeaseLost(Exception):
@@ -69,7 +73,7 @@ class StoredProgress:
 
 
 class Queue:
-    """One worker's view of a study's tickets. A worker holds one lease at a time."""
+    """One worker's view of a study's queued trials. A worker holds one lease at a time."""
 
     def __init__(
         self,
@@ -81,9 +85,19 @@ class Queue:
         owner: str | None = None,
         device: str = "",
         share: float = 1.0,
+        store: str = object_store.DATABASE,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.engine, self.study_id, self.stopping = engine, study_id, stopping
+        """Args:
+        seconds: length of a lease.
+        max_attempts: attempts in a row without an epoch more, after which a trial has failed.
+        owner: who holds the leases; by default host, process id and a random part.
+        device: what the worker trains on, for the log of attempts.
+        share: of a GPU, that the worker has.
+        store: where the study keeps its checkpoints (`checkpoint.store` of its config).
+        stopping: whether to give up waiting for an unavailable database.
+        """
+        self.engine, self.study_id, self.store, self.stopping = engine, study_id, store, stopping
         self.seconds, self.max_attempts, self.device, self.share = seconds, max_attempts, device, share
         # Containers share host names and process ids: the last part alone makes it one of a kind.
         self.owner = owner or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
@@ -99,19 +113,28 @@ class Queue:
         A trial whose last `max_attempts` holders all vanished without getting an epoch further is failed on the way.
         """
         while True:
-            outcome = retry(self._claim_one, stopping=self.stopping)
+            files: list[str] = []
+            outcome = retry(lambda files=files: self._claim_one(files), stopping=self.stopping)  # type: ignore[misc]
+            remove_files(self.store, files)
             if not isinstance(outcome, bool):
                 return outcome
             if not outcome:
                 return None
 
-    def _claim_one(self) -> Lease | bool:
-        """A lease; False if there is nothing to claim; True if the candidate went to another or had to be failed."""
+    def _claim_one(self, files: list[str]) -> Lease | bool:
+        """A lease; False if there is nothing to claim; True if the candidate went to another or had to be failed, in
+        which case its checkpoint file is added to `files`.
+        """
         clock = database_time(self.engine)
         # Our own live lease can only be one whose claim was committed in a connection that then broke.
-        free = sa.or_(LEASES.c.trial_id.is_(None), LEASES.c.expires_at <= clock, LEASES.c.owner == self.owner)
+        free = sa.or_(LEASES.c.trial_id.is_(None), sa.not_(live_lease(self.engine)), LEASES.c.owner == self.owner)
+        # When the holder before was last seen: a claim or renewal before the lease's end. Not before a clock was wrong.
+        last_seen = LEASES.c.expires_at - sa.func.coalesce(LEASES.c.seconds, self.seconds)
+        last_seen = sa.case((last_seen <= clock, last_seen), else_=None)
         candidate = (
-            sa.select(TRIALS.c.trial_id, TRIALS.c.number, LEASES.c.attempts, LEASES.c.last_error, LEASES.c.expires_at)
+            sa.select(
+                TRIALS.c.trial_id, TRIALS.c.number, LEASES.c.attempts, LEASES.c.last_error, last_seen.label("last_seen")
+            )
             .select_from(TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
             .where(TRIALS.c.study_id == self.study_id, TRIALS.c.state.in_(UNFINISHED), free)
             # What raised an error comes last: a broken machine then spreads its errors, and soon gives up.
@@ -124,23 +147,18 @@ class Queue:
             if row is None:
                 return False
             open_attempt = sa.and_(ATTEMPTS.c.trial_id == row.trial_id, ATTEMPTS.c.ended_at.is_(None))
-            last_sign = (row.expires_at or 0.0) - self.seconds  # of a holder that vanished
-            vanished = sa.update(ATTEMPTS).where(open_attempt).values(ended_at=last_sign, outcome="vanished")
+            ended_at = ATTEMPTS.c.started_at if row.last_seen is None else row.last_seen
+            vanished = sa.update(ATTEMPTS).where(open_attempt).values(ended_at=ended_at, outcome="vanished")
             if (row.attempts or 0) >= self.max_attempts:
                 connection.execute(vanished)
                 error = row.last_error or "its workers vanished (killed, out of memory, or cut off)"
-                self._fail(connection, row.trial_id, f"{row.attempts} attempts got no further: {error}")
+                files += self._fail(connection, row.trial_id, f"{row.attempts} attempts got no further: {error}")
                 return True
-            insert = upsert(self.engine, LEASES).values(
-                trial_id=row.trial_id, token=1, owner=self.owner, expires_at=clock + self.seconds, attempts=1
-            )
-            update = {
-                "token": LEASES.c.token + 1,
-                "owner": insert.excluded.owner,
-                "expires_at": insert.excluded.expires_at,
-                "attempts": LEASES.c.attempts + 1,
-            }
-            still_free = sa.or_(LEASES.c.expires_at <= clock, LEASES.c.owner == self.owner)
+            lease = {"owner": self.owner, "expires_at": clock + self.seconds, "seconds": self.seconds}
+            insert = upsert(self.engine, LEASES).values(trial_id=row.trial_id, token=1, attempts=1, **lease)
+            update = {"token": LEASES.c.token + 1, "attempts": LEASES.c.attempts + 1}
+            update |= {name: insert.excluded[name] for name in lease}
+            still_free = sa.or_(sa.not_(live_lease(self.engine)), LEASES.c.owner == self.owner)
             claimed = insert.on_conflict_do_update(index_elements=["trial_id"], set_=update, where=still_free)
             token = connection.execute(claimed.returning(LEASES.c.token)).scalar_one_or_none()
             if token is None:
@@ -249,34 +267,38 @@ class Queue:
         values: Sequence[float],
         attributes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Settle the trial: its values (one an objective), attributes and state; its checkpoint goes.
+        """Finish the trial: its values (one an objective), attributes and state; its checkpoint goes.
 
         Raises:
             LeaseLost: nothing was stored.
         """
+        files: list[str] = []
 
         def once() -> None:
             with self.engine.begin() as connection:
                 self.fence(connection, lease, expires_at=0.0, attempts=0)
-                if not self._settle(connection, lease.trial_id, state):
+                files.extend(self._delete_checkpoint(connection, lease.trial_id))
+                if not self._set_state(connection, lease.trial_id, state):
                     mine = connection.execute(
                         sa.select(TRIALS.c.state).where(TRIALS.c.trial_id == lease.trial_id)
                     ).scalar_one_or_none()
                     if mine == state:  # an earlier try was committed before its connection broke
                         return
-                    raise LeaseLost(f"trial {lease.number} was settled or deleted by somebody else")
+                    raise LeaseLost(f"trial {lease.number} was finished or deleted by somebody else")
                 for objective, value in enumerate(values):
                     row = {"objective": objective, "value": value, "value_type": VALUE_TYPE.FINITE}
                     connection.execute(sa.insert(TRIAL_VALUES).values(trial_id=lease.trial_id, **row))
-                self._end(connection, lease, "settled")
+                self._end(connection, lease, "finished")
                 self._set_attributes(connection, lease.trial_id, attributes or {})
 
         retry(once)
+        remove_files(self.store, files)
 
     def release(self, lease: Lease, error: str | None = None) -> None:
-        """Give the trial back, claimable at once. With an `error` the attempt counts as failed, and the last of
-        `max_attempts` such attempts in a row fails the trial. Does nothing if the lease is lost already.
+        """Release the trial into the queue, claimable at once. With an `error` the attempt counts as failed, and the
+        last of `max_attempts` such attempts in a row fails the trial. Does nothing if the lease is lost already.
         """
+        files: list[str] = []
 
         def once() -> None:
             with self.engine.begin() as connection, suppress(LeaseLost):
@@ -289,20 +311,23 @@ class Queue:
                     return
                 tried = sa.select(LEASES.c.attempts).where(LEASES.c.trial_id == lease.trial_id)
                 if connection.execute(tried).scalar_one() >= self.max_attempts:
-                    self._fail(connection, lease.trial_id, error)
+                    files.extend(self._fail(connection, lease.trial_id, error))
 
         retry(once)
+        remove_files(self.store, files)
 
     def fail(self, lease: Lease, error: str) -> None:
         """Fail the trial for good: an error that another attempt would only repeat."""
+        files: list[str] = []
 
         def once() -> None:
             with self.engine.begin() as connection, suppress(LeaseLost):
                 self.fence(connection, lease, expires_at=0.0, last_error=error)
                 self._end(connection, lease, "error", error)
-                self._fail(connection, lease.trial_id, error)
+                files.extend(self._fail(connection, lease.trial_id, error))
 
         retry(once)
+        remove_files(self.store, files)
 
     def unfinished(self) -> int:
         query = sa.select(sa.func.count()).select_from(TRIALS)
@@ -331,18 +356,23 @@ class Queue:
 
         return retry(once, stopping=self.stopping)
 
-    def _settle(self, connection: sa.Connection, trial_id: int, state: TrialState) -> bool:
-        running = sa.and_(TRIALS.c.trial_id == trial_id, TRIALS.c.state.in_(UNFINISHED))
-        done = connection.execute(sa.update(TRIALS).where(running).values(state=state, datetime_complete=_utc()))
-        kept = sa.delete(CHECKPOINTS).where(CHECKPOINTS.c.trial_id == trial_id).returning(CHECKPOINTS.c.location)
-        location = connection.scalar(kept)
-        if location is not None:  # should the transaction fail after all, the trial starts again from epoch 0
-            object_store.remove(location)
+    def _set_state(self, connection: sa.Connection, trial_id: int, state: TrialState) -> bool:
+        """Whether the trial had not finished before."""
+        unfinished = sa.and_(TRIALS.c.trial_id == trial_id, TRIALS.c.state.in_(UNFINISHED))
+        done = connection.execute(sa.update(TRIALS).where(unfinished).values(state=state, datetime_complete=_utc()))
         return done.rowcount == 1
 
-    def _fail(self, connection: sa.Connection, trial_id: int, error: str) -> None:
-        if self._settle(connection, trial_id, TrialState.FAIL):
+    def _delete_checkpoint(self, connection: sa.Connection, trial_id: int) -> list[str]:
+        """Its file, if it has one, is to be removed once the transaction is committed."""
+        gone = sa.delete(CHECKPOINTS).where(CHECKPOINTS.c.trial_id == trial_id).returning(CHECKPOINTS.c.location)
+        name = connection.scalar(gone)
+        return [] if name is None else [name]
+
+    def _fail(self, connection: sa.Connection, trial_id: int, error: str) -> list[str]:
+        """Files to be removed once the transaction is committed."""
+        if self._set_state(connection, trial_id, TrialState.FAIL):
             self._set_attributes(connection, trial_id, {"error": error})
+        return self._delete_checkpoint(connection, trial_id)
 
     def _set_attributes(
         self, connection: sa.Connection, trial_id: int, attributes: Mapping[str, Any], table: sa.Table = TRIAL_ATTRS
@@ -356,3 +386,18 @@ class Queue:
 def _utc() -> datetime:
     """Optuna's way of storing a time: UTC without saying so."""
     return datetime.now(UTC).replace(tzinfo=None)
+
+
+def remove_files(store: str, names: Iterable[str]) -> list[str]:
+    """Remove checkpoint files that no committed row names any more; those that were removed.
+
+    A store that refuses costs a warning: the trial's result does not depend on it.
+    """
+    removed: list[str] = []
+    for name in names if store != object_store.DATABASE else ():
+        try:
+            object_store.remove(store, name)
+            removed.append(name)
+        except (OSError, UserError) as error:
+            logger.warning("the checkpoint file %r was not removed (%s); `study gc` removes it later", name, error)
+    return removed

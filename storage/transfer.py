@@ -1,13 +1,18 @@
-"""Copy, export and import a study, put failed trials back into the queue, delete a study.
+"""Copy, export and import a study, requeue failed trials, delete a study.
 
-Each is one transaction on tables and columns as they are found: what Optuna or we keep of a trial in future goes along.
+Each is one transaction on all tables and columns of the schema: a new one goes along without a change here.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,10 +20,13 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from storage import object_store
-from storage.engine import database_time, upsert
+from storage.checkpoints import STORE_KEY
+from storage.engine import live_lease, open_storage, upsert
 from storage.errors import UserError
+from storage.import_check import check_export
 from storage.optuna_internals import DASHBOARD_NOTE, models
 from storage.queries import STATE_NAMES
+from storage.queue import remove_files
 from storage.retry import retry
 from storage.schema import (
     CHECKPOINTS,
@@ -28,12 +36,16 @@ from storage.schema import (
     REPORTS,
     SPENDING,
     STUDIES,
+    STUDY_ATTRS,
     TRIAL_ATTRS,
     TRIAL_SYSTEM_ATTRS,
     TRIAL_VALUES,
     TRIALS,
 )
-from storage.url import file_of
+from storage.study_name import check_study_name
+from storage.url import file_of, sqlite_url
+
+logger = logging.getLogger(__name__)
 
 HEARTBEATS: sa.Table = models.TrialHeartbeatModel.__table__
 STUDY_SYSTEM_ATTRS: sa.Table = models.StudySystemAttributeModel.__table__
@@ -44,15 +56,16 @@ OF_TRIAL = tuple(table for table in _EVERY if "trial_id" in table.c and table is
 BATCH = 100
 """Trials that are read and written at a time: 20,000 rows of 200 epochs each."""
 PATIENCE_SECONDS = 30.0
-"""Somebody waits at a terminal, so a database that is away becomes an error sooner than a worker's does."""
+"""How long to wait for an unavailable database: less than a worker, because somebody waits at a terminal."""
 
 
 def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None = None) -> int:
-    """Copy a study to another database, or within one under another name: export and import are both this.
+    """Copy a study between two databases of one's own, or within one under another name. An export is this too.
 
-    Everything is as in the source except the ids, and the leases, which are released: whoever claims an unfinished
-    trial of the copy goes on from its checkpoint. A SQLite source is best opened with `reading=True`, which lets
-    others write to it meanwhile.
+    Everything is as in the source except the ids and the leases, which are released: whoever claims an unfinished trial
+    of the copy resumes it from its checkpoint. Checkpoint files are read from the study's store before the target is
+    locked, and go into the target's database. A source is best opened with `reading=True`, which lets others write to
+    it meanwhile.
 
     Returns:
         The number of trials.
@@ -60,67 +73,143 @@ def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None
     Raises:
         UserError: no such study, one of that name in the target, or trials that are being worked on.
     """
-    called = new_name or name
+    with tempfile.TemporaryDirectory(prefix="study-copy-") as folder:
+        return _copy(source, target, name, new_name or name, _files_of(source, name, Path(folder)), None)
+
+
+def import_study(
+    file: Path,
+    target: RDBStorage,
+    new_name: str | None = None,
+    *,
+    store: str = object_store.DATABASE,
+    check_config: Callable[[dict[str, Any]], object] = lambda config: None,
+) -> tuple[str, int]:
+    """Bring the study of a file that `study export` wrote into a database. Nobody vouches for such a file: all of it is
+    checked before the target is touched, and only what is in it is read.
+
+    Args:
+        store: the imported study's `checkpoint.store`, whatever the file says.
+        check_config: raises UserError if the study's config is not one.
+
+    Returns:
+        The study's name in the target and the number of its trials.
+
+    Raises:
+        UserError: the file is not an exported study, or a study of that name is in the target.
+    """
+    name = check_export(file, check_config)
+    source = open_storage(sqlite_url(file), create=False, reading=True)
+    try:
+        return new_name or name, _copy(source, target, name, new_name or name, {}, store)
+    finally:
+        source.engine.dispose()
+
+
+def _copy(
+    source: RDBStorage, target: RDBStorage, name: str, new_name: str, files: Mapping[str, Path], store: str | None
+) -> int:
+    """Args:
+    files: location to content, for checkpoints that are not in the source's database.
+    store: the copy's `checkpoint.store`; None: as in the source.
+    """
+    check_study_name(new_name)
 
     def once() -> int:
-        with target.engine.begin() as into, _reading(source, target, into) as found:
+        with target.engine.begin() as into, _reading(source, target, into) as out_of:
             if target.engine.dialect.name == "postgresql":  # checkpoints may take long to read
                 into.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
-            old = _study_id(found, name)
-            _refuse_live(found, old, name, "copying", "stop those workers first")
-            (row,) = _rows(found, STUDIES, "study_id", [old])
-            row = {"study_name": called} | {key: row[key] for key in row.keys() - {"study_id", "study_name"}}
+            old = _study_id(out_of, name)
+            _refuse_live(out_of, old, name, "copying", "stop those workers first")
+            (row,) = _rows(out_of, STUDIES, "study_id", [old])
+            row = {"study_name": new_name} | {key: row[key] for key in row.keys() - {"study_id", "study_name"}}
             insert = upsert(target.engine, STUDIES).values(row).on_conflict_do_nothing()
             new = into.execute(insert.returning(STUDIES.c.study_id)).scalar_one_or_none()
             if new is None:
-                raise UserError(f"a study {called!r} is in the target already; choose another --name")
-            ids = _copy_trials(found, into, old, new)
+                raise UserError(f"a study {new_name!r} is in the target already; choose another --name")
+            ids = _copy_trials(out_of, into, old, new, files)
             into.execute(sa.delete(SPENDING).where(SPENDING.c.study_id == new))  # SQLite may give the id again
             for table in OF_STUDY:
                 if table is SPENDING:  # whoever works on the copy adds up anew
                     continue
-                rows = _rows(found, table, "study_id", [old])
-                _put(into, table, "study_id", {old: new}, _renamed(rows, ids) if table is STUDY_SYSTEM_ATTRS else rows)
+                rows = _rows(out_of, table, "study_id", [old])
+                if table is STUDY_SYSTEM_ATTRS:
+                    rows = _with_new_ids(rows, ids)
+                if table is STUDY_ATTRS:
+                    rows = _with_own_store(rows, store)
+                _put(into, table, "study_id", {old: new}, rows)
             return len(ids)
 
     return retry(once, PATIENCE_SECONDS)
 
 
+def _files_of(source: RDBStorage, name: str, folder: Path) -> dict[str, Path]:
+    """The study's checkpoint files, read into `folder`: location to content."""
+    of_study = sa.select(TRIALS.c.trial_id).join(STUDIES).where(STUDIES.c.study_name == name)
+    query = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id.in_(of_study))
+    with source.engine.connect() as connection:
+        locations = connection.scalars(query.where(CHECKPOINTS.c.location.is_not(None))).all()
+        store = _store_of(connection, _study_id(connection, name)) if locations else object_store.DATABASE
+    files = {}
+    for number, location in enumerate(locations if store != object_store.DATABASE else ()):
+        try:
+            content = object_store.read(store, location)
+        except OSError as error:
+            raise UserError(f"cannot read the checkpoints of {name!r} from {store!r}: {error}") from None
+        if content is not None:
+            files[location] = folder / str(number)
+            files[location].write_bytes(content)
+    return files
+
+
+def _store_of(connection: sa.Connection, study_id: int) -> str:
+    """A study's `checkpoint.store`."""
+    query = sa.select(STUDY_ATTRS.c.value_json).where(STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key == "config")
+    try:
+        store = json.loads(connection.scalar(query) or "{}")["checkpoint"]["store"]
+    except (ValueError, TypeError, LookupError):
+        return object_store.DATABASE
+    return store if isinstance(store, str) else object_store.DATABASE
+
+
 def requeue(storage: RDBStorage, name: str, *, trials: Collection[int] | None) -> list[int]:
-    """Put failed trials back into the queue as if nobody had worked on them: all, or those with the numbers `trials`.
+    """Queue failed trials again as if nobody had worked on them: all, or those with the numbers `trials`.
 
     They keep their numbers, parameters and attributes; what the failed attempts reported and stored goes. Their leases
     stay, with the next token: a worker that is still at one of them must not write to it any more.
 
     Returns:
-        The numbers of the trials put back.
+        The numbers of the requeued trials.
 
     Raises:
         UserError: no such study, or some of `trials` are not failed trials of it; nothing was changed.
     """
 
-    def once() -> list[int]:
+    def once() -> tuple[list[int], str, list[str]]:
         with storage.engine.begin() as connection:
             study_id = _study_id(connection, name, lock=True)
             query = sa.select(TRIALS.c.number, TRIALS.c.state, TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)
-            found = {row.number: row for row in connection.execute(query.order_by(TRIALS.c.number))}
-            failed = [number for number, row in found.items() if row.state == TrialState.FAIL]
+            rows = {row.number: row for row in connection.execute(query.order_by(TRIALS.c.number))}
+            failed = [number for number, row in rows.items() if row.state == TrialState.FAIL]
             wrong = sorted(set(trials or ()) - set(failed))
             if wrong:
-                states = [f"{n} ({STATE_NAMES[found[n].state] if n in found else 'not there'})" for n in wrong]
+                states = [f"{n} ({STATE_NAMES[rows[n].state] if n in rows else 'not there'})" for n in wrong]
                 raise UserError(
-                    f"only failed trials can be put back, got {_some(states)}; failed in {name!r}: {_some(failed)}"
+                    f"only failed trials can be requeued, got {_some(states)}; failed in {name!r}: {_some(failed)}"
                 )
             chosen = failed if trials is None else sorted(set(trials))
-            for ids in _batches([found[number].trial_id for number in chosen], BATCH):
-                _start_over(connection, ids)
-            return chosen
+            files: list[str] = []
+            for ids in _batches([rows[number].trial_id for number in chosen], BATCH):
+                files += _start_over(connection, ids)
+            return chosen, _store_of(connection, study_id), files
 
-    return retry(once, PATIENCE_SECONDS)
+    numbers, store, files = retry(once, PATIENCE_SECONDS)
+    remove_files(store, files)
+    return numbers
 
 
 def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
-    """Delete a study and everything of it, in Optuna's tables and in ours.
+    """Delete a study and everything of it, in Optuna's tables, in ours, and in its checkpoint store.
 
     Args:
         force: even while trials are being worked on; their workers find their leases gone and write no more.
@@ -129,7 +218,7 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
         UserError: no such study, or trials that are being worked on.
     """
 
-    def once() -> Sequence[str]:
+    def once() -> tuple[str, Sequence[str]]:
         with storage.engine.begin() as connection:
             study_id = _study_id(connection, name, lock=True)
             trials = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)
@@ -138,16 +227,16 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
                 connection.execute(locked.with_for_update()).all()
             if not force:
                 _refuse_live(connection, study_id, name, "deleting", "stop those workers first, or --force")
-            kept = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id.in_(trials))
-            locations = connection.scalars(kept.where(CHECKPOINTS.c.location.is_not(None))).all()
+            stored = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id.in_(trials))
+            files = connection.scalars(stored.where(CHECKPOINTS.c.location.is_not(None))).all()
+            store = _store_of(connection, study_id)
             for table in OF_TRIAL:
                 connection.execute(sa.delete(table).where(table.c.trial_id.in_(trials)))
             for table in (TRIALS, *OF_STUDY, STUDIES):
                 connection.execute(sa.delete(table).where(table.c.study_id == study_id))
-            return locations
+            return store, files
 
-    for location in retry(once, PATIENCE_SECONDS):
-        object_store.remove(location)
+    remove_files(*retry(once, PATIENCE_SECONDS))
 
 
 @contextmanager
@@ -166,54 +255,66 @@ def _reading(source: RDBStorage, target: RDBStorage, into: sa.Connection) -> Ite
 
 def _study_id(connection: sa.Connection, name: str, lock: bool = False) -> int:
     query = sa.select(STUDIES.c.study_id).where(STUDIES.c.study_name == name)
-    found = connection.scalar(query.with_for_update() if lock else query)
-    if found is None:
+    study_id = connection.scalar(query.with_for_update() if lock else query)
+    if study_id is None:
         names = list(connection.scalars(sa.select(STUDIES.c.study_name).order_by(STUDIES.c.study_name)))
         there = f"studies there: {', '.join(names)}" if names else "there are none yet"
         raise UserError(f"no study {name!r} in this storage; {there}")
-    return int(found)
+    return int(study_id)
 
 
 def _refuse_live(connection: sa.Connection, study_id: int, name: str, doing: str, fix: str) -> None:
     held = TRIALS.join(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id)
-    live = sa.and_(TRIALS.c.study_id == study_id, LEASES.c.expires_at > database_time(connection.engine))
+    live = sa.and_(TRIALS.c.study_id == study_id, live_lease(connection.engine))
     count = connection.scalar(sa.select(sa.func.count()).select_from(held).where(live))
     if count:
-        held_now = f"workers hold {count} trial{'s' if count > 1 else ''} of {name!r}"
-        raise UserError(f"{doing} needs a study at rest, but {held_now}; {fix}")
+        workers = f"workers hold {count} trial{'s' if count > 1 else ''} of {name!r}"
+        raise UserError(f"{doing} needs a study at rest, but {workers}; {fix}")
 
 
-def _copy_trials(found: sa.Connection, into: sa.Connection, old: int, new: int) -> dict[int, int]:
+def _copy_trials(
+    out_of: sa.Connection, into: sa.Connection, old: int, new: int, files: Mapping[str, Path]
+) -> dict[int, int]:
     """The trials of a study and all that is theirs; old to new trial ids."""
-    trials = _rows(found, TRIALS, "study_id", [old])
+    trials = _rows(out_of, TRIALS, "study_id", [old])
     old_ids = [row.pop("trial_id") for row in trials]
     insert = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
     new_ids = into.scalars(insert, [row | {"study_id": new} for row in trials]).all() if trials else []
     ids = dict(zip(old_ids, new_ids, strict=True))
-    anew = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == new)
+    of_copy = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == new)
     for table in OF_TRIAL:
         # SQLite may give a deleted study's trial ids again.
-        into.execute(sa.delete(table).where(table.c.trial_id.in_(anew)))
+        into.execute(sa.delete(table).where(table.c.trial_id.in_(of_copy)))
         if table is HEARTBEATS:
             continue
         size, having = BATCH, old_ids
         if table is CHECKPOINTS:  # up to hundreds of megabytes each
             of_study = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == old)
-            size, having = 1, list(found.scalars(sa.select(table.c.trial_id).where(table.c.trial_id.in_(of_study))))
+            size, having = 1, list(out_of.scalars(sa.select(table.c.trial_id).where(table.c.trial_id.in_(of_study))))
         for batch in _batches(having, size):
-            rows = _rows(found, table, "trial_id", batch)
-            for row in rows if table is CHECKPOINTS else ():
-                if row["location"] is not None:  # a file is one trial's own: the copy has its checkpoint with it
-                    row |= {"payload": object_store.read(row["location"]), "location": None}
+            rows = _rows(out_of, table, "trial_id", batch)
+            if table is CHECKPOINTS:
+                rows = [row for row in (_whole(row, files) for row in rows) if row is not None]
             _put(into, table, "trial_id", ids, rows)
-    into.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(anew)).values(expires_at=0.0))
+    into.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(of_copy)).values(expires_at=0.0))
     return ids
 
 
-def _rows(found: sa.Connection, table: sa.Table, key: str, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """In the order in which they were made, which Optuna gives parameters and trials back in."""
+def _whole(row: dict[str, Any], files: Mapping[str, Path]) -> dict[str, Any] | None:
+    """A checkpoint's row with its content, wherever it was; None if that is missing or damaged."""
+    if row["location"] is not None:
+        file = files.get(row["location"])
+        row |= {"payload": None if file is None else file.read_bytes(), "location": None}
+    if row["payload"] is None or hashlib.sha256(row["payload"]).hexdigest() != row["sha256"]:
+        logger.warning("a checkpoint is missing or damaged and was not copied: its trial starts again from epoch 0")
+        return None
+    return row
+
+
+def _rows(out_of: sa.Connection, table: sa.Table, key: str, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """In the order in which they were made, which is Optuna's order of parameters and trials."""
     query = sa.select(table).where(table.c[key].in_(ids)).order_by(*table.primary_key)
-    return [dict(row) for row in found.execute(query).mappings()]
+    return [dict(row) for row in out_of.execute(query).mappings()]
 
 
 def _put(into: sa.Connection, table: sa.Table, key: str, ids: Mapping[int, int], rows: list[dict[str, Any]]) -> None:
@@ -227,7 +328,7 @@ def _put(into: sa.Connection, table: sa.Table, key: str, ids: Mapping[int, int],
         into.execute(sa.insert(table), rows)
 
 
-def _renamed(attributes: list[dict[str, Any]], ids: Mapping[int, int]) -> list[dict[str, Any]]:
+def _with_new_ids(attributes: list[dict[str, Any]], ids: Mapping[int, int]) -> list[dict[str, Any]]:
     """Notes follow their trials. One on no trial of the study (Optuna's own copy makes such) might clash: left out."""
     kept = []
     for row in attributes:
@@ -239,11 +340,24 @@ def _renamed(attributes: list[dict[str, Any]], ids: Mapping[int, int]) -> list[d
     return kept
 
 
-def _start_over(connection: sa.Connection, ids: Sequence[int]) -> None:
-    """Take from failed trials what their attempts left, and make them WAITING."""
-    # First: from here on nobody who was at one of them writes to it.
+def _with_own_store(attributes: list[dict[str, Any]], store: str | None) -> list[dict[str, Any]]:
+    """The copy names files in a store by a key of its own; and it has another store, if `store` says so."""
+    rows = [row for row in attributes if row["key"] != STORE_KEY]
+    for row in rows:
+        if row["key"] == "config" and store is not None:
+            config = json.loads(row["value_json"])
+            config["checkpoint"] = config.get("checkpoint", {}) | {"store": store}
+            row["value_json"] = json.dumps(config)
+    return rows
+
+
+def _start_over(connection: sa.Connection, ids: Sequence[int]) -> list[str]:
+    """Remove from failed trials what their attempts left, and make them WAITING; the checkpoint files that are left."""
+    # First: from here on no worker that still holds one of them writes to it.
     released = {"token": LEASES.c.token + 1, "expires_at": 0.0, "attempts": 0, "last_error": None}
     connection.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(ids)).values(released))
+    stored = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id.in_(ids))
+    files = list(connection.scalars(stored.where(CHECKPOINTS.c.location.is_not(None))))
     for table in (TRIAL_VALUES, REPORTS, EPOCHS, CHECKPOINTS):
         connection.execute(sa.delete(table).where(table.c.trial_id.in_(ids)))
     connection.execute(sa.delete(TRIAL_ATTRS).where(TRIAL_ATTRS.c.trial_id.in_(ids), TRIAL_ATTRS.c.key == "error"))
@@ -252,6 +366,7 @@ def _start_over(connection: sa.Connection, ids: Sequence[int]) -> None:
     connection.execute(sa.delete(TRIAL_SYSTEM_ATTRS).where(TRIAL_SYSTEM_ATTRS.c.trial_id.in_(ids), rungs))
     waiting = {"state": TrialState.WAITING, "datetime_start": None, "datetime_complete": None}
     connection.execute(sa.update(TRIALS).where(TRIALS.c.trial_id.in_(ids)).values(waiting))
+    return files
 
 
 def _batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -12,8 +12,14 @@ from storage.errors import UserError
 DEFAULT = "sqlite:///study.db"
 
 
+def sqlite_url(path: str | Path) -> str:
+    """The storage URL of a SQLite file, whatever signs are in its name."""
+    return URL.create("sqlite", database=str(path)).render_as_string()
+
+
 def parse(text: str) -> URL:
-    """The URL meant by `text`; `postgres://` and `postgresql://` become `postgresql+psycopg://`.
+    """The URL meant by `text`; `postgres://` and `postgresql://` become `postgresql+psycopg://`, and `~` at the start of
+    a SQLite file's path the home folder.
 
     Raises:
         UserError: a path where a URL is meant, an unreadable URL, or a database that is neither SQLite nor PostgreSQL.
@@ -37,7 +43,11 @@ def parse(text: str) -> URL:
             raise UserError(f"a SQLite URL has three slashes, got {text!r}; write sqlite:///{path}")
         if not url.database or url.database == ":memory:":
             raise UserError(f"a study needs a file that its workers share, got {text!r}; write sqlite:///study.db")
-        return url.set(drivername="sqlite")
+        try:
+            file = str(Path(url.database).expanduser())
+        except RuntimeError:
+            raise UserError(f"no home folder is known for the ~ in {text!r}; write the whole path") from None
+        return url.set(drivername="sqlite", database=file)
     if backend in ("postgres", "postgresql") and driver in ("", "psycopg", "psycopg2"):
         if "@" in (url.host or ""):
             raise UserError("the storage URL has two @; write an @ in a user name or password as %40")

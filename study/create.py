@@ -97,7 +97,7 @@ def prepare(config: StudyConfig, root: str | None) -> PreparedData:
         UserError, DataError: the data, an alpha or the checkpoint store cannot be used.
     """
     if config.checkpoint.store != DATABASE:
-        object_store.check(config.checkpoint.store)
+        object_store.probe(config.checkpoint.store)
     options = config.data
     images = sources.load(options.name, root)
     split = split_dataset(images, options.protocol, holdout=options.holdout, train_images=options.train_images)

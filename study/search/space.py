@@ -70,7 +70,7 @@ def queued_trials(config: StudyConfig) -> list[FrozenTrial]:
 def _queued_trial(
     number: int, params: Parameters, distributions: dict[str, BaseDistribution], attributes: dict[str, Any]
 ) -> FrozenTrial:
-    user_attrs = {"ticket": number, **attributes}
+    user_attrs = {"queue_position": number, **attributes}
     return create_trial(state=TrialState.WAITING, params=params, distributions=distributions, user_attrs=user_attrs)
 
 

@@ -64,7 +64,7 @@ def from_bytes(payload: bytes, identity: Identity, trainer: Trainer) -> State:
 
 
 def restore(
-    make_trainer: Callable[[], Trainer], queue: Queue, lease: Lease, fallback: Path, identity: Identity, store: str
+    make_trainer: Callable[[], Trainer], queue: Queue, lease: Lease, fallback: Path, identity: Identity
 ) -> Trainer:
     """A trainer at the furthest checkpoint there is: the database's, or one on this machine's disk; or a new one.
 
@@ -74,7 +74,7 @@ def restore(
     trainer = make_trainer()
     payloads: list[bytes] = []
     try:
-        stored = checkpoints.load(queue, lease, store)
+        stored = checkpoints.load(queue, lease)
     except OSError as error:
         _drop(lease, f"its store cannot be read: {error}")
         stored = None

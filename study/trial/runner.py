@@ -109,9 +109,7 @@ def run_trial(
         return
     identity = checkpoint_identity(study, config, space.settings(config, chosen), seed)
     fallback = fallback_folder / f"trial-{lease.number}.checkpoint"
-    trainer = restore(
-        lambda: make_trainer(config, data, chosen, seed), queue, lease, fallback, identity, config.checkpoint.store
-    )
+    trainer = restore(lambda: make_trainer(config, data, chosen, seed), queue, lease, fallback, identity)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()  # what is reserved for the trial before is not this one's peak
         torch.cuda.reset_peak_memory_stats(trainer.device)

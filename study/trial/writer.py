@@ -119,7 +119,7 @@ class TrialWriter:
         if self.pruned_at is None or epoch < self.pruned_at:
             payload = to_bytes(state, self.identity)
             try:
-                checkpoints.save(self.queue, self.lease, epoch, payload, self.store)
+                checkpoints.save(self.queue, self.lease, epoch, payload)
             except OSError as error:  # the store, not the database: the last checkpoint stays, training continues
                 self.checkpoint_error = str(error)
         self.checkpoint_seconds = time.monotonic() - started

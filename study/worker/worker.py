@@ -76,6 +76,7 @@ def work(name: str, storage_url: str, device_spec: str, data_root: str | None, *
         max_attempts=config.lease.max_attempts,
         device=device_name(device),
         share=gpu_share(),
+        store=config.checkpoint.store,
         stopping=stop,
     )
     if "kWh" in stop_requests.read_controls(storage.engine, study_id_of(study)).budgets:

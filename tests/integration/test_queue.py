@@ -1,4 +1,4 @@
-"""Tickets and leases, on SQLite and on PostgreSQL alike."""
+"""Queued trials and leases, on SQLite and on PostgreSQL alike."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from tests.support.postgres import Postgres
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def some_tickets(count: int) -> list[FrozenTrial]:
+def some_trials(count: int) -> list[FrozenTrial]:
     space = {"x": FloatDistribution(0.0, 100.0)}
     return [
-        create_trial(state=TrialState.WAITING, params={"x": float(i)}, distributions=space, user_attrs={"ticket": i})
+        create_trial(state=TrialState.WAITING, params={"x": float(i)}, distributions=space, user_attrs={"queue_position": i})
         for i in range(count)
     ]
 
 
-def laid(url: str, count: int) -> tuple[optuna.Study, sa.Engine]:
+def queued(url: str, count: int) -> tuple[optuna.Study, sa.Engine]:
     storage = open_storage(url)
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize", load_if_exists=True)
-    enqueue_trials(storage.engine, study._study_id, {"config": {"a": 1}}, some_tickets(count))
+    enqueue_trials(storage.engine, study._study_id, {"config": {"a": 1}}, some_trials(count))
     return study, storage.engine
 
 
@@ -64,31 +64,31 @@ def state(study: optuna.Study, lease: Lease) -> FrozenTrial:
     return study._storage.get_trial(lease.trial_id)
 
 
-def test_laying_is_done_once_and_grows(url: str) -> None:
-    study, engine = laid(url, 5)
+def test_trials_are_queued_once_and_more_can_be_added(url: str) -> None:
+    study, engine = queued(url, 5)
     assert [t.params["x"] for t in study.trials] == [0, 1, 2, 3, 4]
     assert [t.number for t in study.trials] == [0, 1, 2, 3, 4]
     assert {t.state for t in study.trials} == {TrialState.WAITING}
-    found = enqueue_trials(engine, study._study_id, {"config": {"a": 2}}, some_tickets(9))
-    assert found == {"config": {"a": 1}}
+    stored = enqueue_trials(engine, study._study_id, {"config": {"a": 2}}, some_trials(9))
+    assert stored == {"config": {"a": 1}}
     assert len(study.trials) == 5  # somebody else's study: nothing is added
-    found = enqueue_trials(engine, study._study_id, {"config": {"a": 1}, "new": [1]}, some_tickets(7))
-    assert found == {"config": {"a": 1}, "new": [1]}
+    stored = enqueue_trials(engine, study._study_id, {"config": {"a": 1}, "new": [1]}, some_trials(7))
+    assert stored == {"config": {"a": 1}, "new": [1]}
     assert [t.params["x"] for t in study.trials] == [0, 1, 2, 3, 4, 5, 6]
-    assert study.user_attrs == found
+    assert study.user_attrs == stored
 
 
-def test_a_laid_ticket_is_what_optuna_would_have_enqueued(url: str) -> None:
-    study, _ = laid(url, 1)
+def test_a_queued_trial_is_what_optuna_would_have_enqueued(url: str) -> None:
+    study, _ = queued(url, 1)
     stock = optuna.create_study(study_name="stock", storage=study._storage, direction="maximize")
-    stock.add_trial(some_tickets(1)[0])
+    stock.add_trial(some_trials(1)[0])
     ours, theirs = study.trials[0], stock.trials[0]
     for name in ("number", "state", "params", "distributions", "user_attrs", "system_attrs", "intermediate_values"):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-def test_claim_gives_each_ticket_once_in_order(url: str) -> None:
-    study, engine = laid(url, 3)
+def test_claim_gives_each_trial_once_in_order(url: str) -> None:
+    study, engine = queued(url, 3)
     workers = [Queue(engine, study._study_id, owner=f"w{i}") for i in range(4)]
     leases = [worker.claim() for worker in workers]
     assert [lease and (lease.number, lease.token) for lease in leases] == [(0, 1), (1, 1), (2, 1), None]
@@ -97,7 +97,7 @@ def test_claim_gives_each_ticket_once_in_order(url: str) -> None:
 
 
 def test_every_attempt_is_logged_with_its_end(url: str) -> None:
-    study, engine = laid(url, 3)
+    study, engine = queued(url, 3)
     first, second = (Queue(engine, study._study_id, owner=name, device=f"gpu {name}") for name in ("a", "b"))
     gone = claimed(first)
     expire(engine, gone)
@@ -113,7 +113,7 @@ def test_every_attempt_is_logged_with_its_end(url: str) -> None:
     assert [(a.number, a.owner, a.device, a.outcome, a.error) for a in log] == [
         (0, "a", "gpu a", "vanished", None),
         (0, "b", "gpu b", "released", None),
-        (0, "b", "gpu b", "settled", None),
+        (0, "b", "gpu b", "finished", None),
         (1, "b", "gpu b", "error", "boom"),
         (2, "b", "gpu b", "error", "for good"),
     ]
@@ -121,23 +121,8 @@ def test_every_attempt_is_logged_with_its_end(url: str) -> None:
     assert all(a.ended_at >= a.started_at for a in log[1:] if a.ended_at)
 
 
-def test_a_database_of_the_first_version_is_brought_up_to_date(url: str) -> None:
-    study, engine = laid(url, 1)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("DROP TABLE trial_attempts")
-        for column in ("selection_seconds", "seen", "joules"):
-            connection.exec_driver_sql(f"ALTER TABLE trial_epochs DROP COLUMN {column}")
-    engine.dispose()
-    later = open_storage(url, create=False)  # as a worker or `study status` would
-    worker = Queue(later.engine, study._study_id)
-    lease = claimed(worker)
-    worker.record(lease, epoch(1) | {"seen": 7}, {1: 0.5})
-    assert queries.epoch_rows(later.engine, study._study_id)[0][0]["seen"] == 7
-    assert len(queries.attempts(later.engine, study._study_id)) == 1
-
-
 def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> None:
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     old, new = (Queue(engine, study._study_id, owner=name) for name in ("old", "new"))
     stale = claimed(old)
     old.record(stale, epoch(1), {1: 0.5})
@@ -156,7 +141,7 @@ def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> N
     old.release(stale, error="too late")  # quietly nothing
     old.fail(stale, "too late")
     trial = state(study, lease)
-    assert (trial.state, trial.intermediate_values, trial.user_attrs) == (TrialState.RUNNING, {1: 0.5}, {"ticket": 0})
+    assert (trial.state, trial.intermediate_values, trial.user_attrs) == (TrialState.RUNNING, {1: 0.5}, {"queue_position": 0})
     assert checkpoints.load(new, lease) is None
 
     new.record(lease, epoch(1, 0.9), {1: 0.9})  # repeated since the checkpoint: the first record stays
@@ -171,14 +156,14 @@ def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> N
 
 @pytest.mark.parametrize("end", [TrialState.COMPLETE, TrialState.PRUNED])
 def test_finishing_leaves_what_stock_optuna_leaves(url: str, end: TrialState) -> None:
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     worker = Queue(engine, study._study_id)
     lease = claimed(worker)
     for n, value in enumerate((0.25, 0.5), 1):
         worker.record(lease, epoch(n), {n: value})
     worker.finish(lease, end, [0.5], {"seconds": 1.5})
     stock = optuna.create_study(study_name="stock", storage=study._storage, direction="maximize")
-    stock.add_trial(some_tickets(1)[0])
+    stock.add_trial(some_trials(1)[0])
     trial = stock.ask()
     for n, value in enumerate((0.25, 0.5), 1):
         trial.report(value, n)
@@ -193,7 +178,7 @@ def test_finishing_leaves_what_stock_optuna_leaves(url: str, end: TrialState) ->
 
 
 def test_release_is_claimable_at_once_and_costs_no_attempt(url: str) -> None:
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     workers = [Queue(engine, study._study_id, owner=f"w{i}", max_attempts=2) for i in range(2)]
     for turn in range(6):
         workers[turn % 2].release(claimed(workers[turn % 2]))
@@ -201,7 +186,7 @@ def test_release_is_claimable_at_once_and_costs_no_attempt(url: str) -> None:
 
 
 def test_errors_in_a_row_fail_the_trial_with_the_last_one(url: str) -> None:
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     worker = Queue(engine, study._study_id, max_attempts=3)
     for attempt in range(3):
         worker.release(claimed(worker), error=f"boom {attempt}")
@@ -211,7 +196,7 @@ def test_errors_in_a_row_fail_the_trial_with_the_last_one(url: str) -> None:
 
 
 def test_vanishing_workers_fail_the_trial_too(url: str) -> None:
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     for attempt in range(3):
         worker = Queue(engine, study._study_id, owner=f"w{attempt}", max_attempts=3)
         expire(engine, claimed(worker))
@@ -221,7 +206,7 @@ def test_vanishing_workers_fail_the_trial_too(url: str) -> None:
 
 
 def test_an_attempt_that_gets_further_starts_the_count_anew(url: str) -> None:
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     for attempt in range(10):
         worker = Queue(engine, study._study_id, owner=f"w{attempt}", max_attempts=2)
         lease = claimed(worker)
@@ -231,7 +216,7 @@ def test_an_attempt_that_gets_further_starts_the_count_anew(url: str) -> None:
 
 
 def test_the_lease_is_renewed_while_the_training_thread_is_busy(url: str) -> None:
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     worker = Queue(engine, study._study_id, owner="busy", seconds=8.0)
     thief = Queue(engine, study._study_id, owner="thief")
     lease = claimed(worker)
@@ -252,14 +237,14 @@ def test_the_lease_is_renewed_while_the_training_thread_is_busy(url: str) -> Non
 
 
 def test_a_lease_that_nobody_renews_runs_out(url: str) -> None:
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     lease = claimed(Queue(engine, study._study_id, owner="silent", seconds=0.5))
     thief = Queue(engine, study._study_id, owner="thief")
     assert wait_for(thief.claim).token == lease.token + 1
 
 
-def test_a_trial_settled_by_hand_is_dropped(url: str) -> None:
-    study, engine = laid(url, 1)
+def test_a_trial_finished_by_hand_is_dropped(url: str) -> None:
+    study, engine = queued(url, 1)
     worker = Queue(engine, study._study_id)
     lease = claimed(worker)
     study._storage.set_trial_state_values(lease.trial_id, TrialState.FAIL)
@@ -269,25 +254,25 @@ def test_a_trial_settled_by_hand_is_dropped(url: str) -> None:
 
 
 def test_checkpoints_come_back_whole_or_not_at_all(url: str) -> None:
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     worker = Queue(engine, study._study_id)
     lease = claimed(worker)
     assert checkpoints.load(worker, lease) is None
     for n, payload in enumerate((b"one" * 100_000, bytes(range(256)))):
         checkpoints.save(worker, lease, n, payload)
         found = checkpoints.load(worker, lease)
-        assert found == checkpoints.Found(n, payload)
+        assert found == checkpoints.StoredCheckpoint(n, payload)
     with engine.begin() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(CHECKPOINTS)).scalar_one() == 1
         connection.execute(sa.update(CHECKPOINTS).values(payload=b"altered"))
-    assert checkpoints.load(worker, lease) == checkpoints.Found(1, None)
+    assert checkpoints.load(worker, lease) == checkpoints.StoredCheckpoint(1, None)
     worker.finish(lease, TrialState.COMPLETE, [0.5])
     with engine.connect() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(CHECKPOINTS)).scalar_one() == 0
 
 
 def test_progress_counts(url: str) -> None:
-    study, engine = laid(url, 4)
+    study, engine = queued(url, 4)
     worker = Queue(engine, study._study_id, owner="me")
     for end in (TrialState.COMPLETE, TrialState.PRUNED):
         lease = claimed(worker)
@@ -306,13 +291,13 @@ def test_progress_counts(url: str) -> None:
 
 def test_a_new_study_inherits_nothing_of_a_deleted_one(url: str) -> None:
     """SQLite gives the trial ids of a deleted study again."""
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     worker = Queue(engine, study._study_id)
     lease = claimed(worker)
     worker.record(lease, epoch(1), {1: 0.5})
     checkpoints.save(worker, lease, 1, b"x")
     optuna.delete_study(study_name="s", storage=study._storage)
-    study, engine = laid(url, 1)
+    study, engine = queued(url, 1)
     fresh = Queue(engine, study._study_id)
     lease = claimed(fresh)
     assert lease.token == 1
@@ -338,7 +323,7 @@ def test_a_database_that_comes_back_is_waited_for() -> None:
 
 def _run_all(url: str) -> list[int]:
     """A worker: claim, record, finish, until nothing is left."""
-    study, engine = laid(url, 40)
+    study, engine = queued(url, 40)
     worker, ran = Queue(engine, study._study_id), []
     while (lease := worker.claim()) is not None:
         worker.record(lease, epoch(1), {1: 0.5})
@@ -352,10 +337,10 @@ def in_processes(function: Callable[[str], Any], url: str, processes: int) -> li
         return list(pool.map(function, [url] * processes))
 
 
-def test_many_workers_create_one_study_at_once_and_run_every_ticket_exactly_once(url: str) -> None:
+def test_many_workers_create_one_study_at_once_and_run_every_trial_exactly_once(url: str) -> None:
     ran = [number for worker in in_processes(_run_all, url, 6) for number in worker]
     assert sorted(ran) == list(range(40))
-    study, _ = laid(url, 40)
+    study, _ = queued(url, 40)
     assert [t.number for t in study.trials] == list(range(40))
     assert {t.state for t in study.trials} == {TrialState.COMPLETE}
 
@@ -368,7 +353,7 @@ def test_no_tables_are_made_by_those_who_only_look(url: str) -> None:
 def test_a_reader_does_not_hold_up_the_writers(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that was held up would find the database locked after BUSY_SECONDS, and not try again."""
     monkeypatch.setattr(retry_module, "PATIENCE_SECONDS", 0)
-    study, engine = laid(sqlite_url, 1)
+    study, engine = queued(sqlite_url, 1)
     worker = Queue(engine, study._study_id)
     lease = claimed(worker)
     reader = open_storage(sqlite_url, create=False, reading=True)
@@ -383,7 +368,7 @@ def test_who_is_frozen_within_a_transaction_loses_its_locks(
 ) -> None:
     """They would outlive its lease, and its machine answers every keep-alive. (On SQLite it holds the whole file.)"""
     url = postgres.new_database()
-    study, other_engine = laid(url, 1)
+    study, other_engine = queued(url, 1)
     monkeypatch.setattr(engine_module, "IDLE_SECONDS", 2)
     engine = open_storage(url).engine
     frozen, other = (Queue(of, study._study_id, seconds=0.5) for of in (engine, other_engine))

@@ -36,9 +36,9 @@ PAYLOAD = bytes(range(256)) * 1000
 BLANK, COMPLETE, PRUNED, FAILED, RELEASED, ABANDONED, INFINITE = range(7)
 
 
-def ticket(number: int, params: dict[str, Any]) -> FrozenTrial:
+def queued_trial(number: int, params: dict[str, Any]) -> FrozenTrial:
     space = {name: SPACE[name] for name in params}
-    user_attrs = {"ticket": number, "seed": 100 + number}
+    user_attrs = {"queue_position": number, "seed": 100 + number}
     return create_trial(state=TrialState.WAITING, params=params, distributions=space, user_attrs=user_attrs)
 
 
@@ -56,7 +56,7 @@ def claimed(worker: Queue) -> Lease:
 
 def enqueue_trials(storage: RDBStorage, name: str, count: int) -> optuna.Study:
     study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
-    enqueue.enqueue_trials(storage.engine, study._study_id, {}, [ticket(i, PARAMS) for i in range(count)])
+    enqueue.enqueue_trials(storage.engine, study._study_id, {}, [queued_trial(i, PARAMS) for i in range(count)])
     return study
 
 
@@ -65,7 +65,7 @@ def rich(storage: RDBStorage) -> optuna.Study:
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
     attributes = {"config": {"ä": [1, None, 0.1 + 0.2]}, "снимок": "学習\x00\n'\"\\"}
     enqueue.enqueue_trials(
-        storage.engine, study._study_id, attributes, [ticket(i, PARAMS if i else {}) for i in range(7)]
+        storage.engine, study._study_id, attributes, [queued_trial(i, PARAMS if i else {}) for i in range(7)]
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -238,7 +238,7 @@ def test_an_unfinished_copy_is_claimed_and_goes_on_from_its_checkpoint(url: str)
         if number == BLANK:
             assert checkpoints.load(worker, lease) is None
             continue
-        assert checkpoints.load(worker, lease) == checkpoints.Found(3, PAYLOAD + bytes([number]))
+        assert checkpoints.load(worker, lease) == checkpoints.StoredCheckpoint(3, PAYLOAD + bytes([number]))
         worker.record(lease, epoch(4, 0.75), {4: 0.75})
         worker.finish(lease, TrialState.COMPLETE, [0.75])
         done = load(storage, "t").trials[number]
@@ -323,14 +323,14 @@ def test_what_is_copied_is_one_state_of_the_source(url: str, tmp_path: Path) -> 
         reads.append(statement)
         with source.engine.begin() as connection:
             for table in (TRIAL_ATTRS, STUDY_ATTRS):
-                keys = ("ticket", "turn")
+                keys = ("queue_position", "turn")
                 connection.execute(sa.update(table).where(table.c.key.in_(keys)).values(value_json=str(turn)))
 
     turns = []
     for i in range(3):
         transfer.copy(reader, target, "s", f"s{i}")
         copied = load(target, f"s{i}")
-        turns.append((copied.user_attrs["turn"], copied.trials[0].user_attrs["ticket"]))
+        turns.append((copied.user_attrs["turn"], copied.trials[0].user_attrs["queue_position"]))
     trials, studies = (
         next(n for n, statement in enumerate(reads) if f"FROM {table.name}" in statement.replace("\n", ""))
         for table in (TRIAL_ATTRS, STUDY_ATTRS)
@@ -435,7 +435,7 @@ def test_failed_trials_go_back_into_the_queue(url: str) -> None:
     trial = load(storage).trials[3]
     assert (trial.state, trial.params, trial.values, trial.number) == (TrialState.WAITING, PARAMS, None, 3)
     assert (trial.datetime_start, trial.datetime_complete, trial.intermediate_values) == (None, None, {})
-    assert trial.user_attrs == {"ticket": 3, "seed": 103, "device": "cpu"}
+    assert trial.user_attrs == {"queue_position": 3, "seed": 103, "device": "cpu"}
     assert trial.system_attrs == {"fixed": 1}
     assert not of_trial(after, 3)["trial_epochs"]
     assert not of_trial(after, 3)["trial_checkpoints"]

@@ -135,7 +135,7 @@ def test_replicates_of_all_cells_come_in_rounds_with_paired_seeds() -> None:
     tickets = space.queued_trials(config_of(beta=[0.1, 0.2]))
     assert [t.user_attrs["seed"] for t in tickets] == [5] * 4 + [6] * 4
     assert [t.user_attrs["cell"] for t in tickets] == [0, 1, 2, 3] * 2
-    assert [t.user_attrs["ticket"] for t in tickets] == list(range(8))
+    assert [t.user_attrs["queue_position"] for t in tickets] == list(range(8))
 
 
 def test_blank_tickets_are_as_many_as_trials() -> None:
