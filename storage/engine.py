@@ -422,25 +422,45 @@ def _engine_settings(url: URL, path: Path | None, *, reading: bool, may_write: b
     }
 
 
-def _connect_read_only(path: Path, mode: str | None = None) -> sqlite3.Connection:
-    """A connection that cannot write. Where the folder does not take the log's files, the file is read without locks,
-    which is safe only while nobody has a log there, and looked at with each connection.
+def _connect_read_only(path: Path) -> sqlite3.Connection:
+    """A connection that does not write. Where the folder does not take the log's files, the file is read without locks,
+    which is safe only while nobody has a log there, and therefore looked at with each connection.
     """
-    mode = mode or ("mode=ro&immutable=1" if _is_immutable(path) else "mode=ro")
+    return _connect(path, "mode=ro&immutable=1" if _is_immutable(path) else _mode(path))
+
+
+def _mode(path: Path) -> str:
+    """The last connection to close moves the log's content into the file. One with mode=ro does not, but leaves an
+    empty log behind if there was none.
+    """
+    return "mode=ro" if _log_of(path) is not None else "mode=rw"
+
+
+def _log_of(path: Path) -> Path | None:
+    """The log beside a SQLite file, if there is anything in it."""
+    log = path.with_name(path.name + "-wal")
+    try:
+        return log if log.stat().st_size else None
+    except FileNotFoundError:
+        return None
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
     address = f"file:{quote(str(path))}?{mode}"
-    return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
+    connection = sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
+    connection.execute("PRAGMA query_only = ON")
+    return connection
 
 
 def _is_immutable(path: Path) -> bool:
     """Whether a SQLite file can only be read without locks: its log is empty, and the folder takes no new one."""
-    connection = _connect_read_only(path, "mode=ro")
+    connection = _connect(path, _mode(path))
     try:
         connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
     except sqlite3.OperationalError as error:
         if "unable to open" not in str(error) and "readonly" not in str(error):
             return False  # the caller meets it again, where it is reported
-        log = path.with_name(path.name + "-wal")
-        if log.exists() and log.stat().st_size:
+        if (log := _log_of(path)) is not None:
             raise UserError(
                 f"{path} has a log of its last writes ({log.name}) that cannot be read in this folder; copy both to a "
                 "folder that can be written"

@@ -79,16 +79,17 @@ def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None
 
 def import_study(
     file: Path,
-    target: RDBStorage,
+    target: str,
     new_name: str | None = None,
     *,
     store: str = object_store.DATABASE,
     check_config: Callable[[dict[str, Any]], object] = lambda config: None,
 ) -> tuple[str, int]:
     """Bring the study of a file that `study export` wrote into a database. Nobody vouches for such a file: all of it is
-    checked before the target is touched, and only what is in it is read.
+    checked before the target is opened, and only what is in it is read.
 
     Args:
+        target: database URL.
         store: the imported study's `checkpoint.store`, whatever the file says.
         check_config: raises UserError if the study's config is not one.
 
@@ -99,9 +100,10 @@ def import_study(
         UserError: the file is not an exported study, or a study of that name is in the target.
     """
     name = check_export(file, check_config)
+    check_study_name(new_name or name)
     source = open_storage(sqlite_url(file), create=False, reading=True)
     try:
-        return new_name or name, _copy(source, target, name, new_name or name, {}, store)
+        return new_name or name, _copy(source, open_storage(target), name, new_name or name, {}, store)
     finally:
         source.engine.dispose()
 

@@ -14,12 +14,12 @@ DEFAULT = "sqlite:///study.db"
 
 def sqlite_url(path: str | Path) -> str:
     """The storage URL of a SQLite file, whatever signs are in its name."""
-    return URL.create("sqlite", database=str(path)).render_as_string()
+    return URL.create("sqlite", database=str(Path(path).absolute())).render_as_string()
 
 
 def parse(text: str) -> URL:
-    """The URL meant by `text`; `postgres://` and `postgresql://` become `postgresql+psycopg://`, and `~` at the start of
-    a SQLite file's path the home folder.
+    """The URL meant by `text`: `postgres://` and `postgresql://` become `postgresql+psycopg://`, and `~` at the start
+    of a SQLite file's path the home folder.
 
     Raises:
         UserError: a path where a URL is meant, an unreadable URL, or a database that is neither SQLite nor PostgreSQL.

@@ -45,7 +45,16 @@ VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run a study": (run.launch, run.resume, run.stop, run.worker, run.confirm),
     "Look at it": (show.status, show.list_, show.report, show.dashboard),
     "Presets": (show.presets, run.bench),
-    "Manage": (manage.copy, manage.export, manage.import_, manage.requeue, manage.delete, manage.init),
+    "Manage": (
+        manage.copy,
+        manage.export,
+        manage.import_,
+        manage.requeue,
+        manage.delete,
+        manage.init,
+        manage.upgrade,
+        manage.gc,
+    ),
 }
 """Panel of the help to its verbs, in the order of a user's day."""
 

@@ -1,4 +1,4 @@
-"""The verbs that manage studies: copy, export, import, requeue, delete, init."""
+"""The verbs that manage studies: copy, export, import, requeue, delete, init, upgrade, gc."""
 
 from __future__ import annotations
 
@@ -41,20 +41,21 @@ def export(
 
     Example: study export quick quick.study
     """
-    from storage.engine import open_storage
+    from storage.engine import close, open_storage
     from storage.transfer import copy as copy_study
+    from storage.url import sqlite_url
 
     if file.exists():
         raise UserError(f"the file {file} is there already; name another")
     source = open_storage(storage_url(storage), create=False, reading=True)
-    target = open_storage(f"sqlite:///{file}")
+    target = open_storage(sqlite_url(file))
     try:
         count = copy_study(source, target, name)
     except BaseException:
-        target.engine.dispose()
+        close(target.engine)
         file.unlink(missing_ok=True)
         raise
-    target.engine.dispose()  # the last connection to close folds SQLite's log into the file
+    close(target.engine)
     logger.info("wrote %d trials of %r to %s; read it back with: %s", count, name, file, command("import", str(file)))
 
 
@@ -62,26 +63,25 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A file that `study export` wrote.")],
     storage: Storage = None,
     new_name: NewName = None,
+    store: Annotated[
+        str,
+        typer.Option("--checkpoint-store", help="Where its checkpoints go from now on; a folder, a URL or database."),
+    ] = "database",
 ) -> None:
-    """Import an exported study into a storage.
+    """Import an exported study into a storage. The file is checked first; nothing that it names outside is read.
 
     Example: study import quick.study
     """
-    import optuna
+    from storage import object_store
+    from storage.transfer import import_study
+    from study.config.loading import parse_config
 
-    from storage.engine import open_storage
-    from storage.transfer import copy as copy_study
-
-    source = open_storage(f"sqlite:///{file}", create=False, reading=True)
-    names = optuna.get_all_study_names(source)
-    if len(names) != 1:
-        raise UserError(
-            f"{file} holds {len(names)} studies, not one; use: study copy NAME --from sqlite:///{file} --to …"
-        )
+    if store != object_store.DATABASE:
+        object_store.probe(store)
     url = storage_url(storage)
-    count = copy_study(source, open_storage(url), names[0], new_name)
-    resume = command_for(url, "resume", new_name or names[0])
-    logger.info("imported %d trials of %r into %s; continue with: %s", count, names[0], shown(url), resume)
+    name, count = import_study(file, url, new_name, store=store, check_config=parse_config)
+    resume = command_for(url, "resume", name)
+    logger.info("imported %d trials of %r into %s; continue with: %s", count, name, shown(url), resume)
 
 
 def requeue(
@@ -139,3 +139,31 @@ def init(storage: Storage = None) -> None:
     url = storage_url(storage)
     open_storage(url)
     logger.info("the tables are there: %s", shown(url))
+
+
+def upgrade(storage: Storage = None) -> None:
+    """Migrate a storage to the present schema, Optuna's tables and ours.
+
+    Example: study upgrade --storage sqlite:///study.db
+    """
+    from storage.engine import upgrade as upgrade_storage
+
+    url = storage_url(storage)
+    done = upgrade_storage(url)
+    logger.info("%s: %s", shown(url), "; ".join(done) or "the schema is up to date")
+
+
+def gc(name: Name, storage: Storage = None) -> None:
+    """Remove the checkpoint files of a study that nothing needs any more: what crashes left in its store.
+
+    Example: study gc quick
+    """
+    from storage.checkpoints import collect_garbage
+    from study.create import open_study
+
+    study = open_study(storage_url(storage), name)
+    try:
+        removed = collect_garbage(study.engine, study.id, study.config.checkpoint.store)
+    except OSError as error:
+        raise UserError(f"cannot list {study.config.checkpoint.store!r}: {error}") from None
+    logger.info("removed %d checkpoint files of %r", len(removed), name)
