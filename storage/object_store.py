@@ -22,7 +22,7 @@ from storage.errors import UserError
 DATABASE = "database"
 """The value of `checkpoint.store` that means: no files, the database itself."""
 LOCAL = ("file", "local")
-PROTOCOLS = (*LOCAL, "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "sftp", "ssh")
+PROTOCOLS = (*LOCAL, "s3", "s3a", "gs", "gcs", "az", "abfs", "sftp", "ssh")
 """Stores that only hold what was put there. Others that fsspec knows run code, follow references, unpack archives,
 fetch web pages, or are gone with the process."""
 NAME = re.compile(r"(?:(?P<key>[0-9a-f]{16})-)?trial-(?P<trial>\d{1,19})-(?P<token>\d{1,19})-[0-9a-f]{8}\.checkpoint")
@@ -183,8 +183,9 @@ def _read_regular(path: Path) -> bytes | None:
         if path.is_symlink():
             return None
         raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+        os.close(descriptor)
+        return None
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-            return None
         return file.read(MOST_BYTES)

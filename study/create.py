@@ -23,6 +23,7 @@ from storage.errors import UserError
 from storage.optuna_internals import study_id_of
 from storage.queries import find
 from storage.url import parse, redact
+from study import __version__
 from study.config.loading import differences, parse_config
 from study.config.models import PROTOCOLS, StudyConfig
 from study.config.values import smallest
@@ -32,6 +33,9 @@ from study.training.data.split import split_dataset, split_notes
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FORMAT = 1
+"""Of the config that a study stores; a later one is for later versions of this program."""
+
 
 def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfig]:
     """An existing study of ours, read through `CachedStorage`, and its config.
@@ -40,6 +44,11 @@ def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfi
         UserError: no study of that name (with the names there are), or one that `study launch` did not create.
     """
     _, attributes = find(storage.engine, name)
+    if (stored := attributes.get("config_format", CONFIG_FORMAT)) != CONFIG_FORMAT:
+        raise UserError(
+            f"the study {name!r} has a config of format {stored!r} of a newer version of this program, which knows "
+            f"format {CONFIG_FORMAT}: upgrade this program"
+        )
     study = optuna.load_study(study_name=name, storage=CachedStorage(storage))
     return study, parse_config(attributes["config"])
 
@@ -150,7 +159,7 @@ def create_study(
         **(more or {}),
     }
     if not existed:
-        attributes["uid"] = uuid.uuid4().hex
+        attributes |= {"uid": uuid.uuid4().hex, "program_version": __version__, "config_format": CONFIG_FORMAT}
     old = stored.get("config")
     replaced = {"config": old} if old is not None and _grows(parse_config(old), config) else None
     stored = enqueue_trials(storage.engine, study_id_of(study), attributes, space.queued_trials(config), replaced)
