@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from study import estimate
+from study.create import prepare
 from study.training.data import dataset, decoding, sources
 from study.training.data.dataset import DataError, Dataset
 from study.training.data.split import split_dataset
@@ -212,6 +213,22 @@ def test_classes_that_do_not_match_are_refused_or_noted(root: Path) -> None:
     assert "test has images of one class alone (dog): at least two" in refusal(root)
     shutil.rmtree(root / "train" / "cat")
     assert "train has images of one class alone (dog): at least two" in refusal(root)
+
+
+def test_a_launch_says_what_was_found_and_counts_the_validation_split(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(root / "val" / "cat", 2)
+    add(root / "val" / "dog", 1)
+    config = config_of(data={"name": "imagefolder", "train_images": None}, policy={"alpha": [4, 8]})
+    caplog.set_level(logging.INFO, "study")
+    prepared = prepare(config, str(root), lambda _: None)
+    assert prepared.sizes == (8, 3, 4)
+    assert estimate.loads(config, prepared.sizes)[-1] == estimate.Load(3 * 8, 3 * 3)
+    assert any(
+        "train/ 8 images of 2 classes: cat 4, dog 4; val/ 3 images; test/ 4 images" in m for m in caplog.messages
+    )
+    assert any("the 3 images of the data set's own validation split validate" in m for m in caplog.messages)
 
 
 # Files and folders that cannot be used
