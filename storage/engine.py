@@ -358,6 +358,7 @@ def _only_one(engine: sa.Engine, path: Path | None) -> Iterator[None]:
     lock = path.with_name(path.name + ".lock")
     existed = path.exists()
     try:
+        lock.touch()  # FileLock would wait for ever where no file can be made
         with FileLock(lock):
             yield
         # Whoever still waits for this lock, or makes a new one, finds the tables complete.

@@ -13,11 +13,11 @@ from dashboards.study_data import StudyData
 
 MOST_CELLS = len(COLOURS)
 OUTCOMES = {
-    "settled": (COLOURS[2], "settled its trial"),
+    "finished": (COLOURS[2], "finished its trial"),
     "released": (COLOURS[4], "asked to stop"),
     "error": (COLOURS[1], "error"),
     "vanished": (COLOURS[3], "vanished"),
-    None: (REST, "at work, or not heard of"),
+    None: (REST, "running, or vanished and not taken over yet"),
 }
 
 

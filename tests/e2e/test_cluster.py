@@ -295,7 +295,7 @@ def test_launchers_come_and_go(
     left = study(*command(cluster, url, "--workers", "2", "--detach"), cwd=tmp_path)
     assert left.returncode == 0, left.stderr
     wait_for(lambda: not harness.queue().unfinished())
-    assert set(outcomes(harness)) == {"released", "settled"}
+    assert set(outcomes(harness)) == {"released", "finished"}
     assert harness.outcome() == long_undisturbed
     with harness.storage.engine.connect() as connection:  # all those stops cost no epoch
         trained, stored = (connection.scalar(sa.select(sa.func.sum(t.c.images))) for t in (ATTEMPTS, EPOCHS))

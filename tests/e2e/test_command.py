@@ -253,7 +253,7 @@ def test_a_study_moves_by_file_and_by_copy(finished: Path, undisturbed: list[tup
 def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tmp_path: Path) -> None:
     """On PostgreSQL, with a budget of blank tickets: exactly as many trials as tickets.
 
-    The two are stopped (SIGSTOP) in their trials until the third has settled one.
+    The two are stopped (SIGSTOP) in their trials until the third has finished one.
     """
     url = postgres.new_database()
     searched = ["--set", "search.sampler=tpe", "--set", "policy.beta={low=0.1, high=0.9}", "--trials", "7"]
@@ -270,16 +270,16 @@ def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tm
     joined = started("worker", "quick", cwd=tmp_path, env=os.environ | {"STUDY_STORAGE": url})
     engine, study_id = wait_for(lambda: there(url, "quick"))
 
-    def settled() -> list[int]:
-        return [process(each.owner) for each in attempts(engine, study_id) if each.outcome == "settled"]
+    def finished_by() -> list[int]:
+        return [process(each.owner) for each in attempts(engine, study_id) if each.outcome == "finished"]
 
-    wait_for(lambda: joined.pid in settled())
+    wait_for(lambda: joined.pid in finished_by())
     for worker in two:
         os.kill(worker, signal.SIGCONT)
     out, err = launcher.communicate(timeout=120)
     _, said = joined.communicate(timeout=120)
     assert (launcher.returncode, joined.returncode) == (0, 0), err + said
-    assert {*two, joined.pid} <= set(settled())
+    assert {*two, joined.pid} <= set(finished_by())
     told = json.loads(study("status", "quick", "--json", "-", "--storage", url, cwd=tmp_path).stdout)
     assert told["states"]["complete"] == told["total"] == 7
     assert "7 complete" in out
@@ -326,10 +326,10 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["launch", "quick", "--set", "data.name=imagefolder", "--data-root", "/nowhere"], "no folder /nowhere"),
     (["launch", "quick", "--storage", "study.db"], "write sqlite:///study.db"),
     (["launch", "quick", "--storage", "sqlite:////nowhere/study.db"], "no folder /nowhere"),
-    (["launch", "quick", "--storage", "sqlite:////proc/study.db"], "unable to open database file"),
+    (["launch", "quick", "--storage", "sqlite:////proc/study.db"], "cannot use the database"),
     (["launch", "quick", "--storage", "postgresql://me:hunter2@127.0.0.1:1/db"], "me:***@127.0.0.1:1/db"),
     (["launch", "quick", "--device", "tpu"], "got 'tpu'"),
-    (["launch", "quick", "--set", "checkpoint.store=ftpx://a/b"], "checkpoint.store must be 'database', a folder"),
+    (["launch", "quick", "--set", "checkpoint.store=ftpx://a/b"], "checkpoint.store must be 'database', the whole path of a folder"),
     (["launch", "quick", "--workers", "0"], "--workers"),
     (["launch", "quick", "--budget", "2 weeks"], "a budget is an amount and a unit"),
     (["launch", "quick", "--objective", "speed"], "search.objective: must be accuracy or accuracy,images, got 'speed'"),
@@ -368,7 +368,7 @@ def test_questions_about_a_study_that_is_not_there_name_those_that_are(finished:
 
 def test_help_and_presets_load_neither_torch_nor_optuna() -> None:
     for arguments in (["--help"], ["presets"]):
-        code = f"import sys; sys.argv = ['study', *{arguments}]\nfrom study.cli import run\n"
+        code = f"import sys; sys.argv = ['study', *{arguments}]\nfrom study.cli.app import main as run\n"
         code += "try: run()\nexcept SystemExit: pass\n"
         code += "print(sorted({'torch', 'optuna', 'sqlalchemy'} & set(sys.modules)))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -71,7 +71,7 @@ def test_what_is_spent_is_counted_over_all_attempts(url: str) -> None:
     rows = [(ids[0], 0, 3600, 100, 3.6e6), (ids[1], 1800, 5400, 200, 0.0), (ids[2], 9000, 10800, 50, 1.8e6)]
     with engine.begin() as connection:
         for trial_id, start, end, images, joules in rows:
-            row = {"trial_id": trial_id, "token": 1, "owner": "w", "device": "gpu", "outcome": "settled"}
+            row = {"trial_id": trial_id, "token": 1, "owner": "w", "device": "gpu", "outcome": "finished"}
             row |= {"started_at": start, "ended_at": end, "images": images, "joules": joules}
             connection.execute(sa.insert(ATTEMPTS).values(row))
     expected = {"gpu-hours": 2.5, "hours": 2.0, "images": 350, "kWh": 1.5}

@@ -327,5 +327,5 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     assert status.document(spent)["stop"] == spent.stop
     second.release(lease)
     harness.work()
-    status.watch(engine, "s", console)  # settled: returns at once
+    status.watch(engine, "s", console)  # finished: returns at once
     assert "4 trials: 4 complete" in console.file.getvalue()  # type: ignore[attr-defined]

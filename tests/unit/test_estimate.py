@@ -1,4 +1,4 @@
-"""`study harness`: its counts are those of real studies, and what it measured is what `launch` says."""
+"""`study bench`: its counts are those of real studies, and what it measured is what `launch` says."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_pace_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_launch_says_what_bench_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
-    said = study("harness", "quick", *SMALL, "--device", "cpu", cwd=tmp_path)
+    said = study("bench", "quick", *SMALL, "--device", "cpu", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert re.fullmatch(
         r"quick: (about .+ if nothing is pruned on cpu .*: 8 trials, 440 training images .*)\n", said.stdout
@@ -106,7 +106,7 @@ def test_launch_says_what_bench_measured(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     for arguments in (["nosuch"], ["quick", "--set", "training.epochs=0"]):
-        refused = study("harness", *arguments, cwd=tmp_path)
+        refused = study("bench", *arguments, cwd=tmp_path)
         assert refused.returncode == 2
         assert refused.stderr.startswith("study: ")
         assert refused.stderr.count("\n") == 1
