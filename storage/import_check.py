@@ -62,6 +62,13 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = (ATTEMPTS, SPENDING)
 """Version 0.1.0 and older may lack them."""
+NULLABLE = frozenset(
+    (
+        *(column for table in METADATA.sorted_tables for column in table.c if column.nullable),
+        *(TRIALS.c.datetime_start, TRIALS.c.datetime_complete, TRIAL_VALUES.c.value, REPORTS.c.intermediate_value),
+    )
+)
+"""Optuna's tables allow NULL in more columns than Optuna writes it to."""
 RULES: dict[sa.Table, tuple[str, ...]] = {
     TRIALS: ("number >= 0", "state NOT IN ('COMPLETE', 'PRUNED', 'FAIL') OR datetime_complete IS NOT NULL"),
     TRIAL_PARAMS: ("is_distribution(distribution_json)", "is_in_distribution(distribution_json, param_value)"),
@@ -181,7 +188,7 @@ def _columns(connection: sqlite3.Connection, table: sa.Table, optional: bool = F
     if any(hidden for *_, hidden in details):
         raise _Wrong(f"the table {table.name} has computed columns")
     present = {str(name) for _, name, *_ in details}
-    needed = {column.name for column in table.c if not column.nullable}
+    needed = {column.name for column in table.c if column not in NULLABLE}
     if missing := sorted(needed - present):
         raise _Wrong(f"the table {table.name} has no column {missing[0]}")
     return present
@@ -190,7 +197,7 @@ def _columns(connection: sqlite3.Connection, table: sa.Table, optional: bool = F
 def _check_table(connection: sqlite3.Connection, table: sa.Table, present: set[str]) -> None:
     for column in table.c:
         if column.name in present:
-            condition = f"{column.name} IS NULL OR ({_fits(column)})" if column.nullable else _fits(column)
+            condition = f"{column.name} IS NULL OR ({_fits(column)})" if column in NULLABLE else _fits(column)
             _demand(connection, table, condition, f"a {column.name} that is no {_kind(column)}")
     for rule in RULES.get(table, ()):
         _demand(connection, table, rule, f"a row where not {rule}")

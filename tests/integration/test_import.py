@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
@@ -310,43 +310,49 @@ CELLS = [
 ]
 
 
-@settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
-    derandomize="FUZZ_EXAMPLES" not in os.environ,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    print_blob=True,
-)
+@functools.cache
+def shared_target() -> str:
+    """One database for all that is imported below: creating one takes longer than the rest."""
+    url = sqlite_url(Path(tempfile.mkdtemp(), "target.db"))
+    close(open_storage(url).engine)
+    return url
+
+
+EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
+"""Without it the same examples each time."""
+
+
+@settings(max_examples=int(EXAMPLES or 40), derandomize=EXAMPLES is None, deadline=None, print_blob=True)
 @given(changes=st.lists(st.tuples(st.sampled_from(CELLS), st.integers(0, 40), VALUES), min_size=1, max_size=2))
-def test_any_value_anywhere_is_refused_or_harmless(
-    changes: list[tuple[tuple[str, str], int, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("fuzz")
-    file, url = folder / "s.study", sqlite_url(folder / "target.db")
-    file.write_bytes(exported())
-    connection = sqlite3.connect(file, isolation_level=None)
-    for (table, name), row, value in changes:
-        query = f"UPDATE {table} SET {name} = ? WHERE rowid = (SELECT rowid FROM {table} LIMIT 1 OFFSET ?)"
+def test_any_value_anywhere_is_refused_or_harmless(changes: list[tuple[tuple[str, str], int, Any]]) -> None:
+    url = shared_target()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "s.study")
+        file.write_bytes(exported())
+        connection = sqlite3.connect(file, isolation_level=None)
+        for (table, name), row, value in changes:
+            query = f"UPDATE {table} SET {name} = ? WHERE rowid = (SELECT rowid FROM {table} LIMIT 1 OFFSET ?)"
+            try:
+                connection.execute(query, [value, row])
+            except (sqlite3.IntegrityError, UnicodeEncodeError):
+                continue  # this file's own constraints; the hostile files above include some without
+        connection.close()
         try:
-            connection.execute(query, [value, row])
-        except (sqlite3.IntegrityError, UnicodeEncodeError):
-            continue  # this file's own constraints; test_hostile_files has files without them
-    connection.close()
-    try:
-        name, _ = import_(file, url)
-    except UserError as error:
-        refusal = str(error)
-    else:
-        refusal = None
+            name, _ = import_(file, url)
+        except UserError as error:
+            refusal = str(error)
+        else:
+            refusal = None
+        assert os.listdir(folder) == ["s.study"]
+    storage = open_storage(url, create=False)
     if refusal is not None:
         assert "\n" not in refusal
-        assert [path.name for path in folder.iterdir()] == ["s.study"]
+        assert optuna.get_all_study_names(storage) == []
         return
     use(url, name)
-    storage = open_storage(url)
-    study = optuna.load_study(study_name=name, storage=storage)
-    worker = Queue(storage.engine, study._study_id)
+    worker = Queue(storage.engine, optuna.load_study(study_name=name, storage=storage)._study_id)
     while (lease := worker.claim()) is not None:
         checkpoints.load(worker, lease)
         worker.fail(lease, "enough")
+    transfer.delete(storage, name)
     close(storage.engine)

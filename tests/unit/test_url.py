@@ -8,7 +8,7 @@ import pytest
 
 from storage.engine import network_filesystem
 from storage.errors import UserError
-from storage.url import file_of, parse, redact
+from storage.url import file_of, parse, redact, sqlite_url
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,20 @@ def test_refused(text: str, fault: str) -> None:
 def test_password_is_not_shown(text: str) -> None:
     assert "hunter2" not in redact(parse(text))
     assert "host" in redact(parse(text))
+
+
+def test_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert file_of(parse("sqlite:///~/study.db")) == Path("/home/me/study.db")
+    assert file_of(parse("sqlite:////~/study.db")) == Path("/~/study.db")
+    with pytest.raises(UserError, match="no home folder"):
+        parse("sqlite:///~nobody-of-this-name/study.db")
+
+
+@pytest.mark.parametrize("name", ["a?b", "a#b", "a%20b", "~", "a b", "日本", "a&b=c", "::", "@"])
+def test_the_url_of_any_file(name: str, tmp_path: Path) -> None:
+    assert file_of(parse(sqlite_url(tmp_path / name))) == tmp_path / name
+    assert file_of(parse(sqlite_url(name))) == Path.cwd() / name
 
 
 def test_file_of() -> None:
