@@ -1,4 +1,4 @@
-"""What holds for all workers of a study, wherever they are: a request to stop, and budgets that they share."""
+"""Budgets that all workers of a study share, wherever they are, and what they have spent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from storage.schema import ATTEMPTS, LEASES, SPENDING, TRIALS
 from storage.study_attributes import set_attribute
 
 MOST_AGE_SECONDS = 60.0
-"""Of sums that are still told: whoever was to renew them may have died."""
+"""Of stored sums that are still used: whoever was to renew them may have died."""
 BUDGETS = "budgets"
 """Key of the study's user attribute."""
 UNITS = {
@@ -82,28 +82,28 @@ class Spending:
         return None
 
     def seconds_left(self, budgets: Mapping[str, float], before: Spending | None = None) -> float:
-        """Until the first budget is spent, if those now at work go on at the pace so far; 0 if there is none yet.
+        """Until the first budget is spent, if the live workers continue at the pace so far; 0 if there is none yet.
 
         Args:
             before: what had been used earlier; if the pace since then is the faster one, that counts.
         """
-        found = [math.inf]
+        seconds = [math.inf]
         for unit, limit in budgets.items():
             each = self.amounts[unit] / self.seconds_worked if self.seconds_worked else 0.0
             pace = 1 / 3600 if unit == "hours" else self.workers * each
             if before is not None and self.at > before.at:
                 pace = max(pace, (self.amounts[unit] - before.amounts[unit]) / (self.at - before.at))
-            found.append((limit - self.amounts[unit]) / pace if pace else 0.0)
-        return max(0.0, min(found))
+            seconds.append((limit - self.amounts[unit]) / pace if pace else 0.0)
+        return max(0.0, min(seconds))
 
 
 def recent_spending(engine: sa.Engine, study_id: int, part: float = 0.1) -> Spending:
-    """What `spent` says, or what it said to somebody else a moment ago.
+    """What `spending` returns, or what it returned to another process a moment ago.
 
     Adding up takes longer the more attempts there were, and every worker asks. So one at a time adds up, for all.
 
     Args:
-        part: of the time that is spent adding up, at most; what is told is about 1 / part times as old as that takes.
+        part: of the time that is spent adding up, at most; the result is about 1 / part times as old as that takes.
     """
     clock = database_time(engine)
     stored = sa.select(SPENDING.c.spent, SPENDING.c.took, (clock - SPENDING.c.at).label("age"))
@@ -115,16 +115,16 @@ def recent_spending(engine: sa.Engine, study_id: int, part: float = 0.1) -> Spen
         mine = sa.and_(SPENDING.c.study_id == study_id, SPENDING.c.at < clock - SPENDING.c.took / part)
         with engine.begin() as connection:
             if connection.execute(sa.update(SPENDING).where(mine).values(at=clock)).rowcount == 0:
-                return Spending(**json.loads(row.spent))  # somebody else is at it
+                return Spending(**json.loads(row.spent))  # another process adds up now
     began = time.monotonic()
-    found = spending(engine, study_id)
+    latest = spending(engine, study_id)
     insert = upsert(engine, SPENDING).values(
-        study_id=study_id, at=found.at, took=time.monotonic() - began, spent=json.dumps(asdict(found))
+        study_id=study_id, at=latest.at, took=time.monotonic() - began, spent=json.dumps(asdict(latest))
     )
-    latest = {name: insert.excluded[name] for name in ("at", "took", "spent")}
+    newest = {name: insert.excluded[name] for name in ("at", "took", "spent")}
     with engine.begin() as connection:
-        connection.execute(insert.on_conflict_do_update(index_elements=["study_id"], set_=latest))
-    return found
+        connection.execute(insert.on_conflict_do_update(index_elements=["study_id"], set_=newest))
+    return latest
 
 
 def spending(engine: sa.Engine, study_id: int) -> Spending:

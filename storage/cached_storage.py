@@ -1,4 +1,4 @@
-"""A study's past as samplers and pruners look at it: read in columns, kept, and after that only what is new.
+"""A study's past as samplers and pruners look at it: read in columns, cached, and after that only what is new.
 
 Optuna's own way loads every report of every trial through its ORM before the first suggestion: docs/overhead.md.
 """
@@ -46,7 +46,7 @@ class _Past:
     last_final: int = -1
     """The largest id of a trial in a final state."""
     open: list[int] = field(default_factory=list)
-    """Trials to look at again each time; of those WAITING beyond `last_final` we are told which no longer do."""
+    """Trials to look at again each time; those WAITING beyond `last_final` are looked at once they no longer are."""
     columns: dict[int, array[float]] | None = None
     """Step to its reports by COMPLETE trials, in no particular order; None: nobody has asked yet."""
 
@@ -64,7 +64,7 @@ class CachedStorage(OptunaCachedStorage):
         if self._engine.dialect.name == "postgresql":  # one round trip a query, not three: no BEGIN, no ROLLBACK
             self._engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._pasts: dict[int, _Past] = defaultdict(_Past)
-        self._turn = threading.Lock()  # the training thread asks, the scribe's decides
+        self._turn = threading.Lock()  # the training thread asks for trials, the writer's for decisions
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
@@ -72,15 +72,15 @@ class CachedStorage(OptunaCachedStorage):
         with self._turn, self._engine.connect() as connection:
             past = self._pasts[study_id]
             _refresh(connection, study_id, past, running=states is None or TrialState.RUNNING in states)
-            found = [trial for trial in past.ordered if states is None or trial.state in states]
-        return copy.deepcopy(found) if deepcopy else found
+            trials = [trial for trial in past.ordered if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         with self._engine.connect() as connection:
-            found = _read(connection, [trial_id], _ALL_REPORTS)
-        if not found:
+            trials = _read(connection, [trial_id], _ALL_REPORTS)
+        if not trials:
             raise KeyError(f"no trial with the id {trial_id}")
-        return found[trial_id]
+        return trials[trial_id]
 
     def reports_at(self, study_id: int, step: int) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
         """How many trials are COMPLETE, and what those that reported at `step` reported there."""
@@ -102,10 +102,10 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     """Bring `past` up to date; of running trials their states only, unless `running`."""
     last = max(past.stamps, default=-1)
     known = {"study": study_id, "last": last, "last_final": past.last_final, "open": past.open}
-    found: dict[int, Stamp] = {id: (state, done) for id, state, done in connection.execute(_CHANGED, known)}
+    stamps: dict[int, Stamp] = {id: (state, done) for id, state, done in connection.execute(_CHANGED, known)}
     stale = [
         id
-        for id, stamp in found.items()
+        for id, stamp in stamps.items()
         if past.stamps.get(id) != stamp or (running and stamp[0] == TrialState.RUNNING)
     ]
     if not stale:
@@ -115,7 +115,7 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
         done = [id for id, trial in news.items() if trial.state == TrialState.COMPLETE]
         _add_reports(connection, done, past.columns)
     past.trials.update(news)
-    past.stamps.update((id, (news[id].state, found[id][1])) for id in news)
+    past.stamps.update((id, (news[id].state, stamps[id][1])) for id in news)
     past.ordered = sorted(past.trials.values(), key=lambda trial: trial.number)
     past.complete = sum(trial.state == TrialState.COMPLETE for trial in past.ordered)
     past.last_final = max((id for id, (state, _) in past.stamps.items() if state in FINAL), default=-1)

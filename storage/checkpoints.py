@@ -108,7 +108,7 @@ def store_key(engine: sa.Engine, study_id: int) -> str:
         retry(once)
         stored = read_attributes(engine, study_id, [STORE_KEY]).get(STORE_KEY)
     if not isinstance(stored, str) or not re.fullmatch("[0-9a-f]{16}", stored):
-        stored = secrets.token_hex(8)  # somebody altered it: old files are then nobody's
+        stored = secrets.token_hex(8)  # it was altered: files with the old key are left to people
         set_attribute(engine, study_id, STORE_KEY, stored)
     return stored
 

@@ -54,7 +54,7 @@ def open_storage(text: str, *, create: bool = True, reading: bool = False, may_w
 
     Opened for writing, a database of an older schema version of ours is migrated, whoever comes first: it takes a
     moment, happens as a whole under a lock, and is refused while a worker holds a lease, because a worker of the older
-    version would go on writing the older form. Optuna's own older schema is migrated by `upgrade` only.
+    version would continue to write the older form. Optuna's own older schema is migrated by `upgrade` only.
 
     Args:
         create: make the file and the tables where they are missing.
@@ -72,7 +72,7 @@ def open_storage(text: str, *, create: bool = True, reading: bool = False, may_w
 
 
 def open_engine(text: str) -> sa.Engine:
-    """An existing study database for those who look with our own queries: quicker than `open_storage`, which loads
+    """An existing study database to be read with our own queries: quicker than `open_storage`, which loads
     Optuna's storage and Alembic.
 
     Raises:
@@ -101,19 +101,19 @@ def upgrade(text: str) -> list[str]:
     done = []
     with _as_one_line(url):
         engine = _plain_engine(url, path)
-        found = _versions(engine)
-        _refuse_newer(url, found)
-        if found.ours is None or found.optuna is None:
+        versions = _versions(engine)
+        _refuse_newer(url, versions)
+        if versions.ours is None or versions.optuna is None:
             raise _no_studies(url, engine)
         _refuse_live(url, engine)
         with _only_one(_writing_engine(url), path):
-            if found.optuna != schema_revisions()[-1]:
+            if versions.optuna != schema_revisions()[-1]:
                 options: dict[str, Any] = {"skip_compatibility_check": True, "skip_table_creation": True}
                 RDBStorage(_secret(url), engine_kwargs=_engine_settings(url, path, reading=False), **options).upgrade()
-                done.append(f"Optuna's tables: {found.optuna} to {schema_revisions()[-1]}")
-            if found.ours != SCHEMA_VERSION:
+                done.append(f"Optuna's tables: {versions.optuna} to {schema_revisions()[-1]}")
+            if versions.ours != SCHEMA_VERSION:
                 _make_current(url, _writing_engine(url))
-                done.append(f"this program's tables: {found.ours} to {SCHEMA_VERSION}")
+                done.append(f"this program's tables: {versions.ours} to {SCHEMA_VERSION}")
     return done
 
 
@@ -165,8 +165,8 @@ def _as_one_line(url: URL) -> Iterator[None]:
         yield
     except (DatabaseError, optuna.exceptions.StorageInternalError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error.__cause__ or error).strip().splitlines()[0]
-        away = isinstance(error, OperationalError | optuna.exceptions.StorageInternalError)
-        raise (Unreachable if away else UserError)(f"cannot use the database {redact(url)}: {reason}") from None
+        unavailable = isinstance(error, OperationalError | optuna.exceptions.StorageInternalError)
+        raise (Unreachable if unavailable else UserError)(f"cannot use the database {redact(url)}: {reason}") from None
     except RuntimeError as error:  # Optuna's schema check
         raise UserError(f"cannot use the database {redact(url)}: {error}") from None
 
@@ -192,11 +192,11 @@ def network_filesystem(path: Path, mounts: Path = Path("/proc/mounts")) -> str |
 
 def _open_to_read(url: URL, path: Path | None, may_write: bool) -> RDBStorage:
     settings = _engine_settings(url, path, reading=True, may_write=may_write)
-    found = _readable(url, _plain_engine(url, path))
+    versions = _readable(url, _plain_engine(url, path))
     storage = RDBStorage(_secret(url), engine_kwargs=settings, skip_table_creation=True)
     storage.engine.dispose()  # connections made before the settings were
     _configure(storage.engine, reading=True)
-    if found.ours != SCHEMA_VERSION:
+    if versions.ours != SCHEMA_VERSION:
         read_as_current(storage.engine)
     return storage
 
@@ -207,9 +207,9 @@ def _open_to_write(url: URL, path: Path | None, create: bool) -> RDBStorage:
         return RDBStorage(_secret(url), engine_kwargs=settings, skip_table_creation=True)
 
     there = path is None or path.exists()
-    found = _versions(_plain_engine(url, path)) if there else _Versions(None, None)
-    _refuse_newer(url, found)
-    if found == _Versions(schema_revisions()[-1], SCHEMA_VERSION):
+    versions = _versions(_plain_engine(url, path)) if there else _Versions(None, None)
+    _refuse_newer(url, versions)
+    if versions == _Versions(schema_revisions()[-1], SCHEMA_VERSION):
         if path is not None and create:
             connection = _writing_engine(url).raw_connection()
             try:  # to learn now whether we may write
@@ -221,11 +221,11 @@ def _open_to_write(url: URL, path: Path | None, create: bool) -> RDBStorage:
                 connection.close()
         storage = optunas()
     else:
-        if not create and found.ours is None:
+        if not create and versions.ours is None:
             raise _no_studies(url, _plain_engine(url, path))
-        if found.optuna is not None:
-            _refuse_older_optuna(url, found.optuna)
-        if found.ours is not None:
+        if versions.optuna is not None:
+            _refuse_older_optuna(url, versions.optuna)
+        if versions.ours is not None:
             _refuse_live(url, _plain_engine(url, path))
         engine = _writing_engine(url)
         with _only_one(engine, path):
@@ -262,25 +262,25 @@ def _versions(engine: sa.Engine) -> _Versions:
 
 def _readable(url: URL, engine: sa.Engine) -> _Versions:
     """The versions of a database that is to be read, if it can be."""
-    found = _versions(engine)
-    _refuse_newer(url, found)
-    if found.optuna is None or found.ours is None:
+    versions = _versions(engine)
+    _refuse_newer(url, versions)
+    if versions.optuna is None or versions.ours is None:
         raise _no_studies(url, engine)
-    _refuse_older_optuna(url, found.optuna)
-    return found
+    _refuse_older_optuna(url, versions.optuna)
+    return versions
 
 
-def _refuse_newer(url: URL, found: _Versions) -> None:
+def _refuse_newer(url: URL, versions: _Versions) -> None:
     known = schema_revisions()
-    if found.optuna is not None and found.optuna not in known:
+    if versions.optuna is not None and versions.optuna not in known:
         raise UserError(
-            f"the database {redact(url)} has schema version {found.optuna!r} of a newer Optuna; Optuna "
+            f"the database {redact(url)} has schema version {versions.optuna!r} of a newer Optuna; Optuna "
             f"{optuna.__version__} here knows up to {known[-1]!r}: upgrade Optuna"
         )
-    if found.ours is not None and not (found.ours.isdecimal() and int(found.ours) <= int(SCHEMA_VERSION)):
+    if versions.ours is not None and not (versions.ours.isdecimal() and int(versions.ours) <= int(SCHEMA_VERSION)):
         raise UserError(
-            f"the database {redact(url)} has schema version {found.ours!r} of a newer version of this program, which "
-            f"knows up to {SCHEMA_VERSION!r}: upgrade this program"
+            f"the database {redact(url)} has schema version {versions.ours!r} of a newer version of this program, "
+            f"which knows up to {SCHEMA_VERSION!r}: upgrade this program"
         )
 
 
@@ -332,7 +332,7 @@ def _make_current(url: URL, engine: sa.Engine) -> None:
 
 
 def _refuse_live(url: URL, engine: sa.Engine) -> None:
-    """A migration waits for workers of the older version: they would go on writing the older form."""
+    """A migration waits for workers of the older version: they would continue to write the older form."""
     held = LEASES.c.expires_at.between(database_time(engine), database_time(engine) + MOST_LEASE_SECONDS)
     with engine.connect() as connection:
         count = connection.scalar(sa.select(sa.func.count()).select_from(LEASES).where(held))
@@ -511,7 +511,7 @@ def database_time(engine: sa.Engine) -> sa.ColumnElement[float]:
 
 
 def live_lease(engine: sa.Engine) -> sa.ColumnElement[bool]:
-    """Whether a row of `trial_leases` is a lease that somebody holds.
+    """Whether a row of `trial_leases` is a lease that a worker holds.
 
     One that ends later than now and its own length was made by a clock that was ahead, and counts as expired.
     """

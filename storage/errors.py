@@ -6,4 +6,4 @@ class UserError(Exception):
 
 
 class Unreachable(UserError):
-    """The database does not answer: a wrong address, or one that is away for a moment."""
+    """The database does not answer: a wrong address, or one that is unavailable for a moment."""

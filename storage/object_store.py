@@ -92,7 +92,7 @@ def write(folder: str, name: str, content: bytes) -> None:
         path.write_bytes(content)
         return
     with _remote(folder, name) as (fs, path_in_store):
-        fs.makedirs(fs._parent(path_in_store), exist_ok=True)
+        fs.makedirs(path_in_store.rpartition("/")[0], exist_ok=True)
         fs.pipe_file(path_in_store, content)
 
 

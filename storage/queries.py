@@ -1,4 +1,4 @@
-"""What those who watch a study read of it: how far it is, who works on what, the epochs of its trials."""
+"""Queries about a study for people: its progress, its workers, the epochs of its trials."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STATE_NAMES = {
 
 @dataclass(frozen=True)
 class Running:
-    """A trial in somebody's hands, for those who watch."""
+    """A trial that has begun."""
 
     number: int
     owner: str
@@ -228,12 +228,12 @@ def epoch_rows(
     )
     if numbers is not None:
         query = query.where(TRIALS.c.number.in_(numbers))
-    found: dict[int, list[dict[str, Any]]] = {}
+    rows: dict[int, list[dict[str, Any]]] = {}
     with engine.connect() as connection:
         for row in connection.execute(query).mappings():
             cells = dict(row)
-            found.setdefault(cells.pop("number"), []).append(cells)
-    return found
+            rows.setdefault(cells.pop("number"), []).append(cells)
+    return rows
 
 
 def parameters(engine: sa.Engine, study_id: int, number: int) -> dict[str, Any]:
@@ -252,10 +252,10 @@ def parameters(engine: sa.Engine, study_id: int, number: int) -> dict[str, Any]:
 
 def failures(engine: sa.Engine, study_id: int) -> dict[int, str]:
     """Trial number to error, of the trials that failed for good."""
-    told = sa.and_(TRIAL_ATTRS.c.trial_id == TRIALS.c.trial_id, TRIAL_ATTRS.c.key == "error")
+    reason = sa.and_(TRIAL_ATTRS.c.trial_id == TRIALS.c.trial_id, TRIAL_ATTRS.c.key == "error")
     query = (
         sa.select(TRIALS.c.number, TRIAL_ATTRS.c.value_json, LEASES.c.last_error)
-        .select_from(TRIALS.outerjoin(TRIAL_ATTRS, told).outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
+        .select_from(TRIALS.outerjoin(TRIAL_ATTRS, reason).outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
         .where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.FAIL)
         .order_by(TRIALS.c.number)
     )
@@ -289,7 +289,7 @@ class Attempt:
     """Seconds since 1970 on the database's clock."""
     ended_at: float | None
     outcome: str | None
-    """finished, released, error or vanished; None: at work, or vanished and not taken over yet."""
+    """finished, released, error or vanished; None: running, or vanished and not taken over yet."""
     error: str | None
 
 
@@ -305,8 +305,8 @@ def attempts(engine: sa.Engine, study_id: int, *, failed: int | None = None) -> 
     else:
         query = query.where(ATTEMPTS.c.error.is_not(None)).order_by(ATTEMPTS.c.started_at.desc()).limit(failed)
     with engine.connect() as connection:
-        found = [Attempt(**row) for row in connection.execute(query).mappings()]
-    return found if failed is None else found[::-1]
+        log = [Attempt(**row) for row in connection.execute(query).mappings()]
+    return log if failed is None else log[::-1]
 
 
 @dataclass(frozen=True)

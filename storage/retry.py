@@ -11,7 +11,7 @@ import optuna
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 PATIENCE_SECONDS = float(os.environ.get("STUDY_PATIENCE_SECONDS", "300"))
-"""How long a database may be away before its absence is an error."""
+"""How long a database may be unavailable before that is an error."""
 
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retry(action: Callable[[], T], patience: float | None = None, stopping: Callable[[], bool] = lambda: False) -> T:
-    """`action`, again and again while the database is away; it must be harmless to do twice."""
+    """`action`, repeated while the database is unavailable; it must be harmless to do twice."""
     deadline, pause = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience), 0.1
     while True:
         try:

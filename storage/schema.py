@@ -79,7 +79,7 @@ ATTEMPTS = sa.Table(
     sa.Column("owner", sa.String(255), nullable=False, doc="host:pid of the worker."),
     sa.Column("device", sa.String(255), nullable=False, doc="What it trained on."),
     sa.Column("started_at", sa.Double, nullable=False, doc="Seconds since 1970 on the database's clock."),
-    sa.Column("ended_at", sa.Double, doc="NULL: at work, or vanished and not taken over yet."),
+    sa.Column("ended_at", sa.Double, doc="NULL: running, or vanished and not taken over yet."),
     sa.Column("outcome", sa.String(8), doc="finished, released, error, or vanished."),
     sa.Column("error", sa.Text),
     sa.Column("images", sa.Integer, doc="Trained on in this attempt, in whole epochs."),
@@ -91,7 +91,7 @@ SPENDING = sa.Table(
     "study_spending",
     METADATA,
     sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("at", sa.Double, nullable=False, doc="Seconds since 1970 when somebody began to add up."),
+    sa.Column("at", sa.Double, nullable=False, doc="Seconds since 1970 when the adding up began."),
     sa.Column("took", sa.Double, nullable=False, doc="Seconds that adding up took."),
     sa.Column("spent", sa.Text, nullable=False, doc="The sums, as JSON."),
 )
