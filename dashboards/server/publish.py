@@ -1,4 +1,4 @@
-"""Our figures and notes into the study itself, for whoever watches it in optuna-dashboard."""
+"""Writes figures and a note into the study itself, for its visitors in optuna-dashboard."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ from dashboards import aggregate
 from dashboards.conclusions import verdict
 from dashboards.figures import accuracy, effort, search
 from dashboards.study_data import StudyData
+from storage.text import command
 
-MOST_POINTS = 5_000
-"""Figures travel with every poll of the dashboard, so larger ones stay on the report page."""
+MAX_POINTS = 5_000
+"""Figures are sent with every poll of the dashboard, so larger ones are on the report page only."""
 
 
 def publish(data: StudyData, storage: RDBStorage) -> None:
     """Write the study's note and figures, replacing those of an earlier call.
 
     Args:
-        storage: where to write; not one opened for reading, whose transactions may not turn into writing ones.
+        storage: where to write; not one opened with `reading=True`, whose transactions cannot become writing ones.
     """
     study = optuna.load_study(study_name=data.name, storage=storage)
-    found = aggregate.findings(data)
+    findings = aggregate.findings(data)
     table = aggregate.grid(data)
-    drawn = {
-        "settings": accuracy.intervals(data, found),
+    figures = {
+        "settings": accuracy.intervals(data, findings),
         "heat-map": accuracy.heat_map(data, table) if table is not None else None,
-        "learning-curves": accuracy.learning_curves(data, found),
+        "learning-curves": accuracy.learning_curves(data, findings),
         "cost": search.cost([data]),
         "workers": effort.timeline(data),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        for name, figure in drawn.items():
-            if figure is not None and _points(figure) <= MOST_POINTS:
+        for name, figure in figures.items():
+            if figure is not None and _points(figure) <= MAX_POINTS:
                 save_plotly_graph_object(study, figure, graph_object_id=f"study-{name}")
-        save_note(study, note(data, found))
+        save_note(study, note(data, findings))
 
 
-def note(data: StudyData, found: aggregate.Findings) -> str:
-    """Markdown: what the study is, how far, what it shows, how to go on with it."""
+def note(data: StudyData, findings: aggregate.Findings) -> str:
+    """Markdown: what the study is, its progress, its conclusions, how to resume it."""
     states = ", ".join(f"{count} {name}" for name, count in data.status.states.items() if count)
     lines = [
         f"# {data.name}",
         data.config.description,
         f"Preset `{data.preset}`; {len(data.rows)} trials: {states}. Protocol {data.status.protocol}.",
-        f"Go on with it: `study resume {data.name}`. All tables and figures: `study report {data.name} --html FILE`.",
-        *verdict(data, found),
+        f"Resume it with: `{command('resume', data.name)}`. "
+        f"All tables and figures: `{command('report', data.name)} --html FILE`.",
+        *verdict(data, findings),
     ]
     failures = [f"- trial {row.number}: `{row.error}`" for row in data.rows if row.state == "failed"]
     if failures:
