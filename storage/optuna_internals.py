@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+from enum import StrEnum
 from pathlib import Path
 
 import optuna
@@ -19,7 +20,7 @@ from optuna.storages._rdb import models
 
 __all__ = [
     "DASHBOARD_NOTE",
-    "DASHBOARD_RENAME_ROUTE",
+    "DashboardRoute",
     "OptunaCachedStorage",
     "forget_cached_trials",
     "is_first_in_interval_step",
@@ -39,8 +40,35 @@ __all__ = [
 DASHBOARD_NOTE = re.compile(r"dashboard:(\d+):")
 """optuna-dashboard keeps the note on a trial among the study's system attributes, under the trial's id."""
 
-# optuna-dashboard renames by copying the trials and deleting the study: its workers would lose what they work on.
-DASHBOARD_RENAME_ROUTE = re.compile(r"/api/studies/-?\d+/rename/*")
+
+class DashboardRoute(StrEnum):
+    """optuna-dashboard's routes that change something, or need a check of their own: method and Bottle rule."""
+
+    STUDY = "GET /api/studies/<study_id:int>"
+    PLOT = "GET /api/studies/<study_id:int>/plot/<plot_type>"
+    CSV = "GET /csv/<study_id:int>"
+    STUDY_ARTIFACT = "GET /artifacts/<study_id:int>/<artifact_id:re:[0-9a-fA-F-]+>"
+    TRIAL_ARTIFACT = "GET /artifacts/<study_id:int>/<trial_id:int>/<artifact_id:re:[0-9a-fA-F-]+>"
+    CREATE = "POST /api/studies"
+    RENAME = "POST /api/studies/<study_id:int>/rename"
+    DELETE = "DELETE /api/studies/<study_id:int>"
+    STUDY_NOTE = "PUT /api/studies/<study_id:int>/note"
+    TRIAL_NOTE = "PUT /api/studies/<study_id:int>/<trial_id:int>/note"
+    TELL = "POST /api/trials/<trial_id:int>/tell"
+    USER_ATTRIBUTES = "POST /api/trials/<trial_id:int>/user-attrs"
+    PREFER = "POST /api/studies/<study_id:int>/preference"
+    PREFERENCE_COMPONENT = "PUT /api/studies/<study_id:int>/preference_feedback_component"
+    DELETE_PREFERENCE = "DELETE /api/studies/<study_id:int>/preference/<history_id>"
+    RESTORE_PREFERENCE = "POST /api/studies/<study_id:int>/preference/<history_id>"
+    SKIP = "POST /api/studies/<study_id:int>/<trial_id:int>/skip"
+    UPLOAD_STUDY_ARTIFACT = "POST /api/artifacts/<study_id:int>"
+    UPLOAD_TRIAL_ARTIFACT = "POST /api/artifacts/<study_id:int>/<trial_id:int>"
+    DELETE_STUDY_ARTIFACT = "DELETE /api/artifacts/<study_id:int>/<artifact_id:re:[0-9a-fA-F-]+>"
+    DELETE_TRIAL_ARTIFACT = "DELETE /api/artifacts/<study_id:int>/<trial_id:int>/<artifact_id:re:[0-9a-fA-F-]+>"
+    MIGRATE = "POST /incompatible-rdb-schema"
+    TRIAL_FILTER = "POST /api/llm/trial_filter_query"
+    PLOTLY_GRAPH = "POST /api/llm/generate_plotly_graph_query"
+    PLOTLY_GRAPH_AGAIN = "POST /api/llm/re_generate_plotly_graph_query"
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def url(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def watched(chromium: Browser, folder: Path, url: str) -> Iterator[tuple[Dashboard, Page]]:
-    """A dashboard with a login, a visitor who is logged in, and a study launched before his eyes."""
+    """A dashboard with a login, a visitor who is logged in, and a study that is launched meanwhile."""
     open_storage(url)
     with dashboard(url, folder, password=SECRET) as served:
         page = chromium.new_page()
@@ -82,7 +82,7 @@ def finished(watched: tuple[Dashboard, Page], folder: Path, url: str) -> tuple[D
     until(reloaded)
     page.get_by_role("link", name="quick").click()
     page.locator("a[href$='/trials']").click()
-    expect(page.get_by_text("Trial 3", exact=False).first).to_be_visible()  # waiting: the work is laid down whole
+    expect(page.get_by_text("Trial 3", exact=False).first).to_be_visible()  # all trials are queued at the start
     out, err = launcher.communicate(timeout=100)
     assert launcher.returncode == 0, out + err
     expect(page.get_by_text("Complete", exact=True)).to_have_count(5)  # four, and the one that is shown
@@ -99,9 +99,9 @@ def until(attempt: Callable[[], None]) -> None:
 
 def colours(part: Locator) -> int:
     """How many colours a part of a page is drawn in: nothing but a background has one."""
-    found = Image.open(io.BytesIO(part.screenshot())).convert("RGB").getcolors(2**24)
-    assert found is not None
-    return len(found)
+    pixels = Image.open(io.BytesIO(part.screenshot())).convert("RGB").getcolors(2**24)
+    assert pixels is not None
+    return len(pixels)
 
 
 def test_a_study_is_seen_as_it_runs(finished: tuple[Dashboard, Page]) -> None:
@@ -116,7 +116,7 @@ def test_a_study_is_seen_as_it_runs(finished: tuple[Dashboard, Page]) -> None:
 
 def test_the_session_is_out_of_scripts_reach_and_ends(finished: tuple[Dashboard, Page], chromium: Browser) -> None:
     served, page = finished
-    (cookie,) = page.context.cookies()
+    (cookie,) = page.context.cookies(f"{served.url}/dashboard")  # that of a known browser goes to /login alone
     assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
     assert page.evaluate("document.cookie") == ""
     other = chromium.new_page()
@@ -126,7 +126,7 @@ def test_the_session_is_out_of_scripts_reach_and_ends(finished: tuple[Dashboard,
     page.get_by_role("button", name="Log out").click()
     expect(page.get_by_label("Password")).to_be_visible()
     assert page.request.get(f"{served.url}/api/studies").status == 401
-    # Back to where he wanted to go.
+    # The login leads to the page that was requested.
     other.goto(f"{served.url}/dashboard/studies/1")
     other.get_by_label("Password").fill(SECRET)
     other.get_by_role("button", name="Log in").click()
@@ -162,9 +162,9 @@ def test_what_is_refused(read_only: Dashboard, chromium: Browser, url: str) -> N
         assert page.url.startswith(read_only.url)
         # Neither in a frame nor by a script.
         page.goto(f"http://evil.example:{port}/")
-        ask = "address => fetch(address).then(() => 'read', () => 'refused')"
-        assert page.evaluate(ask, f"http://evil.example:{port}/") == "read"
-        assert page.evaluate(ask, f"{read_only.url}/api/studies") == "refused"
+        fetch = "address => fetch(address).then(() => 'read', () => 'refused')"
+        assert page.evaluate(fetch, f"http://evil.example:{port}/") == "read"
+        assert page.evaluate(fetch, f"{read_only.url}/api/studies") == "refused"
     page.close()
     assert optuna.get_all_study_names(open_storage(url, create=False, reading=True)) == ["quick"]
 
@@ -191,9 +191,9 @@ def test_the_page_on_disk_needs_no_network(finished: object, chromium: Browser, 
     assert done.returncode == 0, done.stderr
     context = chromium.new_context(offline=True)
     page = context.new_page()
-    asked: list[str] = []
+    requested: list[str] = []
     faults: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     address = (folder / "report.html").as_uri()
@@ -204,6 +204,6 @@ def test_the_page_on_disk_needs_no_network(finished: object, chromium: Browser, 
         expect(figure.locator(".main-svg").first).to_be_visible()
         assert colours(figure) > 20
     expect(page.locator("body")).to_contain_text("4 complete")
-    assert [one for one in asked if not one.startswith(("data:", "blob:"))] == [address]
+    assert [one for one in requested if not one.startswith(("data:", "blob:"))] == [address]
     assert faults == []
     context.close()
