@@ -4,8 +4,8 @@ FROM python:3.11.13-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 PATH=/opt/venv/bin:$PATH
 
-# Byte code now, for the user below may not write it later and every worker would compile torch anew.
-# Dependencies before the code: a change of the code then leaves these gigabytes as they are.
+# Byte code now: the user below cannot write it later, and every worker would compile torch again.
+# Dependencies before the code: a change of the code then reuses the layer with these gigabytes.
 WORKDIR /opt/study
 COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv /opt/venv \
@@ -16,14 +16,15 @@ COPY README.md LICENSE ./
 COPY study study
 COPY storage storage
 COPY dashboards dashboards
+COPY docker/entrypoint.sh docker/
 RUN /opt/venv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/venv/bin/python -c constraints.txt --no-deps .
 
-# A named volume takes over the owner of the folder that it is mounted on.
-RUN useradd --uid 10001 --create-home study && install --directory --owner study --group study /data
+# A named volume gets the owner of the folder that it is mounted on.
+RUN useradd --uid 10001 --create-home study && install --directory --owner study --group study /data /reports
 USER 10001:10001
 WORKDIR /home/study
 ENV STUDY_CACHE=/data/cache
-VOLUME /data
+VOLUME ["/data", "/reports"]
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["study"]
+ENTRYPOINT ["/opt/study/docker/entrypoint.sh"]
 CMD ["--help"]

@@ -1,6 +1,6 @@
-"""docker-compose.yml and Dockerfile, as far as they can be proven where there is no Docker: the file against the
-Compose specification's schema, every service's very command as a process here, the image's installation in an empty
-folder.
+"""docker-compose.yml and Dockerfile, as far as they can be tested without Docker: the file against the Compose
+specification's schema, every service's own command as a process of this machine, with the database roles that
+docker/create-roles.sh makes in a real PostgreSQL, and the image's installation in an empty folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
@@ -27,29 +27,29 @@ from tests.support.served import SECRET
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
+CREATE_ROLES = ROOT / "docker" / "create-roles.sh"
 OURS = ("init", "dashboard", "worker", "worker-cpu", "report")
-SET = {
-    "STUDY_DATABASE_PASSWORD": "hunter2",
-    "STUDY_DASHBOARD_PASSWORD": SECRET,
+VARIABLES = {
     "STUDY_LAUNCH": shlex.join(["quick", *SMALL[:-2], "--set", "training.epochs=20"]),
     "STUDY_NAME": "quick",
 }
-
-
-class Unset(Exception):
-    pass
+PASSWORDS = {
+    "postgres": "the superuser's password",
+    "owner": r"the owner's: a \ and a colon",
+    "worker": 'the "worker\'s" $password',
+    "reader": "the reader's `password`",
+    "dashboard": SECRET,
+}
 
 
 def services(variables: dict[str, str]) -> dict[str, Any]:
-    """The file's services as Compose reads them: ${NAME}, ${NAME:-default} and ${NAME:?fault} filled in."""
+    """The file's services as Compose reads them: ${NAME} and ${NAME:-default} filled in."""
 
-    def value(found: re.Match[str]) -> str:
-        name, operator, rest = found.groups()
-        if variables.get(name):
-            return variables[name]
-        if operator == ":?":
-            raise Unset(f"{name}: {rest}")
-        return rest or ""
+    def value(match: re.Match[str]) -> str:
+        name, operator, default = match.groups()
+        assert operator in (None, ":-")
+        return variables.get(name) or default or ""
 
     def filled(node: Any) -> Any:
         if isinstance(node, dict):
@@ -58,8 +58,7 @@ def services(variables: dict[str, str]) -> dict[str, Any]:
             return [filled(below) for below in node]
         return re.sub(r"\$\{(\w+)(:[-?])?([^}]*)\}", value, node) if isinstance(node, str) else node
 
-    found: dict[str, Any] = filled(yaml.safe_load(COMPOSE.read_text())["services"])
-    return found
+    return cast("dict[str, Any]", filled(yaml.safe_load(COMPOSE.read_text())["services"]))
 
 
 def seconds(text: str) -> float:
@@ -75,33 +74,65 @@ def test_the_file_keeps_to_the_specification(tmp_path: Path) -> None:
     assert subprocess.run([*check, str(broken)], capture_output=True, timeout=100).returncode != 0
 
 
-@pytest.mark.parametrize("missing", ["STUDY_DATABASE_PASSWORD", "STUDY_DASHBOARD_PASSWORD"])
-def test_without_a_password_nothing_starts(missing: str) -> None:
-    with pytest.raises(Unset, match=missing):
-        services({key: text for key, text in SET.items() if key != missing})
-    example = (ROOT / ".env.example").read_text()
-    assert f"\n{missing}=\n" in example  # named there, and empty
-    assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
+def test_no_password_is_in_the_file_or_the_environment() -> None:
+    document = yaml.safe_load(COMPOSE.read_text())
+    assert {name: one["file"] for name, one in document["secrets"].items()} == {
+        name: f"./secrets/{name}" for name in PASSWORDS
+    }
+    for name, service in services(VARIABLES).items():
+        assert "env_file" not in service
+        for key, text in service["environment"].items():
+            assert "PASSWORD" not in key or text.startswith("/run/secrets/"), name
+            assert not re.search(r"//[^@/]*:[^@/]*@", text)  # no password in a URL
+            if text.startswith("/run/secrets/"):
+                assert text.rpartition("/")[2] in service["secrets"]
+    assert {"/secrets/", ".env"} <= set((ROOT / ".gitignore").read_text().splitlines())
+    for line in (ROOT / ".env.example").read_text().splitlines():
+        assert line.startswith("#") or "PASSWORD" not in line
 
 
 def test_what_every_service_has() -> None:
-    found = services(SET)
-    assert set(found) == {"postgres", *OURS}
-    for name, service in found.items():
+    document = yaml.safe_load(COMPOSE.read_text())
+    every = services(VARIABLES)
+    assert set(every) == {"postgres", *OURS}
+    for name, service in every.items():
         assert re.fullmatch(r"[\w-]+:\d+\.\d+(\.\d+)?(-\w+)?", service["image"])  # a version, not "latest"
         assert not service.get("privileged")
+        assert not service.get("cap_add")
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["read_only"] is True
+        assert "/tmp" in service["tmpfs"]
+        assert re.fullmatch(r"\d+g", service["mem_limit"])
+        assert 0 < service["pids_limit"] <= 4096
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), name
         if "profiles" not in service and name != "init":
             assert service["restart"] == "unless-stopped"
             assert "healthcheck" in service
         if name in OURS:
-            assert (service["build"], service["init"], service["cap_drop"]) == (".", True, ["ALL"])
-    assert "ports" not in found["postgres"]
-    gpu, cpu = found["worker"], found["worker-cpu"]
+            assert (service["build"], service["init"]) == (".", True)
+        # Only who publishes a port or downloads data sets has a way out of the database's network.
+        networks = ["database", "web"] if name in ("dashboard", "worker", "worker-cpu") else ["database"]
+        assert service["networks"] == networks
+    assert document["networks"] == {"database": {"internal": True}, "web": {}}
+    assert "ports" not in every["postgres"]
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", every["postgres"]["user"])
+    gpu, cpu = every["worker"], every["worker-cpu"]
     assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     assert gpu["command"].replace("--device cuda", "--device cpu") == cpu["command"]
     assert "container_name" not in gpu | cpu  # or they could not be scaled
+    # Each with its own role, and no secret but its own.
+    roles = {name: sa.engine.make_url(every[name]["environment"]["STUDY_STORAGE"]).username for name in OURS}
+    assert roles == {
+        "init": "study_owner",
+        "worker": "study_worker",
+        "worker-cpu": "study_worker",
+        "dashboard": "study_reader",
+        "report": "study_reader",
+    }
+    for name, role in roles.items():
+        assert set(every[name]["secrets"]) - {"dashboard"} == {cast(str, role).removeprefix("study_")}
 
 
 def test_the_image_runs_as_nobody_special() -> None:
@@ -110,36 +141,47 @@ def test_the_image_runs_as_nobody_special() -> None:
     assert users == ["10001:10001"]
     last = DOCKERFILE.index("USER 10001")
     assert "RUN" not in DOCKERFILE[last:]
-    assert 'ENTRYPOINT ["study"]' in DOCKERFILE[last:]
+    assert 'ENTRYPOINT ["/opt/study/docker/entrypoint.sh"]' in DOCKERFILE[last:]
+    for script in ENTRYPOINT, CREATE_ROLES:
+        assert os.access(script, os.X_OK)
 
 
 class Host:
     """This machine in the place of Docker: services are processes, PostgreSQL is the tests', all on loopback."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, passwords: dict[str, str] = PASSWORDS) -> None:
         self.folder, self.port = folder, free_port()
-        self.services = services(SET)
+        self.services = services(VARIABLES)
         self.server = Postgres()
         self.processes: dict[str, subprocess.Popen[str]] = {}
+        for name in ("secrets", "reports", "tmp", "home"):
+            (folder / name).mkdir()
+        for name, password in passwords.items():
+            (folder / "secrets" / name).write_text(password + "\n")
 
-    def arguments(self, text: str) -> str:
-        """What differs here: the port and folders that containers have to themselves, the name of the database."""
+    def local(self, text: str) -> str:
+        """What differs here: the port and the folders that a container has to itself, the name of the database."""
         for there, here in {
             "@postgres/": f"@127.0.0.1:{self.server.port}/",
             "8080": str(self.port),
-            "/home/study": str(self.folder),
+            "/run/secrets": str(self.folder / "secrets"),
+            "/reports": str(self.folder / "reports"),
         }.items():
             text = text.replace(there, here)
         return text
 
     def environment(self, name: str) -> dict[str, str]:
-        own = {key: self.arguments(str(text)) for key, text in self.services[name]["environment"].items()}
-        ours = ("PATH", "PYTHONPATH", "HOME", "STUDY_CACHE", "OMP_NUM_THREADS")
+        own = {key: self.local(text) for key, text in self.services[name]["environment"].items()}
+        ours = ("PYTHONPATH", "STUDY_CACHE", "OMP_NUM_THREADS")
         kept = {key: os.environ[key] for key in ours if key in os.environ}
-        return kept | own
+        return kept | own | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(self.folder / "home"),
+            "TMPDIR": str(self.folder / "tmp"),
+        }  # fmt: skip
 
     def up(self, name: str, label: str = "") -> subprocess.Popen[str]:
-        """Start a service once what it depends on is as it asks."""
+        """Start a service when the services that it depends on are in the state that it demands."""
         for other, wanted in self.services[name].get("depends_on", {}).items():
             if wanted["condition"] == "service_completed_successfully":
                 if other not in self.processes:
@@ -148,12 +190,12 @@ class Host:
             else:
                 assert wanted["condition"] == "service_healthy"
                 if other == "postgres":
-                    self.postgres()
+                    created = self.postgres()
+                    assert created.returncode == 0, created.stderr
                 wait_for(lambda other=other: self.healthy(other))
-        command = [sys.executable, "-m", "study", *shlex.split(self.arguments(self.services[name]["command"]))]
         process = subprocess.Popen(
-            command,
-            cwd=self.folder,
+            [str(ENTRYPOINT), *shlex.split(self.local(self.services[name]["command"]))],
+            cwd=self.folder / "home",
             env=self.environment(name),
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -162,21 +204,40 @@ class Host:
         self.processes[name + label] = process
         return process
 
-    def postgres(self) -> None:
-        """What the image makes of its environment: a user, a database, a password that is demanded."""
-        given = self.services["postgres"]["environment"]
-        owner = self.server.url().replace("postgresql:", "postgresql+psycopg:")
-        engine = sa.create_engine(owner, poolclass=sa.NullPool)
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql(
-                f"CREATE ROLE {given['POSTGRES_USER']} SUPERUSER LOGIN PASSWORD '{given['POSTGRES_PASSWORD']}'"
-            )
-            connection.exec_driver_sql(f"CREATE DATABASE {given['POSTGRES_DB']} OWNER {given['POSTGRES_USER']}")
+    def postgres(self) -> subprocess.CompletedProcess[str]:
+        """What the image makes of its environment: a database, the superuser's password, the mounted script's roles."""
+        environment = self.services["postgres"]["environment"]
+        mounts = [volume.split(":") for volume in self.services["postgres"]["volumes"]]
+        assert ["./docker/create-roles.sh", "/docker-entrypoint-initdb.d/create-roles.sh", "ro"] in mounts
+        password = (self.folder / "secrets" / Path(environment["POSTGRES_PASSWORD_FILE"]).name).read_text().strip()
+        self.sql("postgres", f"CREATE DATABASE {environment['POSTGRES_DB']}")
+        self.sql("postgres", "ALTER ROLE postgres PASSWORD '{}'".format(password.replace("'", "''")))
+        script = self.folder / "create-roles.sh"
+        script.write_text(self.local(CREATE_ROLES.read_text()))
+        paths = {"PATH": f"{self.server.server.bin_path}:{os.environ['PATH']}"}
+        connection = {"PGHOST": "127.0.0.1", "PGPORT": str(self.server.port)}
+        created = subprocess.run(
+            ["sh", str(script)], env=environment | paths | connection, capture_output=True, text=True, timeout=60
+        )
         (self.server.server.pgdata / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
         self.server.control("reload")
+        return created
+
+    def sql(self, role: str, statement: str, database: str = "postgres", *, writing: bool = False) -> None:
+        """Run one statement as a role, with its password.
+
+        Args:
+            writing: end the role's own default of reading only, as any session may; its privileges remain.
+        """
+        password = PASSWORDS[role.removeprefix("study_")]
+        url = sa.URL.create("postgresql+psycopg", role, password, "127.0.0.1", self.server.port, database)
+        options = {"options": "-c default_transaction_read_only=off"} if writing else {}
+        engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args=options)
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(statement)
 
     def healthy(self, name: str) -> bool:
-        kind, program, *rest = (self.arguments(part) for part in self.services[name]["healthcheck"]["test"])
+        kind, program, *rest = (self.local(part) for part in self.services[name]["healthcheck"]["test"])
         assert kind == "CMD"
         if program == "pg_isready":
             options = (*rest, f"--port={self.server.port}")
@@ -201,29 +262,101 @@ def test_all_services_as_processes(tmp_path: Path) -> None:
         dashboard = host.up("dashboard")
         wait_for(lambda: host.healthy("dashboard"))
         first = host.up("worker-cpu", "-1")
-        url = host.environment("worker-cpu")["STUDY_STORAGE"].replace("study@", "study:hunter2@")
-        worker = wait_for(lambda: worker_pid(url, "quick"))
+        url = sa.engine.make_url(host.environment("worker-cpu")["STUDY_STORAGE"]).set(password=PASSWORDS["worker"])
+        storage = url.render_as_string(hide_password=False)
+        worker = wait_for(lambda: worker_pid(storage, "quick"))
         stop(worker)  # until the other is at work too
         second = host.up("worker-cpu", "-2")
-        wait_for(lambda: {*working(url, "quick")} - {worker})
+        wait_for(lambda: {*working(storage, "quick")} - {worker})
         first.send_signal(signal.SIGTERM)  # as `docker compose stop` does
         wait_for(lambda: has_a_signal_waiting(worker))
         os.kill(worker, signal.SIGCONT)
         assert first.wait(seconds(host.services["worker-cpu"]["stop_grace_period"])) == 130
-        _, err = second.communicate(timeout=100)
+        _, err = second.communicate(timeout=200)
         assert second.returncode == 0, err
-        assert [row[1] for row in outcome(url, "quick")] == ["complete"] * 4
+        assert [row[1] for row in outcome(storage, "quick")] == ["complete"] * 4
         report = host.up("report")
-        out, err = report.communicate(timeout=60)
+        out, err = report.communicate(timeout=100)
         assert report.returncode == 0, err
         assert "4 complete" in out
-        assert (tmp_path / "report.html").stat().st_size > 1_000_000
+        assert (tmp_path / "reports" / "report.html").stat().st_size > 1_000_000
         dashboard.send_signal(signal.SIGTERM)
         assert dashboard.wait(seconds(host.services["dashboard"]["stop_grace_period"])) == 0
         for process in host.processes.values():
             for stream in (process.stdout, process.stderr):
                 assert stream is not None
-                assert stream.closed or not re.search(f"hunter2|{SECRET}", stream.read())
+                text = "" if stream.closed else stream.read()
+                assert not any(password in text for password in PASSWORDS.values())
+    finally:
+        host.down()
+
+
+DENIED = {
+    "study_worker": [
+        "CREATE TABLE mine (a int)",
+        "CREATE TEMPORARY TABLE mine (a int)",
+        "CREATE SCHEMA mine",
+        "CREATE ROLE mine",
+        "CREATE DATABASE mine",
+        "DROP TABLE trials CASCADE",
+        "DROP SCHEMA public CASCADE",
+        "DROP DATABASE study",
+        "TRUNCATE trials CASCADE",
+        "ALTER TABLE trials ADD COLUMN a int",
+        "ALTER TABLE trials OWNER TO study_worker",
+        "CREATE INDEX mine ON trials (state)",
+        "SET ROLE study_owner",
+        "COPY studies TO PROGRAM 'true'",
+    ],
+    "study_reader": [
+        "CREATE TABLE mine (a int)",
+        "CREATE TEMPORARY TABLE mine (a int)",
+        "INSERT INTO studies (study_name) VALUES ('mine')",
+        "UPDATE studies SET study_name = 'mine'",
+        "DELETE FROM studies",
+        "DROP TABLE trials CASCADE",
+        "TRUNCATE trials CASCADE",
+        "SELECT * FROM studies FOR UPDATE",
+        "SELECT nextval('studies_study_id_seq')",
+        "SET ROLE study_worker",
+    ],
+}
+
+
+def test_each_role_does_what_its_service_needs_and_no_more(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    try:
+        assert host.up("init")
+        assert host.processes["init"].wait(100) == 0
+        for role, statements in DENIED.items():
+            for statement in statements:
+                with pytest.raises(sa.exc.DBAPIError, match=r"permission denied|must be (owner|able)"):
+                    host.sql(role, statement, "study", writing=True)
+        with pytest.raises(sa.exc.DBAPIError, match="read-only transaction"):
+            host.sql("study_reader", "INSERT INTO studies (study_name) VALUES ('mine')", "study")
+        # The control: like statements, by the role that may run them.
+        host.sql("study_worker", "INSERT INTO studies (study_name) VALUES ('mine')", "study")
+        host.sql("study_worker", "DELETE FROM studies", "study")
+        host.sql("study_reader", "SELECT * FROM studies", "study")
+        host.sql("study_owner", "CREATE TABLE later (a serial PRIMARY KEY)", "study")  # as a migration does
+        host.sql("study_worker", "INSERT INTO later DEFAULT VALUES", "study")
+        host.sql("study_reader", "SELECT * FROM later", "study")
+        host.sql("study_owner", "DROP TABLE trials CASCADE", "study")
+    finally:
+        host.down()
+
+
+@pytest.mark.parametrize("name", ["owner", "worker", "reader"])
+def test_a_short_password_makes_no_roles(name: str, tmp_path: Path) -> None:
+    host = Host(tmp_path, PASSWORDS | {name: "short"})
+    try:
+        created = host.postgres()
+        assert created.returncode == 1
+        assert created.stderr == (
+            f"the password in secrets/{name} has fewer than 12 characters; make one with: openssl rand -hex 24\n"
+        )
+        with pytest.raises(sa.exc.OperationalError, match="password authentication failed"):
+            host.sql(f"study_{name}", "SELECT 1", "study")
     finally:
         host.down()
 
@@ -231,11 +364,19 @@ def test_all_services_as_processes(tmp_path: Path) -> None:
 def test_without_the_database_password_no_service_gets_in(tmp_path: Path) -> None:
     host = Host(tmp_path)
     try:
-        host.services["init"]["environment"]["PGPASSWORD"] = "wrong password"
+        created = host.postgres()
+        assert created.returncode == 0, created.stderr
+        host.services["init"]["depends_on"] = {}
+        (tmp_path / "secrets" / "owner").write_text("another password\n")
         process = host.up("init")
         _, err = process.communicate(timeout=60)
-        assert process.returncode == 2
+        assert process.returncode not in (0, None)
         assert "password authentication failed" in err
+        (tmp_path / "secrets" / "owner").unlink()
+        process = host.up("init")
+        _, err = process.communicate(timeout=60)
+        assert process.returncode not in (0, None)
+        assert "owner" in err
     finally:
         host.down()
 
@@ -255,16 +396,26 @@ def test_the_images_installation_in_an_empty_folder(tmp_path: Path) -> None:
                 if (ROOT / source).is_dir():
                     shutil.copytree(ROOT / source, work / target, ignore=shutil.ignore_patterns("__pycache__"))
                 else:
+                    (work / target).parent.mkdir(exist_ok=True)
+                    if target.endswith("/"):
+                        (work / target).mkdir(exist_ok=True)
                     shutil.copy(ROOT / source, work / target)
         elif "useradd" not in rest:
             script = rest.replace("/opt/venv", str(venv)).replace("--no-cache ", "")
             subprocess.run(["sh", "-euc", script], cwd=work, check=True, timeout=900)
             ran += 1
     assert ran == 2
-    command = [str(venv / "bin" / "study"), "launch", *shlex.split(SET["STUDY_LAUNCH"]), "--device", "cpu"]
+    command = [
+        str(work / "docker" / "entrypoint.sh"),
+        "launch",
+        *shlex.split(VARIABLES["STUDY_LAUNCH"]),
+        "--device",
+        "cpu",
+    ]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "4 complete" in done.stdout
     # What is not in constraints.txt would be another version next year.
