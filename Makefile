@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]'
 	touch $@
 
-bench: $(INSTALLED)  ## what docs/performance.md shows, on this machine; half an hour; STUDY_DATA_ROOT=FOLDER: real images
+bench: $(INSTALLED)  ## what docs/measurements/performance.md shows, on this machine; half an hour; STUDY_DATA_ROOT=FOLDER: real images
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.overhead
 

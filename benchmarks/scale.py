@@ -208,7 +208,7 @@ def nodes() -> None:
 
 
 def bouncer() -> None:
-    """The crowd behind a pgbouncer with ten connections to the server, as docs/scale.md sets it up."""
+    """The crowd behind a pgbouncer with ten connections to the server, as docs/measurements/scale.md sets it up."""
     if not usable():
         print("\nno pgbouncer of 1.21 or newer here: left out")
         return

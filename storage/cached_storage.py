@@ -1,6 +1,7 @@
 """A study's past as samplers and pruners look at it: read in columns, cached, and after that only what is new.
 
-Optuna's own way loads every report of every trial through its ORM before the first suggestion: docs/overhead.md.
+Optuna's own way loads every report of every trial through its ORM before the first suggestion: see
+docs/measurements/overhead.md.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ POLICY_PARAMETERS: dict[str, tuple[str, ...]] = {
 counted as cells of their own."""
 POLICIES = tuple(POLICY_PARAMETERS)
 MOST_TRIALS = 100_000
-"""Of one study: what docs/scale.md measures."""
+"""Of one study: what docs/measurements/scale.md measures."""
 MOST_COUNT = 10**9
 
 _count = searchable(int, f"a whole number from 1 to {MOST_COUNT:,}", lambda v: 1 <= v <= MOST_COUNT)

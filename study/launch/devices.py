@@ -11,7 +11,7 @@ from storage.errors import UserError
 MOST_WORKERS_A_CORE = 16
 WORKER_BYTES = 2**30
 """Memory that a worker on a CPU is taken to need: 0.45 GB for the paper's network at quarter width, 0.9 GB at full
-width and batch 512 (docs/performance.md)."""
+width and batch 512 (docs/measurements/performance.md)."""
 
 
 def local_devices(spec: str, workers: int | None) -> list[str]:

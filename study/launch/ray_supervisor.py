@@ -3,7 +3,8 @@
 A task starts our ordinary `study worker` as a process on its node and passes signals on to it. Ray places the task, and
 places it again when its node is lost; the leases in the database decide who works on which trial, as everywhere. The
 supervisor is an actor and not the launcher itself, so that a launcher can die, be detached, or come back from another
-machine and attach (`docs/machines.md`); `ray job submit` would need the cluster's dashboard and cannot be resized.
+machine and attach (`docs/guides/machines.md`); `ray job submit` would need the cluster's dashboard and cannot be
+resized.
 """
 
 from __future__ import annotations

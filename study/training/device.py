@@ -77,7 +77,7 @@ def keep_freed_memory() -> bool:
     """Let this process reuse its large blocks instead of returning them to the system; whether it could be told.
 
     glibc maps every block above 32 MB anew and gives it back when it is freed, so that each activation of each step is
-    made of fresh pages that the system must clear. See docs/performance.md for what that costs.
+    made of fresh pages that the system must clear. See docs/measurements/performance.md for what that costs.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

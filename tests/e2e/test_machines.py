@@ -1,4 +1,4 @@
-"""The recipes of docs/machines.md as they stand there: manifests against their schemas, Slurm's on a real Slurm."""
+"""The recipes of docs/guides/machines.md, verbatim: manifests against their schemas, Slurm's on a real Slurm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from storage.queries import progress
 from tests.e2e.test_command import SMALL, outcome, study, wait_for, worker_pid
 from tests.support.postgres import Postgres, free_port
 
-DOC = (Path(__file__).parents[2] / "docs" / "machines.md").read_text()
+DOC = (Path(__file__).parents[2] / "docs" / "guides" / "machines.md").read_text()
 
 
 def block(kind: str) -> str:

@@ -1,4 +1,4 @@
-"""The recipe for pgbouncer in docs/scale.md: workers share a few connections."""
+"""The recipe for pgbouncer in docs/measurements/scale.md: workers share a few connections."""
 
 from __future__ import annotations
 

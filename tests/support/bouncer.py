@@ -15,7 +15,7 @@ import psycopg
 from tests.support.postgres import Postgres, free_port
 
 PROGRAM = shutil.which("pgbouncer")
-DOC = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+DOC = (Path(__file__).parents[2] / "docs" / "measurements" / "scale.md").read_text()
 SETTINGS, ROLE = (re.findall(rf"```{kind}\n(.*?)```", DOC, re.DOTALL)[0] for kind in ("ini", "sql"))
 """The recipe, as it stands there."""
 
@@ -29,7 +29,7 @@ def usable() -> bool:
 
 
 class Bouncer:
-    """On loopback, with as many connections to the server as it is given, set up as docs/scale.md says."""
+    """On loopback, with as many connections to the server as it is given, set up as docs/measurements/scale.md says."""
 
     def __init__(self, server: Postgres, connections: int) -> None:
         assert PROGRAM is not None
