@@ -41,6 +41,7 @@ class DataConfig(Section):
     """Which images, and which of them validate."""
 
     name: Literal["digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "imagefolder"] = "digits"
+    """A named data set, or `imagefolder`: a folder of images in `--data-root`."""
     protocol: Literal["holdout", "paper"] = "holdout"
     """`holdout`: a stratified part of the training split validates and the test split stays untouched.
     `paper`: the test split validates, as in the paper; such numbers are selected on the test split."""
@@ -64,13 +65,16 @@ class NetworkConfig(Section):
     """The CNN of Table 1."""
 
     width: float = Field(default=1.0, gt=0, le=8)
+    """Factor of all channel counts."""
     norm: Literal["batch", "none"] = "batch"
+    """Batch norm after each convolution, or none; the paper does not mention it."""
 
 
 class PolicyConfig(Section):
     """Which images an epoch trains on (paper, section 3)."""
 
     name: Annotated[str | tuple[str, ...], _policy] = "dynamic"
+    """The rule that chooses an epoch's images."""
     alpha: Annotated[Integer | None, _count] = None
     """Images an epoch. Needed by every policy but `full` and `infobatch`."""
     beta: Annotated[Real, _fraction] = 0.5
@@ -88,48 +92,76 @@ class PolicyConfig(Section):
 
 
 class TrainingConfig(Section):
+    """How long and how a trial trains: Adam on batches of the epoch's images."""
+
     epochs: Annotated[Integer, _count] = 200
+    """Epochs of a trial."""
     images: int | None = Field(default=None, ge=1, le=10**13)
     """Train until exactly this many images have been trained on, counted with repetition, instead of for `epochs`."""
     batch_size: Annotated[Integer, _count] = 512
+    """Images of a step."""
     lr: Annotated[Real, _positive] = 0.001
+    """Learning rate of Adam."""
     weight_decay: Annotated[Real, _not_negative] = 0.0
+    """Adam's weight decay."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 autocast where the processor multiplies bf16 natively, else fp32."""
     deterministic: bool = True
+    """Compute the same bits each time on the same kind of device."""
 
 
 class GridSamplerConfig(Section):
+    """Every combination of the listed values, `replicates` times."""
+
     kind: Literal["grid"] = "grid"
 
 
 class RandomSamplerConfig(Section):
+    """Optuna's RandomSampler."""
+
     kind: Literal["random"]
 
 
 class TPESamplerConfig(Section):
+    """Optuna's TPESampler."""
+
     kind: Literal["tpe"]
     n_startup_trials: int = Field(default=10, ge=1, le=MOST_COUNT)
+    """Random trials before the model is used."""
     n_ei_candidates: int = Field(default=24, ge=1, le=MOST_COUNT)
+    """Candidates from which the expected improvement chooses."""
     multivariate: bool = False
+    """Sample all parameters together."""
     constant_liar: bool = True
+    """Count running trials as bad ones, so that workers do not try the same."""
 
 
 class GPSamplerConfig(Section):
+    """Optuna's GPSampler."""
+
     kind: Literal["gp"]
     n_startup_trials: int = Field(default=10, ge=1, le=MOST_COUNT)
+    """Random trials before the model is used."""
 
 
 class CmaEsSamplerConfig(Section):
+    """Optuna's CmaEsSampler. It needs at least two ranges and has one objective."""
+
     kind: Literal["cma-es"]
     n_startup_trials: int = Field(default=1, ge=1, le=MOST_COUNT)
+    """Random trials before the model is used."""
     sigma0: float | None = Field(default=None, gt=0)
+    """Initial step size. None: Optuna's default."""
 
 
 class QMCSamplerConfig(Section):
+    """Optuna's QMCSampler: one quasi-random sequence for the whole study."""
+
     kind: Literal["qmc"]
     qmc_type: Literal["sobol", "halton"] = "sobol"
+    """The sequence."""
     scramble: bool = True
+    """Scramble the sequence by the study's seed."""
 
 
 SamplerConfig = (
@@ -139,12 +171,16 @@ _a_bare_kind = BeforeValidator(lambda value: {"kind": value} if isinstance(value
 
 
 class SearchConfig(Section):
+    """Which settings the trials get, and how many trials there are."""
+
     sampler: Annotated[Annotated[SamplerConfig, Field(discriminator="kind")], _a_bare_kind] = GridSamplerConfig()
+    """A sampler's kind, or a table with its kind and parameters."""
     trials: int | None = Field(default=None, ge=1, le=MOST_TRIALS)
     """Trials in all; for every sampler but grid, whose cells are counted from the lists."""
     replicates: int = Field(default=1, ge=1, le=MOST_TRIALS)
     """Grid only: every cell is run with this many seeds."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the sampler, and of the first replicate or trial; each further one adds 1."""
     objective: Literal["accuracy", "accuracy,images"] = "accuracy"
     """`accuracy,images`: the most accuracy for the fewest images trained on, as a Pareto front."""
     cells: tuple[dict[str, int | float | str], ...] | None = None
@@ -152,37 +188,60 @@ class SearchConfig(Section):
 
 
 class NoPrunerConfig(Section):
+    """No trial is pruned."""
+
     kind: Literal["none"] = "none"
 
 
 class PruningConfig(Section):
+    """What all pruners share."""
+
     step: Literal["epochs", "images"] = "epochs"
     """What trials are compared at: equal epochs, or equal images trained on (a step is the smallest alpha)."""
 
 
 class MedianPrunerConfig(PruningConfig):
+    """Prunes a trial whose best value so far is below the median of the others at the same step."""
+
     kind: Literal["median"]
     n_startup_trials: int = Field(default=5, ge=0, le=MOST_COUNT)
+    """Complete trials before any is pruned."""
     n_warmup_steps: int = Field(default=0, ge=0, le=MOST_COUNT)
+    """Steps of a trial before it can be pruned."""
     interval_steps: int = Field(default=1, ge=1, le=MOST_COUNT)
+    """Steps between two decisions."""
     n_min_trials: int = Field(default=1, ge=1, le=MOST_COUNT)
+    """Trials with a report at the step without which nothing is pruned."""
 
 
 class PercentilePrunerConfig(PruningConfig):
+    """Prunes a trial whose best value so far is not among the best `percentile` of the others at the same step."""
+
     kind: Literal["percentile"]
     percentile: float = Field(default=25.0, ge=0, le=100)
+    """Percentage of trials that are kept."""
     n_startup_trials: int = Field(default=5, ge=0, le=MOST_COUNT)
+    """Complete trials before any is pruned."""
     n_warmup_steps: int = Field(default=0, ge=0, le=MOST_COUNT)
+    """Steps of a trial before it can be pruned."""
     interval_steps: int = Field(default=1, ge=1, le=MOST_COUNT)
+    """Steps between two decisions."""
     n_min_trials: int = Field(default=1, ge=1, le=MOST_COUNT)
+    """Trials with a report at the step without which nothing is pruned."""
 
 
 class SuccessiveHalvingPrunerConfig(PruningConfig):
+    """Optuna's SuccessiveHalvingPruner: at each rung the best 1/reduction_factor of the trials continue."""
+
     kind: Literal["successive-halving"]
     min_resource: int | Literal["auto"] = "auto"
+    """Step of the first rung. `auto`: Optuna estimates it from the first trials."""
     reduction_factor: int = Field(default=4, ge=2, le=MOST_COUNT)
+    """One in this many trials continues at a rung."""
     min_early_stopping_rate: int = Field(default=0, ge=0, le=MOST_COUNT)
+    """Rungs that are left out at the start."""
     bootstrap_count: int = Field(default=0, ge=0, le=MOST_COUNT)
+    """Trials that a rung needs before any trial gets past it."""
 
     @model_validator(mode="after")
     def _resource(self) -> SuccessiveHalvingPrunerConfig:
@@ -194,10 +253,15 @@ class SuccessiveHalvingPrunerConfig(PruningConfig):
 
 
 class HyperbandPrunerConfig(PruningConfig):
+    """Optuna's HyperbandPruner: successive halving in several brackets."""
+
     kind: Literal["hyperband"]
     min_resource: int = Field(default=1, ge=1, le=MOST_COUNT)
+    """Step of the first rung."""
     reduction_factor: int = Field(default=3, ge=2, le=MOST_COUNT)
+    """One in this many trials continues at a rung."""
     bootstrap_count: int = Field(default=0, ge=0, le=MOST_COUNT)
+    """Trials that a rung needs before any trial gets past it."""
 
 
 class PatientPrunerConfig(PruningConfig):
@@ -205,7 +269,9 @@ class PatientPrunerConfig(PruningConfig):
 
     kind: Literal["patient"]
     patience: int = Field(default=10, ge=1, le=MOST_COUNT)
+    """Steps without a rise of the best accuracy after which a trial is pruned."""
     min_delta: float = Field(default=0.0, ge=0)
+    """Rise of the best accuracy, as a fraction in [0, 1], that does not count."""
 
 
 PrunerConfig = (
@@ -219,6 +285,8 @@ PrunerConfig = (
 
 
 class CheckpointConfig(Section):
+    """How often an unfinished trial is stored, and where."""
+
     every_seconds: float = Field(default=30.0, ge=0, le=86_400)
     """Seconds between checkpoints; longer where they would cost more than 1 % of the time."""
     store: str = "database"
@@ -227,6 +295,8 @@ class CheckpointConfig(Section):
 
 
 class LeaseConfig(Section):
+    """When a trial is taken over, and when it is failed."""
+
     seconds: float = Field(default=60.0, ge=1, le=86_400)
     """A trial whose worker has been silent for this long may be taken over."""
     max_attempts: int = Field(default=5, ge=1, le=1000)
@@ -234,7 +304,10 @@ class LeaseConfig(Section):
 
 
 class StudyConfig(Section):
+    """All settings of a study."""
+
     description: str = ""
+    """A sentence about the study, for lists and reports."""
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
     policy: PolicyConfig = PolicyConfig()
