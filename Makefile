@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Every worker is a process that imports torch: 2.0 s of processor time from byte code, 4.2 s without.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz lint bench constraints clean
+.PHONY: demo test test-slow fuzz lint bench constraints docs coverage clean
 
 demo: $(INSTALLED)  ## a finished study on the embedded digits, its table, and its page report.html
 	$(BIN)/study launch quick
@@ -41,6 +41,19 @@ constraints: $(INSTALLED)  ## pin everything anew
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
 		--no-annotate --no-header --no-emit-index-url --quiet --output-file constraints.txt
 	$(BIN)/uv --version | awk '{print "uv==" $$2}' >> constraints.txt
+
+docs: $(INSTALLED)  ## the site of docs/ in build/site, strict: a link that leads nowhere is an error; no network
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+coverage: $(INSTALLED)  ## which lines the tests run, those of worker processes included
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test,dev]'
+	mkdir -p build/coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -114,7 +114,10 @@ def verb(name: str, function: Any) -> list[str]:
             # In Annotated the first name is where a default stands elsewhere.
             given = [each for each in (info.default, *(info.param_decls or ())) if str(each).startswith("-")]
             name_itself = parameter.name.replace("_", "-")
-            names = [str(each) for each in given] or [f"--{name_itself}", *([f"--no-{name_itself}"] if annotation is bool else [])]
+            names = [str(each) for each in given] or [
+                f"--{name_itself}",
+                *([f"--no-{name_itself}"] if annotation is bool else []),
+            ]
             title = info.rich_help_panel or "option"
             row = [", ".join(map(code, names)), code(_value(annotation, info)), prose(info.help), default]
             panels.setdefault(title, []).append(row)
