@@ -258,6 +258,12 @@ def _check_study(connection: sqlite3.Connection, check_config: Callable[[dict[st
     check_study_name(name)
     if connection.execute("SELECT 1 FROM trials WHERE study_id <> ? LIMIT 1", [study_id]).fetchone():
         raise _Wrong("it has trials of another study")
+    _check_objectives(connection, study_id)
+    _check_attributes(connection, study_id, check_config)
+    return str(name)
+
+
+def _check_objectives(connection: sqlite3.Connection, study_id: int) -> None:
     query = "SELECT objective, direction FROM study_directions WHERE study_id = ? ORDER BY objective"
     directions = connection.execute(query, [study_id]).fetchall()
     allowed = {StudyDirection.MAXIMIZE.name, StudyDirection.MINIMIZE.name}
@@ -273,6 +279,11 @@ def _check_study(connection: sqlite3.Connection, check_config: Callable[[dict[st
         raise _Wrong("a complete trial has not one value an objective")
     if connection.execute("SELECT 1 FROM trial_values WHERE objective >= ? LIMIT 1", [len(directions)]).fetchone():
         raise _Wrong("a trial has a value of an objective that the study has not")
+
+
+def _check_attributes(
+    connection: sqlite3.Connection, study_id: int, check_config: Callable[[dict[str, Any]], object]
+) -> None:
     query = "SELECT key, value_json FROM study_user_attributes WHERE study_id = ?"
     attributes = {key: json.loads(text) for key, text in connection.execute(query, [study_id])}
     for key, kind in STUDY_ATTRIBUTES.items():
@@ -288,7 +299,6 @@ def _check_study(connection: sqlite3.Connection, check_config: Callable[[dict[st
         check_config(attributes["config"])
     except UserError as error:
         raise _Wrong(str(error)) from None
-    return str(name)
 
 
 def _is_finite(value: object) -> bool:

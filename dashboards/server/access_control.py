@@ -109,20 +109,25 @@ class AccessControl:
             return respond.refuse("403 Forbidden", reason)
         if method not in READING and not _same_origin(environ, host):
             return respond.refuse("403 Forbidden", "the request comes from another site's page")
-        if self.password is not None:
-            if path == "/login" and method == "POST":
-                return self._log_in(environ, respond)
-            tokens = _cookies(environ, _session_cookie(environ))
-            if not self._logged_in(tokens):
-                if method == "GET" and "text/html" in environ.get("HTTP_ACCEPT", ""):
-                    return respond.page("401 Unauthorized", login_page(_destination(path)))
-                return respond.refuse("401 Unauthorized", "log in first: open the dashboard in a browser")
-            if path == "/logout":
-                return self._log_out(environ, respond, tokens)
+        if self.password is not None and (answer := self._authenticate(environ, respond, method, path)) is not None:
+            return answer
         if self.read_only and method not in READING:
             return respond.refuse("403 Forbidden", "this dashboard is read-only")
         _normalise(environ, method)
         return self.application(environ, respond.start)
+
+    def _authenticate(
+        self, environ: WSGIEnvironment, respond: _Responder, method: str, path: str
+    ) -> Iterable[bytes] | None:
+        """The answer of the login, the logout, or to a visitor who has not logged in; None: the visitor has."""
+        if path == "/login" and method == "POST":
+            return self._log_in(environ, respond)
+        tokens = _cookies(environ, _session_cookie(environ))
+        if self._logged_in(tokens):
+            return self._log_out(environ, respond, tokens) if path == "/logout" else None
+        if method == "GET" and "text/html" in environ.get("HTTP_ACCEPT", ""):
+            return respond.page("401 Unauthorized", login_page(_destination(path)))
+        return respond.refuse("401 Unauthorized", "log in first: open the dashboard in a browser")
 
     def _host_refusal(self, host: str) -> str | None:
         if not host:

@@ -329,7 +329,10 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["launch", "quick", "--storage", "sqlite:////proc/study.db"], "cannot use the database"),
     (["launch", "quick", "--storage", "postgresql://me:hunter2@127.0.0.1:1/db"], "me:***@127.0.0.1:1/db"),
     (["launch", "quick", "--device", "tpu"], "got 'tpu'"),
-    (["launch", "quick", "--set", "checkpoint.store=ftpx://a/b"], "checkpoint.store must be 'database', the whole path of a folder"),
+    (
+        ["launch", "quick", "--set", "checkpoint.store=ftpx://a/b"],
+        "checkpoint.store must be 'database', the whole path of a folder",
+    ),
     (["launch", "quick", "--workers", "0"], "--workers"),
     (["launch", "quick", "--budget", "2 weeks"], "a budget is an amount and a unit"),
     (["launch", "quick", "--objective", "speed"], "search.objective: must be accuracy or accuracy,images, got 'speed'"),
