@@ -92,10 +92,12 @@ def storage_of(study: optuna.Study) -> BaseStorage:
     return study._storage
 
 
-def with_storage(study: optuna.Study, storage: BaseStorage) -> optuna.Study:
-    """The same study on another storage object; pruners take a study and no storage."""
+def with_storage(study: optuna.Study, storage: BaseStorage, name: str) -> optuna.Study:
+    """The same study on another storage object and under another name; pruners take a study and no storage, and
+    Hyperband hashes its name.
+    """
     other = copy.copy(study)
-    other._storage = storage
+    other._storage, other.study_name = storage, name
     return other
 
 

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,6 +44,10 @@ from storage.schema import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+STATE_SECONDS = 3.0
+"""Between two looks whether somebody has finished or deleted a trial while a worker trains it."""
 
 
 class LeaseLost(Exception):
@@ -183,11 +188,16 @@ class Queue:
         done = threading.Event()
 
         def renew() -> None:
-            while not done.wait(self.seconds / 4):
+            every = self.seconds / 4
+            next_renewal = time.monotonic() + every
+            while not done.wait(min(every, STATE_SECONDS)):
                 with suppress(SQLAlchemyError):  # the next beat tries again
                     try:
-                        with self.engine.begin() as connection:
-                            self.fence(connection, lease)
+                        self._check_unfinished(lease)
+                        if time.monotonic() >= next_renewal:
+                            with self.engine.begin() as connection:
+                                self.fence(connection, lease)
+                            next_renewal = time.monotonic() + every
                     except LeaseLost:
                         lease.lost.set()
                         return
@@ -199,6 +209,16 @@ class Queue:
         finally:
             done.set()
             thread.join(timeout=5)
+
+    def _check_unfinished(self, lease: Lease) -> None:
+        """Raises:
+        LeaseLost: somebody has finished the trial (optuna-dashboard, `study.tell`) or deleted it.
+        """
+        query = sa.select(TRIALS.c.state).where(TRIALS.c.trial_id == lease.trial_id)
+        with self.engine.execution_options(reading=True).connect() as connection:
+            state = connection.scalar(query)
+        if state not in UNFINISHED:
+            raise LeaseLost(f"trial {lease.number} was finished or deleted by somebody else")
 
     def fence(self, connection: sa.Connection, lease: Lease, **also: Any) -> None:
         """Renew the lease in this transaction, or raise: what follows in the transaction is then ours to write.

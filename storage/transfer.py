@@ -53,6 +53,10 @@ _EVERY = (*models.BaseModel.metadata.sorted_tables, *METADATA.sorted_tables)
 OF_STUDY = tuple(table for table in _EVERY if "study_id" in table.c and table not in (STUDIES, TRIALS))
 OF_TRIAL = tuple(table for table in _EVERY if "trial_id" in table.c and table is not TRIALS)
 
+ORIGINAL_NAME = "original_name"
+"""Key of a copy's user attribute: the name that its pruner goes by."""
+COPIED_TO = "copied_to"
+"""Key of a source's user attribute: where its copy is, as it may be shown."""
 BATCH = 100
 """Trials that are read and written at a time: 20,000 rows of 200 epochs each."""
 PATIENCE_SECONDS = 30.0
@@ -138,7 +142,7 @@ def _copy(
                 if table is STUDY_SYSTEM_ATTRS:
                     rows = _with_new_ids(rows, ids)
                 if table is STUDY_ATTRS:
-                    rows = _with_own_store(rows, store)
+                    rows = _with_original_name(_with_own_store(rows, store), old, name, new_name)
                 _put(into, table, "study_id", {old: new}, rows)
             return len(ids)
 
@@ -350,6 +354,17 @@ def _with_own_store(attributes: list[dict[str, Any]], store: str | None) -> list
             config = json.loads(row["value_json"])
             config["checkpoint"] = config.get("checkpoint", {}) | {"store": store}
             row["value_json"] = json.dumps(config)
+    return rows
+
+
+def _with_original_name(
+    attributes: list[dict[str, Any]], study_id: int, name: str, new_name: str
+) -> list[dict[str, Any]]:
+    """Hyperband hashes the study's name to choose a trial's bracket: a copy under another name keeps the first."""
+    rows = [row for row in attributes if row["key"] != COPIED_TO]
+    if new_name != name and not any(row["key"] == ORIGINAL_NAME for row in rows):
+        own = str(STUDY_ATTRS.autoincrement_column.name) if STUDY_ATTRS.autoincrement_column is not None else "key"
+        rows.append({own: 0, "study_id": study_id, "key": ORIGINAL_NAME, "value_json": json.dumps(name)})
     return rows
 
 

@@ -26,11 +26,21 @@ def copy(
 
     Example: study copy quick --from sqlite:///study.db --to postgresql://me@host/studies
     """
+    from sqlalchemy.exc import DBAPIError
+
     from storage.engine import open_storage
+    from storage.queries import find
+    from storage.study_attributes import set_attribute
+    from storage.transfer import COPIED_TO
     from storage.transfer import copy as copy_study
 
     count = copy_study(open_storage(source, create=False, reading=True), open_storage(target), name, new_name)
     resume = command_for(target, "resume", new_name or name)
+    try:
+        engine = open_storage(source, create=False).engine
+        set_attribute(engine, find(engine, name)[0], COPIED_TO, f"{new_name or name} in {shown(target)}")
+    except (UserError, DBAPIError) as error:
+        logger.warning("the source could not be marked as copied, so it can be resumed by mistake: %s", error)
     logger.info("copied %d trials of %r to %s; continue with: %s", count, name, shown(target), resume)
 
 

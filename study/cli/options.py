@@ -71,6 +71,7 @@ Budget = Annotated[
 AllowFailures = Annotated[
     int, typer.Option(min=0, metavar="N", help="Failed trials with which the exit code is still 0.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Continue a study although it was copied elsewhere.")]
 LauncherOption = Annotated[
     Literal["local", "ray"], typer.Option("--launcher", help="Workers on this machine, or on a Ray cluster.")
 ]

@@ -18,6 +18,7 @@ from study.cli.options import (
     DataRoot,
     Detach,
     Device,
+    Force,
     Gpus,
     LauncherOption,
     Name,
@@ -56,6 +57,7 @@ def launch(
     threads: Threads = None,
     root: DataRoot = None,
     allow_failures: AllowFailures = 0,
+    force: Force = False,
     launcher: LauncherOption = "local",
     address: Address = None,
     gpus: Gpus = None,
@@ -86,6 +88,7 @@ def launch(
     study_name = name or preset
     is_new = create_study(opened, study_name, preset, config, data)
     study = OpenStudy(url, opened, *load_study(opened, study_name))
+    _refuse_if_copied(study, force)
     _set_budgets(study, budgets)
     _refuse_if_stopped(study)
     logger.info("%s study %r in %s", "starting" if is_new else "resuming", study_name, shown(url))
@@ -105,6 +108,7 @@ def resume(
     threads: Threads = None,
     root: DataRoot = None,
     allow_failures: AllowFailures = 0,
+    force: Force = False,
     launcher: LauncherOption = "local",
     address: Address = None,
     gpus: Gpus = None,
@@ -128,6 +132,7 @@ def resume(
     study = open_study(url, name)
     if launcher == "local":  # elsewhere the workers check theirs
         check_data(study, data_root(root))
+    _refuse_if_copied(study, force)
     _set_budgets(study, budgets)
     withdraw_stop(study.engine, study.id)
     _refuse_if_stopped(study)
@@ -260,6 +265,25 @@ def _refuse_if_stopped(study: OpenStudy) -> None:
             how = command_for(study.url, "resume", study.name)
             logger.warning("study %r was %s; continue with: %s", study.name, STOP_REQUESTED, how)
             raise typer.Exit(exit_codes.STOPPED)
+
+
+def _refuse_if_copied(study: OpenStudy, force: bool) -> None:
+    """Raises:
+    UserError: the study was copied and has work left: its copy and it would diverge.
+    """
+    from storage.queries import progress
+    from storage.study_attributes import read_attributes, set_attribute
+    from storage.transfer import COPIED_TO
+
+    copy = read_attributes(study.engine, study.id, [COPIED_TO]).get(COPIED_TO)
+    now = progress(study.engine, study.id)
+    if not copy or now.finished == now.total:
+        return
+    if not force:
+        raise UserError(
+            f"the study {study.name!r} was copied (to {copy}); resume the copy, or, if both may diverge, this with --force"
+        )
+    set_attribute(study.engine, study.id, COPIED_TO, None)
 
 
 def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int, int]) -> None:

@@ -21,9 +21,10 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from storage import checkpoints
-from storage.optuna_internals import storage_of, with_storage
+from storage.optuna_internals import storage_of, study_id_of, with_storage
 from storage.queue import Lease, Queue
 from storage.retry import retry
+from storage.transfer import ORIGINAL_NAME
 from study.training.trainer import EpochResult
 from study.trial.checkpoint import Identity, State, to_bytes
 
@@ -45,6 +46,7 @@ class TrialWriter:
         """Why the last checkpoint could not be stored, if it could not."""
         self.checkpoint_seconds = 0.0
         """What the last checkpoint took."""
+        self._study_name = str(study.user_attrs.get(ORIGINAL_NAME, study.study_name))
         self._trial: FrozenTrial | None = None
         """The trial as the pruner sees it: read once, for while we hold its lease nobody else writes to it."""
         self._jobs: standard.Queue[Callable[[], None] | None] = standard.Queue()
@@ -104,12 +106,12 @@ class TrialWriter:
     def _ask_pruner(self, reports: Mapping[int, float]) -> tuple[bool, dict[str, Any]]:
         """What `Trial.should_prune` says, and the system attributes that the pruner would have set on the trial."""
         storage = storage_of(self.study)
-        recorder = _AttributeRecorder(storage)
+        recorder = _AttributeRecorder(storage, study_id_of(self.study))
         if self._trial is None:
             self._trial = storage.get_trial(self.lease.trial_id)
         for step, value in reports.items():
             self._trial.intermediate_values.setdefault(step, value)  # as the database: what is stored stays
-        shadow = with_storage(self.study, recorder)  # type: ignore[arg-type]
+        shadow = with_storage(self.study, recorder, self._study_name)  # type: ignore[arg-type]
         prune = self.study.pruner.prune(shadow, self._trial)
         self._trial.system_attrs.update(recorder.attributes)
         return prune, recorder.attributes
@@ -129,9 +131,13 @@ class TrialWriter:
 class _AttributeRecorder:
     """A storage as pruners see it, which keeps what they write of a trial, to be stored with their decision."""
 
-    def __init__(self, storage: BaseStorage) -> None:
-        self._storage = storage
+    def __init__(self, storage: BaseStorage, study_id: int) -> None:
+        self._storage, self._study_id = storage, study_id
         self.attributes: dict[str, Any] = {}
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """Hyperband opens the study again by its name, which for a copy is the original's."""
+        return self._study_id
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         self.attributes[key] = value

@@ -22,6 +22,7 @@ from storage.errors import Unreachable, UserError
 from storage.optuna_internals import study_id_of
 from storage.queue import LeaseLost, Queue
 from storage.retry import PATIENCE_SECONDS, is_transient, retry
+from storage.transfer import COPIED_TO
 from storage.url import parse, redact
 from study.config.models import StudyConfig
 from study.create import check_fingerprint, load_study
@@ -65,6 +66,8 @@ def work(name: str, storage_url: str, device_spec: str, data_root: str | None, *
     stop = StopMonitor(launcher_ended())
     stop.handle_signals()
     storage, study, config = _join(storage_url, name, stop)
+    if copy := study.user_attrs.get(COPIED_TO):
+        raise UserError(f"the study {name!r} was copied (to {copy}); work on the copy, or first: study resume --force")
     preload_trials(study, config)
     device = _prepare_device(device_spec, config)
     data = retry(lambda: load_data(study, config, data_root, device), stopping=stop)
