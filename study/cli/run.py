@@ -280,9 +280,7 @@ def _refuse_if_copied(study: OpenStudy, force: bool) -> None:
     if not copy or now.finished == now.total:
         return
     if not force:
-        raise UserError(
-            f"the study {study.name!r} was copied (to {copy}); resume the copy, or, if both may diverge, this with --force"
-        )
+        raise UserError(f"the study {study.name!r} was copied (to {copy}); resume the copy, or this one with --force")
     set_attribute(study.engine, study.id, COPIED_TO, None)
 
 
