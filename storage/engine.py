@@ -105,6 +105,8 @@ def upgrade(text: str) -> list[str]:
         _refuse_newer(url, versions)
         if versions.ours is None or versions.optuna is None:
             raise _no_studies(url, engine)
+        if versions == _Versions(schema_revisions()[-1], SCHEMA_VERSION):
+            return []
         _refuse_live(url, engine)
         with _only_one(_writing_engine(url), path):
             if versions.optuna != schema_revisions()[-1]:
@@ -225,7 +227,7 @@ def _open_to_write(url: URL, path: Path | None, create: bool) -> RDBStorage:
             raise _no_studies(url, _plain_engine(url, path))
         if versions.optuna is not None:
             _refuse_older_optuna(url, versions.optuna)
-        if versions.ours is not None:
+        if versions.ours not in (None, SCHEMA_VERSION):
             _refuse_live(url, _plain_engine(url, path))
         engine = _writing_engine(url)
         with _only_one(engine, path):

@@ -291,6 +291,16 @@ def test_upgrade_migrates_ours(old: Path) -> None:
     assert not old.with_name("study.db.lock").exists()
 
 
+def test_a_live_lease_is_in_nobodys_way_where_nothing_is_to_be_migrated(url: str) -> None:
+    """Also where another process has created our tables, and was about to stamp Optuna's when this one looked."""
+    bench = Harness(url, config_of())
+    assert bench.queue().claim() is not None
+    assert upgrade(url) == []
+    with bench.storage.engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM alembic_version")
+    assert len(optuna.load_study(study_name="s", storage=open_storage(url)).trials) == 4
+
+
 def test_a_migration_waits_for_workers_of_the_older_version(old: Path) -> None:
     with sqlite3.connect(old) as connection:
         connection.execute("UPDATE trial_leases SET expires_at = unixepoch() + 50 WHERE trial_id = 2")
