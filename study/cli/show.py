@@ -138,7 +138,7 @@ def dashboard(
     check_names(allow_host or ())
     how = "".join([", with a login" * (password is not None), ", read-only" * read_only])
     serve(
-        open_storage(url, create=False, reading=True),
+        open_storage(url, create=False, reading=True, may_write=not read_only),
         host,
         port,
         lambda at: logger.info("optuna-dashboard on %s shows %s%s; Ctrl-C ends it", at, shown(url), how),
