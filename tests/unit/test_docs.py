@@ -27,7 +27,6 @@ OLD_WORDS = (
 QUOTED = {
     "CHANGELOG.md": ("tickets",),
     "docs/guides/reading-a-report.md": ("could show",),
-    "docs/reference/schema.md": ("settled",),
 }
 """Keys, headings and stored values of the product itself, by the page that explains them."""
 
