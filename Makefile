@@ -1,26 +1,32 @@
-# The commands of this repository. The first use of any makes its own environment in .venv.
+# The commands of this repository. The first use of any makes its own environment in .venv; `make demo` installs the
+# package alone, `make test` what the tests need besides (Ray, a PostgreSQL, playwright).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TESTABLE := .venv/.testable
+TRAINING_TESTS := tests/unit/test_training.py tests/unit/test_graphs.py tests/unit/test_policies.py tests/integration/test_study.py
 # Every worker is a process that imports torch: 2.0 s of processor time from byte code, 4.2 s without.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz lint bench constraints docs coverage clean
+.PHONY: demo test test-isa test-slow fuzz lint bench constraints docs coverage clean
 
 demo: $(INSTALLED)  ## a finished study on the embedded digits, its table, and its page report.html
 	$(BIN)/study launch quick
 	$(BIN)/study report quick --html report.html > /dev/null
 
-test: $(INSTALLED)  ## the tests; with STUDY_TEST_IMAGES=FOLDER also on real images
+test: $(TESTABLE)  ## the tests; with STUDY_TEST_IMAGES=FOLDER also on real images
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(INSTALLED)  ## the tests that take minutes each
+test-isa: $(TESTABLE)  ## the tests that train, as on a processor without AVX and bf16: other bits, the same outcome
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2 --dist loadfile $(TRAINING_TESTS)
+
+test-slow: $(TESTABLE)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow --timeout=1800
 
-fuzz: $(INSTALLED)  ## random input for a bounded time, with its seeds; FUZZ_SECONDS=300 and FUZZ_SEED=… change them
+fuzz: $(TESTABLE)  ## random input for a bounded time, with its seeds; FUZZ_SECONDS=300 and FUZZ_SEED=… change them
 	$(BIN)/python -m pytest -m fuzz -s
 
-lint: $(INSTALLED)
+lint: $(TESTABLE)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test,dev]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,10 +36,14 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e .
+	touch $@
+
+$(TESTABLE): $(INSTALLED)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]'
 	touch $@
 
-bench: $(INSTALLED)  ## what docs/measurements/performance.md shows, on this machine; half an hour; STUDY_DATA_ROOT=FOLDER: real images
+bench: $(TESTABLE)  ## what docs/measurements/performance.md shows, on this machine; half an hour
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.overhead
 
@@ -47,7 +57,7 @@ docs: $(INSTALLED)  ## the site of docs/ in build/site, strict: a link that lead
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-coverage: $(INSTALLED)  ## which lines the tests run, those of worker processes included
+coverage: $(TESTABLE)  ## which lines the tests run, those of worker processes included
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test,dev]'
 	mkdir -p build/coverage
 	$(BIN)/coverage erase

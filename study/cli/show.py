@@ -124,18 +124,27 @@ def dashboard(
         list[str] | None,
         typer.Option(metavar="NAME", help="Another name that it is reached by, as a proxy's. Repeatable."),
     ] = None,
+    trusted_proxy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A proxy whose X-Forwarded-For names the visitors' addresses, for the login's lock.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve optuna-dashboard for a storage, with a login or read-only on request.
 
     Example: study dashboard --port 8080
     """
-    from dashboards.server.serve import PASSWORD_VARIABLE, check_names, check_open, password_from, serve
+    from dashboards.server.serve import PASSWORD_VARIABLE, check_names, check_open, check_proxy, password_from, serve
     from storage.engine import open_storage
 
     url = storage_url(storage)
     password = password_from(password_file, os.environ.get(PASSWORD_VARIABLE))
     check_open(host, password, read_only)
     check_names(allow_host or ())
+    check_proxy(trusted_proxy)
     how = "".join([", with a login" * (password is not None), ", read-only" * read_only])
     serve(
         open_storage(url, create=False, reading=True, may_write=not read_only),
@@ -145,6 +154,7 @@ def dashboard(
         password=password,
         read_only=read_only,
         allowed=allow_host or (),
+        trusted_proxy=trusted_proxy,
     )
 
 
