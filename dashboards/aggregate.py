@@ -63,21 +63,21 @@ class Cell:
 
     def by_seed(self, measure: str) -> dict[int, float]:
         """`value` or `test` of the complete trials."""
-        found = {row.seed: getattr(row, measure) for row in self.rows if row.seed is not None}
-        return {seed: value for seed, value in found.items() if value is not None}
+        values = {row.seed: getattr(row, measure) for row in self.rows if row.seed is not None}
+        return {seed: value for seed, value in values.items() if value is not None}
 
 
-def cells(data: StudyData) -> list[Cell]:
+def cells_of(data: StudyData) -> list[Cell]:
     """In the order of their first trial; settings of which no trial has ended are left out."""
-    found: dict[tuple[tuple[str, Any], ...], list[TrialRow]] = {}
+    by_setting: dict[tuple[tuple[str, Any], ...], list[TrialRow]] = {}
     for row in data.rows:
         chosen = {name: row.parameters[name] for name in data.parameters if name in row.parameters}
-        found.setdefault(tuple(chosen.items()), [])
+        by_setting.setdefault(tuple(chosen.items()), [])
         if row.state in ("complete", "pruned") and row.value is not None:
-            found[tuple(chosen.items())].append(row)
+            by_setting[tuple(chosen.items())].append(row)
     return [
         Cell(dict(key), tuple(row for row in rows if row.state == "complete"), tuple(rows))
-        for key, rows in found.items()
+        for key, rows in by_setting.items()
         if rows
     ]
 
@@ -97,21 +97,21 @@ class Findings:
 
 
 def findings(data: StudyData) -> Findings:
-    found = cells(data)
-    done = [row for cell in found for row in cell.rows]
+    cells = cells_of(data)
+    done = [row for cell in cells for row in cell.rows]
     measure = "test" if done and all(row.test is not None for row in done) else "value"
-    pairs = [compare(a.label, b.label, a.by_seed(measure), b.by_seed(measure)) for a, b in _opponents(found)]
+    pairs = [compare(a.label, b.label, a.by_seed(measure), b.by_seed(measure)) for a, b in _opponents(cells)]
     return Findings(
-        found, measure, holm([c for c in pairs if c is not None]), _effects(found, data, measure), _ratios(found)
+        cells, measure, holm([c for c in pairs if c is not None]), _effects(cells, data, measure), _ratios(cells)
     )
 
 
-def _opponents(found: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+def _opponents(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
     """Dynamic training against every other policy in otherwise equal settings."""
-    policies = [cell.policy for cell in found]
+    policies = [cell.policy for cell in cells]
     first = "dynamic" if "dynamic" in policies else policies[0] if policies else ""
-    controls = [cell for cell in found if cell.policy != first]
-    return [(a, b) for b in controls for a in found if a.policy == first and _else_equal(a, b)]
+    controls = [cell for cell in cells if cell.policy != first]
+    return [(a, b) for b in controls for a in cells if a.policy == first and _else_equal(a, b)]
 
 
 def _else_equal(a: Cell, b: Cell) -> bool:
@@ -121,30 +121,30 @@ def _else_equal(a: Cell, b: Cell) -> bool:
     return all(a.parameters[name] == b.parameters[name] for name in common) and alone <= POLICY_SPECIFIC
 
 
-def _ratios(found: Sequence[Cell]) -> dict[str, Summary]:
+def _ratios(cells: Sequence[Cell]) -> dict[str, Summary]:
     ratios = {}
-    for full in (cell for cell in found if cell.policy == "full"):
+    for full in (cell for cell in cells if cell.policy == "full"):
         theirs = {row.seed: row.seconds for row in full.rows}
-        for cell in (cell for cell in found if _else_equal(cell, full) or cell is full):
+        for cell in (cell for cell in cells if _else_equal(cell, full) or cell is full):
             own = [row.seconds / theirs[row.seed] for row in cell.rows if theirs.get(row.seed)]
             if own:
                 ratios[cell.label] = summary(own)
     return ratios
 
 
-def _effects(found: Sequence[Cell], data: StudyData, measure: str) -> dict[str, float]:
+def _effects(cells: Sequence[Cell], data: StudyData, measure: str) -> dict[str, float]:
     """Of each parameter of a grid: its levels, each the mean over all that was crossed with it, compared by seed.
 
     Only of whole grids: of half a one, a level's mean is over other cells than its neighbour's.
     """
     if data.config.search.sampler.kind != "grid" or data.config.search.cells or "policy" in data.parameters:
         return {}
-    if len(found) < len(space.cells(data.config)):
+    if len(cells) < len(space.cells(data.config)):
         return {}
     raw: dict[str, float] = {}
     for name in data.parameters:
         levels: dict[Any, list[dict[int, float]]] = {}
-        for cell in found:
+        for cell in cells:
             levels.setdefault(cell.parameters[name], []).append(cell.by_seed(measure))
         groups = [_mean_by_seed(group) for group in levels.values()]
         p = any_difference(groups)
@@ -177,7 +177,7 @@ def grid(data: StudyData) -> Grid | None:
     return Grid(
         tuple(sorted(searched["alpha"])),
         tuple(sorted(searched["beta"])),
-        {(cell.parameters["alpha"], cell.parameters["beta"]): cell for cell in cells(data)},
+        {(cell.parameters["alpha"], cell.parameters["beta"]): cell for cell in cells_of(data)},
     )
 
 

@@ -11,18 +11,18 @@ from dashboards.study_data import StudyData
 FEW = 5
 
 
-def verdict(data: StudyData, found: Findings) -> list[str]:
+def verdict(data: StudyData, findings: Findings) -> list[str]:
     """Sentences, the most important first; empty while nothing has been completed."""
-    cells = [cell for cell in found.cells if cell.rows]
+    cells = [cell for cell in findings.cells if cell.rows]
     if not cells:
         return []
     sentences = []
     if data.config.search.cells is not None and data.study.user_attrs.get("confirms"):
-        sentences += _confirmed(data, found)
-    sentences += [_told(comparison, found.measure) for comparison in found.comparisons]
-    sentences += _explained(found.comparisons)
-    sentences += _timed(data, found)
-    for name, p in found.effects.items():
+        sentences += _confirmed(data, findings)
+    sentences += [_sentence(comparison, findings.measure) for comparison in findings.comparisons]
+    sentences += _explained(findings.comparisons)
+    sentences += _timed(data, findings)
+    for name, p in findings.effects.items():
         says = f"{name} makes a difference" if p < 0.05 else f"cannot tell whether {name} makes a difference"
         sentences.append(f"{says} (Friedman over its levels, p = {p:.2g}, Holm-corrected).".capitalize())
     fewest = min(len(cell.rows) for cell in cells)
@@ -31,7 +31,7 @@ def verdict(data: StudyData, found: Findings) -> list[str]:
         sentences.append(
             "One seed a setting: their differences cannot be told from chance. More seeds: --set search.replicates=5."
         )
-    elif len(cells) > 1 and fewest < FEW and found.comparisons:
+    elif len(cells) > 1 and fewest < FEW and findings.comparisons:
         sentences.append(f"Only {fewest} seeds a setting: small differences stay hidden.")
     if not grid and data.best is not None:
         sentences.append(
@@ -59,7 +59,7 @@ def interval(of: Summary, scale: float = 100.0, digits: int = 2) -> str:
     return f"{mean} ({scale * of.low:.{digits}f} to {scale * of.high:.{digits}f})"
 
 
-def _told(comparison: Comparison, measure: str) -> str:
+def _sentence(comparison: Comparison, measure: str) -> str:
     where = "on the test split" if measure == "test" else "in validation"
     of, a, b = comparison.difference, comparison.a, comparison.b
     amount = f"{interval(of)} points, 95 % interval" if of.n > 1 else f"{100 * of.mean:.2f} points, one pair"
@@ -68,9 +68,7 @@ def _told(comparison: Comparison, measure: str) -> str:
         return f"{a} is {comparison.finding} than {b} {where}: {amount}, n = {of.n}{p}."
     seen = ""
     if comparison.detectable is not None:
-        seen = (
-            f" A true difference of {100 * comparison.detectable:.2f} points would have been found four times in five."
-        )
+        seen = f" Minimum detectable difference at 80 % power: {100 * comparison.detectable:.2f} points."
     return f"Cannot tell {a} from {b} {where}: {amount}, n = {of.n}{p}.{seen}"
 
 
@@ -91,26 +89,26 @@ def _explained(comparisons: list[Comparison]) -> list[str]:
     return ["So renewing the data helps, but nothing shows that the rule does better than drawing anew every epoch."]
 
 
-def _timed(data: StudyData, found: Findings) -> list[str]:
-    told, claim = [], f" (the paper claims about {100 * paper.CLAIMED_TIME_RATIO:.0f} %)"
+def _timed(data: StudyData, findings: Findings) -> list[str]:
+    sentences, claim = [], f" (the paper claims about {100 * paper.CLAIMED_TIME_RATIO:.0f} %)"
     if data.config.training.images is not None:  # the paper's claim is for equal epochs
         claim = ", at equally many images trained on"
-    for cell in found.cells:
-        ratio = found.ratios.get(cell.label)
+    for cell in findings.cells:
+        ratio = findings.ratios.get(cell.label)
         if cell.policy == "dynamic" and ratio is not None:
-            told.append(f"{cell.label} took {interval(ratio, digits=0)} % of the full run's time{claim}.")
-    return told
+            sentences.append(f"{cell.label} took {interval(ratio, digits=0)} % of the full run's time{claim}.")
+    return sentences
 
 
-def _confirmed(data: StudyData, found: Findings) -> list[str]:
+def _confirmed(data: StudyData, findings: Findings) -> list[str]:
     origin = data.study.user_attrs["confirms"]
-    told = []
-    for cell, searched in zip(found.cells, origin["values"], strict=False):
+    sentences = []
+    for cell, searched in zip(findings.cells, origin["values"], strict=False):
         of = cell.accuracy
-        test = f"; on the untouched test split {interval(cell.test)} %" if cell.test is not None else ""
-        drop = 100 * (searched - of.mean)
-        told.append(
-            f"{cell.label}: {percent(searched)} when {origin['study']} found it, {interval(of)} % on {of.n} fresh seeds"
-            f" ({drop:+.2f} points of winner's curse){test}."
+        test = f"; on the test split, evaluated once, {interval(cell.test)} %" if cell.test is not None else ""
+        sentences.append(
+            f"{cell.label}: {percent(searched)} in the search {origin['study']}, {interval(of)} % on {of.n} fresh seeds"
+            f" (a change of {100 * (of.mean - searched):+.2f} points; regression to the mean lowers the best of many)"
+            f"{test}."
         )
-    return told
+    return sentences

@@ -116,8 +116,8 @@ def detectable(sd: float, n: int) -> float:
 
     def power(effect: float) -> float:
         shift = effect * math.sqrt(n)
-        found = stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift)
-        return float(found) if math.isfinite(found) else 1.0
+        probability = stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift)
+        return float(probability) if math.isfinite(probability) else 1.0
 
     high = 1.0
     while power(high) < POWER:

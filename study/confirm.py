@@ -25,17 +25,18 @@ def confirmation(study: optuna.Study, config: StudyConfig, top: int, seeds: int)
     Raises:
         UserError: fewer than `top` settings have a complete trial.
     """
-    found: dict[tuple[tuple[str, Any], ...], list[FrozenTrial]] = {}
+    by_setting: dict[tuple[tuple[str, Any], ...], list[FrozenTrial]] = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         policy = trial.params.get("policy", config.policy.name)
         chosen = {name: value for name, value in trial.params.items() if space.relevant(policy, name)}
-        found.setdefault(tuple(chosen.items()), []).append(trial)
-    if len(found) < top:
+        by_setting.setdefault(tuple(chosen.items()), []).append(trial)
+    if len(by_setting) < top:
+        count = len(by_setting)
         raise UserError(
-            f"--top must be at most the {len(found)} settings of {study.study_name!r} with a complete trial, got {top}"
+            f"--top must be at most the {count} settings of {study.study_name!r} with a complete trial, got {top}"
         )
-    means = {cell: statistics.fmean(trial.values[0] for trial in trials) for cell, trials in found.items()}
-    best = sorted(found, key=lambda cell: (-means[cell], min(trial.number for trial in found[cell])))[:top]
+    means = {cell: statistics.fmean(trial.values[0] for trial in trials) for cell, trials in by_setting.items()}
+    best = sorted(by_setting, key=lambda cell: (-means[cell], min(trial.number for trial in by_setting[cell])))[:top]
     tree = config.model_dump()
     best_cell = dict(best[0])
     for section in ("policy", "training"):

@@ -66,22 +66,22 @@ def split_sizes(config: StudyConfig) -> tuple[int, int, int]:
     return min(train, config.data.train_images or train), validation, test
 
 
-def loads(config: StudyConfig, sizes: tuple[int, int, int] | None = None) -> list[Load]:
+def trial_loads(config: StudyConfig, sizes: tuple[int, int, int] | None = None) -> list[Load]:
     """One for each trial. A range or list that a sampler draws from counts with its middle.
 
     Args:
         sizes: images that train, that validate, and of the test split; None: of the data set as it is known.
     """
     everything, validation, test = sizes or split_sizes(config)
-    found = []
-    for ticket in space.queued_trials(config):
-        chosen = {name: middle(value) for name, value in (config.searchable() | ticket.params).items()}
+    loads = []
+    for trial in space.queued_trials(config):
+        chosen = {name: middle(value) for name, value in (config.searchable() | trial.params).items()}
         alpha = everything
         if space.relevant(chosen["policy"], "alpha"):
             alpha = min(everything, int(chosen["alpha"]))
         train = config.training.images or int(chosen["epochs"]) * alpha
-        found.append(Load(train, math.ceil(train / alpha) * validation + (test if config.data.test else 0)))
-    return found
+        loads.append(Load(train, math.ceil(train / alpha) * validation + (test if config.data.test else 0)))
+    return loads
 
 
 def seconds(work: list[Load], pace: Pace, devices: int) -> float:
@@ -139,7 +139,7 @@ def measure(config: StudyConfig, device_name: str) -> Pace:
 
 def estimate(config: StudyConfig, pace: Pace, devices: int, sizes: tuple[int, int, int] | None = None) -> str:
     """`about 11 minutes on 2 x NVIDIA …: 21 trials, …`"""
-    work = loads(config, sizes)
+    work = trial_loads(config, sizes)
     where = f"{devices} x {pace.device}" if devices > 1 else pace.device
     pruned = "" if config.pruning.kind == "none" else " if nothing is pruned"
     return (

@@ -142,19 +142,19 @@ def _label(row: TrialRow) -> str:
     return f"{row.number}: {label(row.parameters)}" if row.parameters else f"trial {row.number}"
 
 
-def intervals(data: StudyData, found: Findings) -> go.Figure | None:
+def intervals(data: StudyData, findings: Findings) -> go.Figure | None:
     """Every setting's mean accuracy with its 95 % interval and its seeds; None without a setting of two seeds."""
-    cells = [cell for cell in found.cells if cell.rows]
+    cells = [cell for cell in findings.cells if cell.rows]
     if not any(len(cell.rows) > 1 for cell in cells):
         return None
     cells = sorted(cells, key=lambda cell: cell.accuracy.mean)[-40:]
     figure = go.Figure()
-    seeds = [(100 * value, cell.label) for cell in cells for value in cell.by_seed(found.measure).values()]
+    seeds = [(100 * value, cell.label) for cell in cells for value in cell.by_seed(findings.measure).values()]
     figure.add_scatter(
         x=[x for x, _ in seeds], y=[y for _, y in seeds], mode="markers", name="one seed",
         marker={"color": REST, "size": 6}, hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
     )  # fmt: skip
-    summaries = [(cell.test if found.measure == "test" else None) or cell.accuracy for cell in cells]
+    summaries = [(cell.test if findings.measure == "test" else None) or cell.accuracy for cell in cells]
     means = [100 * of.mean for of in summaries]
     halves = [100 * ((of.high or of.mean) - of.mean) for of in summaries]
     figure.add_scatter(
@@ -170,7 +170,7 @@ def intervals(data: StudyData, found: Findings) -> go.Figure | None:
                 x=[100 * theirs.accuracy], y=[cell.label], mode="markers", name="the paper",
                 marker={"color": COLOURS[1], "size": 11, "symbol": "x"},
             )  # fmt: skip
-    where = "accuracy on the test split" if found.measure == "test" else "best validation accuracy"
+    where = "accuracy on the test split" if findings.measure == "test" else "best validation accuracy"
     figure.update_xaxes(title=f"{where} (%)")
     figure.update_yaxes(type="category", showgrid=False)
     return finished(figure, 150 + 32 * len(cells))
@@ -184,7 +184,7 @@ def heat_map(data: StudyData, grid: Grid) -> go.Figure | None:
     for alpha in grid.alphas:
         cells = [grid.values.get((alpha, beta)) for beta in grid.betas]
         percents.append([None if cell is None else 100 * cell.accuracy.mean for cell in cells])
-        texts.append(["" if cell is None else _told(data, cell) for cell in cells])
+        texts.append(["" if cell is None else _hover_text(data, cell) for cell in cells])
     figure = go.Figure(
         go.Heatmap(
             x=[shown(beta) for beta in grid.betas],
@@ -204,7 +204,7 @@ def heat_map(data: StudyData, grid: Grid) -> go.Figure | None:
     return finished(figure, 160 + 70 * len(grid.alphas))
 
 
-def _told(data: StudyData, cell: Cell) -> str:
+def _hover_text(data: StudyData, cell: Cell) -> str:
     of, theirs = cell.accuracy, aggregate.papers(data, cell)
     text = f"{100 * of.mean:.1f}" + (" p" if cell.pruned else "")
     text += f"<br>± {100 * (of.high - of.mean):.1f}" if of.high is not None else ""

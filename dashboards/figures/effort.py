@@ -21,10 +21,10 @@ OUTCOMES = {
 }
 
 
-def exchange(data: StudyData, found: Findings) -> go.Figure | None:
+def exchange(data: StudyData, findings: Findings) -> go.Figure | None:
     """Share of the active set that is replaced after each epoch, a line a setting; None where nothing is."""
     figure = go.Figure()
-    for i, cell in enumerate(_best(found)):
+    for i, cell in enumerate(_best(findings)):
         alpha = cell.ended[0].alpha
         shares = _by_epoch(data, cell, lambda epoch, alpha=alpha: 100 * epoch["k"] / alpha) if alpha else []
         if any(shares):
@@ -36,11 +36,11 @@ def exchange(data: StudyData, found: Findings) -> go.Figure | None:
     return finished(figure, 380)
 
 
-def coverage(data: StudyData, found: Findings) -> go.Figure | None:
+def coverage(data: StudyData, findings: Findings) -> go.Figure | None:
     """Different images trained on so far; None for studies that did not count them."""
     total = data.counts.get("train")
     figure = go.Figure()
-    for i, cell in enumerate(_best(found)):
+    for i, cell in enumerate(_best(findings)):
         seen = _by_epoch(data, cell, lambda epoch: epoch["seen"] or 0)
         if total and any(seen):
             _line(figure, cell, i, [100 * count / total for count in seen], "epoch %{x}: %{y:.1f} % seen")
@@ -51,8 +51,8 @@ def coverage(data: StudyData, found: Findings) -> go.Figure | None:
     return finished(figure, 380)
 
 
-def _best(found: Findings) -> list[Cell]:
-    having = [cell for cell in found.cells if cell.rows]
+def _best(findings: Findings) -> list[Cell]:
+    having = [cell for cell in findings.cells if cell.rows]
     return sorted(having, key=lambda cell: -cell.accuracy.mean)[:MOST_CELLS]
 
 
@@ -69,12 +69,12 @@ def _line(figure: go.Figure, cell: Cell, i: int, y: list[float], hover: str) -> 
     )  # fmt: skip
 
 
-def times(data: StudyData, found: Findings) -> go.Figure | None:
+def times(data: StudyData, findings: Findings) -> go.Figure | None:
     """Each setting's seconds over those of the full run with the same seed; None without a full run to compare with."""
-    others = [cell for cell in found.cells if cell.label in found.ratios and cell.policy != "full"]
+    others = [cell for cell in findings.cells if cell.label in findings.ratios and cell.policy != "full"]
     if not others:
         return None
-    ratios = [found.ratios[cell.label] for cell in others]
+    ratios = [findings.ratios[cell.label] for cell in others]
     figure = go.Figure(
         go.Bar(
             x=[100 * ratio.mean for ratio in ratios],

@@ -89,19 +89,19 @@ def importance(data: StudyData) -> go.Figure | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = optuna.importance.get_param_importances(
+            findings = optuna.importance.get_param_importances(
                 data.study,
                 evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
                 target=lambda trial: trial.values[0],
             )
         except (ValueError, RuntimeError):  # no parameter that all trials have, or no variance
             return None
-    if len(found) < 2 or not all(np.isfinite(list(found.values()))):
+    if len(findings) < 2 or not all(np.isfinite(list(findings.values()))):
         return None
-    names = sorted(found, key=lambda name: found[name])
+    names = sorted(findings, key=lambda name: findings[name])
     figure = go.Figure(
         go.Bar(
-            x=[found[name] for name in names],
+            x=[findings[name] for name in names],
             y=names,
             orientation="h",
             marker={"color": COLOURS[0]},

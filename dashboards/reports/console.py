@@ -17,40 +17,40 @@ MOST_TRIALS = 60
 
 
 def report_text(data: StudyData) -> RenderableType:
-    found = aggregate.findings(data)
+    findings = aggregate.findings(data)
     parts: list[RenderableType] = [Text("\n".join(heading(data.status)))]
-    if any(len(cell.ended) > 1 for cell in found.cells) or "policy" in data.parameters:
-        parts.append(plain_table("Settings: mean (95 % interval)", *cells_table(data, found), left=(0,)))
+    if any(len(cell.ended) > 1 for cell in findings.cells) or "policy" in data.parameters:
+        parts.append(plain_table("Settings: mean (95 % interval)", *cells_table(data, findings), left=(0,)))
     else:
         parts.append(_trials(data))
-    if found.comparisons:
-        heads, lines = comparisons_table(found)
+    if findings.comparisons:
+        heads, lines = comparisons_table(findings)
         parts.append(plain_table("Comparisons, paired by seed (points)", heads, lines, left=(0, len(heads) - 1)))
     table = aggregate.grid(data)
     if table is not None and table.values:
         parts.append(_grid(data, table))
-    sentences = verdict(data, found)
+    sentences = verdict(data, findings)
     if sentences:
         parts.append(Text("\n".join(["", *sentences])))
     return Group(*parts)
 
 
-def cells_table(data: StudyData, found: Findings) -> tuple[list[str], list[list[str]]]:
+def cells_table(data: StudyData, findings: Findings) -> tuple[list[str], list[list[str]]]:
     """Heads and lines: a cell a line, costs as means over its seeds."""
-    printed = {cell.label: aggregate.papers(data, cell) for cell in found.cells}
-    with_test = any(cell.test for cell in found.cells)
+    printed = {cell.label: aggregate.papers(data, cell) for cell in findings.cells}
+    with_test = any(cell.test for cell in findings.cells)
     heads = ["setting", "n", "validation %", "sd", *(["test %"] if with_test else []), "images", "different", "seconds"]
-    heads += ["% of full time"] if found.ratios else []
+    heads += ["% of full time"] if findings.ratios else []
     heads += ["paper %"] if any(printed.values()) else []
     lines = []
-    for cell in found.cells:
-        of, ratio, theirs = cell.accuracy, found.ratios.get(cell.label), printed[cell.label]
+    for cell in findings.cells:
+        of, ratio, theirs = cell.accuracy, findings.ratios.get(cell.label), printed[cell.label]
         line = [cell.label, str(of.n) + (" p" if cell.pruned else ""), interval(of)]
         line.append("–" if of.sd is None else f"{100 * of.sd:.2f}")
         if with_test:
             line.append(interval(cell.test) if cell.test else "–")
         line += [f"{cell.mean('images'):,.0f}", f"{cell.mean('seen'):,.0f}", f"{cell.mean('seconds'):.1f}"]
-        if found.ratios:
+        if findings.ratios:
             line.append(interval(ratio, digits=0) if ratio else "–")
         if any(printed.values()):
             line.append(f"{100 * theirs.accuracy:.1f}" if theirs else "–")
@@ -58,10 +58,10 @@ def cells_table(data: StudyData, found: Findings) -> tuple[list[str], list[list[
     return heads, lines
 
 
-def comparisons_table(found: Findings) -> tuple[list[str], list[list[str]]]:
-    heads = ["settings", "n", "difference (95 %)", "p t", "p Wilcoxon", "p Holm", "could show", "finding"]
+def comparisons_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
+    heads = ["settings", "n", "difference (95 %)", "p t", "p Wilcoxon", "p Holm", "min. detectable", "finding"]
     lines = []
-    for c in found.comparisons:
+    for c in findings.comparisons:
         numbers = [_p(c.p_t), _p(c.p_wilcoxon), _p(c.p_holm)]
         could = "–" if c.detectable is None else f"{100 * c.detectable:.2f}"
         lines.append([f"{c.a} – {c.b}", str(c.difference.n), interval(c.difference), *numbers, could, c.finding])

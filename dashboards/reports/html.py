@@ -49,30 +49,34 @@ def page(studies: Sequence[StudyData]) -> str:
 
 
 def _study(data: StudyData) -> str:
-    found = aggregate.findings(data)
+    findings = aggregate.findings(data)
     parts = [f"<h1>{escape(data.name)}</h1><p>{escape(data.config.description)}</p>", _summary(data)]
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(data, found))
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(data, findings))
     if sentences:
         parts.append(f"<div class='verdict'>{sentences}</div>")
-    if len(found.cells) > 1 and len(found.cells) <= MOST_TRIALS:
-        parts.append(_section("Settings", _table(*console.cells_table(data, found), css="first")))
-    if found.comparisons:
-        note = "Holm: corrected for all of this table. Could show: the true difference that so many pairs with this "
-        note += "spread find four times in five."
-        parts.append(_section("Comparisons, paired by seed", _table(*console.comparisons_table(found), "first"), note))
+    if len(findings.cells) > 1 and len(findings.cells) <= MOST_TRIALS:
+        parts.append(_section("Settings", _table(*console.cells_table(data, findings), css="first")))
+    if findings.comparisons:
+        note = (
+            "Holm: corrected for all of this table. Min. detectable: the true difference that so many pairs with this "
+        )
+        note += "spread detect with 80 % power."
+        parts.append(
+            _section("Comparisons, paired by seed", _table(*console.comparisons_table(findings), "first"), note)
+        )
     table = aggregate.grid(data)
     drawn = [
-        ("Settings with their seeds", accuracy.intervals(data, found), ""),
+        ("Settings with their seeds", accuracy.intervals(data, findings), ""),
         ("Accuracy by alpha and beta", accuracy.heat_map(data, table) if table is not None else None, ""),
         (
             "Learning curves",
-            accuracy.learning_curves(data, found),
+            accuracy.learning_curves(data, findings),
             "Marks: the active set was resampled after this epoch.",
         ),
-        ("Time against the full run", effort.times(data, found), ""),
+        ("Time against the full run", effort.times(data, findings), ""),
         ("Accuracy against cost", search.cost([data]), ""),
-        ("Exchange", effort.exchange(data, found), "How much of the active set each epoch's end replaced."),
-        ("Coverage", effort.coverage(data, found), "How many different images had been trained on."),
+        ("Exchange", effort.exchange(data, findings), "How much of the active set each epoch's end replaced."),
+        ("Coverage", effort.coverage(data, findings), "How many different images had been trained on."),
         ("Accuracy by parameter", search.slices(data), ""),
         ("Importance", search.importance(data), ""),
         ("Workers", effort.timeline(data), "One line a worker, one bar an attempt at a trial."),
@@ -81,9 +85,9 @@ def _study(data: StudyData) -> str:
     if not any(data.curves.values()):
         parts.append("<p>No trial has finished an epoch yet.</p>")
     parts.append(_trials(data))
-    told = escape(json.dumps(json_report.manifest(data), indent=2, ensure_ascii=False))
+    manifest = escape(json.dumps(json_report.manifest(data), indent=2, ensure_ascii=False))
     parts.append(
-        _section("Manifest", f"<details><summary>What produced these numbers</summary><pre>{told}</pre></details>")
+        _section("Manifest", f"<details><summary>What produced these numbers</summary><pre>{manifest}</pre></details>")
     )
     return "".join(parts)
 

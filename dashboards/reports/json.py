@@ -14,13 +14,13 @@ from dashboards.study_data import StudyData, TrialRow
 
 def report(data: StudyData) -> dict[str, Any]:
     """What `study report --json` writes. Accuracies are in [0, 1], times in seconds."""
-    found = aggregate.findings(data)
+    findings = aggregate.findings(data)
     return status.document(data.status) | {
-        "verdict": conclusions.verdict(data, found),
-        "measure": found.measure,
-        "cells": [_cell(data, cell, found) for cell in found.cells],
-        "comparisons": [asdict(c) | {"finding": c.finding} for c in found.comparisons],
-        "effects": found.effects,
+        "verdict": conclusions.verdict(data, findings),
+        "measure": findings.measure,
+        "cells": [_cell(data, cell, findings) for cell in findings.cells],
+        "comparisons": [asdict(c) | {"finding": c.finding} for c in findings.comparisons],
+        "effects": findings.effects,
         "pareto": [row.number for row in aggregate.pareto(_complete(data))],
         "trials": [_trial(row) for row in data.rows],
         "manifest": manifest(data),
@@ -29,16 +29,16 @@ def report(data: StudyData) -> dict[str, Any]:
 
 def text(studies: Sequence[StudyData]) -> str:
     """One study as an object, several as an array."""
-    found = [report(data) for data in studies]
-    return json.dumps(found[0] if len(found) == 1 else found, indent=2)
+    findings = [report(data) for data in studies]
+    return json.dumps(findings[0] if len(findings) == 1 else findings, indent=2)
 
 
 def _complete(data: StudyData) -> list[TrialRow]:
     return [row for row in data.rows if row.state == "complete"]
 
 
-def _cell(data: StudyData, cell: aggregate.Cell, found: aggregate.Findings) -> dict[str, Any]:
-    theirs, ratio = aggregate.papers(data, cell), found.ratios.get(cell.label)
+def _cell(data: StudyData, cell: aggregate.Cell, findings: aggregate.Findings) -> dict[str, Any]:
+    theirs, ratio = aggregate.papers(data, cell), findings.ratios.get(cell.label)
     return {
         "label": cell.label,
         "parameters": cell.parameters,

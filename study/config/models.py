@@ -423,8 +423,8 @@ class StudyConfig(Section):
 
     def policies(self) -> tuple[str, ...]:
         """All that its trials are trained under."""
-        found = self.searched().get("policy", self.policy.name)
-        return (found,) if isinstance(found, str) else tuple(found)
+        names = self.searched().get("policy", self.policy.name)
+        return (names,) if isinstance(names, str) else tuple(names)
 
     def _listed(self) -> dict[str, Any]:
         return {name: value for name, value in self.searchable().items() if is_searched(value)}

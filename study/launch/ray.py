@@ -213,13 +213,13 @@ def _resolved(url: URL) -> tuple[URL, bool, str]:
     try:
         with psycopg.connect(plain, connect_timeout=10) as connection:
             info = connection.info
-            found = url.set(username=info.user, password=info.password or None, host=info.host, port=info.port)
+            resolved = url.set(username=info.user, password=info.password or None, host=info.host, port=info.port)
             at = None if info.host.startswith("/") else ipaddress.ip_address(info.hostaddr)
             local = at is None or at.is_loopback or at.is_unspecified
             which = f"{'loopback' if local else at} {info.port} {info.dbname}"
     except psycopg.Error as error:
         raise UserError(f"cannot use the database {redact(url)}: {str(error).strip().splitlines()[0]}") from None
-    return found.difference_update_query([key for key in found.query if "pass" in key.lower()]), local, which
+    return resolved.difference_update_query([key for key in resolved.query if "pass" in key.lower()]), local, which
 
 
 def _describe(request: WorkerRequest) -> str:

@@ -74,7 +74,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Let this process reuse its large blocks instead of returning them to the system; whether it could be told.
+    """Let this process reuse its large blocks instead of returning them to the system; whether the C library allows it.
 
     glibc maps every block above 32 MB anew and gives it back when it is freed, so that each activation of each step is
     made of fresh pages that the system must clear. See docs/measurements/performance.md for what that costs.

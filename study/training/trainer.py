@@ -60,7 +60,7 @@ class Trainer:
 
     `run` yields after every step (None) and after every epoch (its EpochResult); whoever iterates decides when to stop.
     Between two yields `state_dict` is everything there is to know: a Trainer made with the same arguments that loads it
-    goes on with the very numbers that this one would have produced.
+    continues with the very numbers that this one would have produced.
 
     Args:
         epochs: how long to train; without effect if `images` is given.

@@ -170,8 +170,8 @@ def test_the_best_are_confirmed_and_told_beside_what_they_were_found_at(finished
     assert exported.returncode == 0, exported.stderr
     done = study("confirm", "quick", "--top", "1", "--seeds", "2", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "points of winner's curse" in done.stdout
-    assert "on the untouched test split" in done.stdout
+    assert "regression to the mean" in done.stdout
+    assert "on the test split, evaluated once," in done.stdout
     numbers = tmp_path / "report.json"
     assert study("report", "quick", "quick-confirmed", "--json", str(numbers), cwd=tmp_path).returncode == 0
     found, confirmed = json.loads(numbers.read_text())

@@ -268,8 +268,8 @@ def test_the_best_are_confirmed_on_fresh_seeds_and_the_test_split(sqlite_url: st
     study.set_user_attr("x", 1)
     confirmed.study.set_user_attr("confirms", origin["confirms"])
     told = text_of(study_data.read(confirmed.storage, "once more"))
-    assert "points of winner's curse" in told
-    assert "on the untouched test split" in told
+    assert "regression to the mean" in told
+    assert "on the test split, evaluated once," in told
     with pytest.raises(UserError, match="--top must be at most the 4 settings"):
         confirmation(harness.study, harness.config, 5, 1)
 

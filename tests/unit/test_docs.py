@@ -26,7 +26,6 @@ OLD_WORDS = (
 """What design.md's table of words replaces."""
 QUOTED = {
     "CHANGELOG.md": ("tickets",),
-    "docs/guides/reading-a-report.md": ("could show",),
 }
 """Keys, headings and stored values of the product itself, by the page that explains them."""
 

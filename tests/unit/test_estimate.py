@@ -25,7 +25,7 @@ def study(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_papers_grid_is_counted_by_hand() -> None:
-    work = estimate.loads(load_config("paper-grid"))
+    work = estimate.trial_loads(load_config("paper-grid"))
     assert len(work) == 21
     assert sum(load.train for load in work) == 7 * 200 * (15000 + 20000 + 25000)
     assert sum(load.validate for load in work) == 21 * 200 * 10000
@@ -47,7 +47,7 @@ def test_the_counts_are_those_of_a_study(sqlite_url: str, sections: dict[str, An
     studied = Harness(sqlite_url, config)
     studied.work()
     trained = [trial.user_attrs["images"] for trial in studied.study.trials]
-    work = estimate.loads(config)
+    work = estimate.trial_loads(config)
     assert [load.train for load in work] == trained
     validated = [trial.user_attrs["epochs"] * len(studied.data.validation_labels) for trial in studied.study.trials]
     test = len(studied.data.test_labels) if studied.data.test_labels is not None else 0

@@ -224,7 +224,7 @@ def test_a_launch_says_what_was_found_and_counts_the_validation_split(
     caplog.set_level(logging.INFO, "study")
     prepared = prepare(config, str(root), lambda _: None)
     assert prepared.sizes == (8, 3, 4)
-    assert estimate.loads(config, prepared.sizes)[-1] == estimate.Load(3 * 8, 3 * 3)
+    assert estimate.trial_loads(config, prepared.sizes)[-1] == estimate.Load(3 * 8, 3 * 3)
     assert any(
         "train/ 8 images of 2 classes: cat 4, dog 4; val/ 3 images; test/ 4 images" in m for m in caplog.messages
     )
