@@ -23,9 +23,6 @@ from dashboards.study_data import StudyData, TrialRow
 from study.search import space
 from study.search.space import POLICY_SPECIFIC
 
-PAPER_IMAGES = 50_000
-"""The paper's training images: its alphas are parts of these."""
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -187,7 +184,7 @@ def papers(data: StudyData, cell: Cell) -> paper.Printed | None:
     if not total or data.config.data.protocol != "paper":
         return None
     alpha = cell.ended[0].alpha
-    theirs = None if alpha is None else round(PAPER_IMAGES * alpha / total)
+    theirs = None if alpha is None else round(paper.IMAGES * alpha / total)
     beta = settings["beta"] if cell.policy == "dynamic" else None
     return paper.printed(cell.policy, theirs, beta, augment=data.config.data.augment)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dashboards import paper
-from dashboards.aggregate import Findings, noise
+from dashboards.aggregate import Findings, noise, papers
 from dashboards.formatting import percent
 from dashboards.statistics import Comparison, Summary
 from dashboards.study_data import StudyData
@@ -48,6 +48,8 @@ def verdict(data: StudyData, findings: Findings) -> list[str]:
         )
     if data.config.data.protocol == "paper":
         sentences.append("The test split chose the best epoch, as in the paper, so all accuracies here are optimistic.")
+    if any(papers(data, cell) for cell in cells):
+        sentences += [f"On the paper's own numbers: {caveat}" for caveat in paper.CAVEATS]
     return sentences
 
 
@@ -90,13 +92,16 @@ def _explained(comparisons: list[Comparison]) -> list[str]:
 
 
 def _timed(data: StudyData, findings: Findings) -> list[str]:
-    sentences, claim = [], f" (the paper claims about {100 * paper.CLAIMED_TIME_RATIO:.0f} %)"
-    if data.config.training.images is not None:  # the paper's claim is for equal epochs
-        claim = ", at equally many images trained on"
+    augment = data.config.data.augment
+    table = "Table 5" if augment else "Table 4"
+    beside = f" (the paper's {table}, with half of the images: {100 * paper.time_ratio(augment=augment):.1f} %)"
+    if data.config.training.images is not None:  # the paper's runs have equally many epochs
+        beside = ", at equally many images trained on"
+    sentences = []
     for cell in findings.cells:
         ratio = findings.ratios.get(cell.label)
         if cell.policy == "dynamic" and ratio is not None:
-            sentences.append(f"{cell.label} took {interval(ratio, digits=0)} % of the full run's time{claim}.")
+            sentences.append(f"{cell.label} took {interval(ratio, digits=0)} % of the full run's time{beside}.")
     return sentences
 
 
