@@ -63,7 +63,7 @@ def test_a_password_is_seen_nowhere(way: str, tmp_path: Path) -> None:
         out, err = launcher.communicate()
         assert launcher.returncode == 0, err
         assert any("worker" in line and "quick" in line for line in seen)  # we did look while they ran
-        told = study("status", "quick", "--json", cwd=tmp_path, env=os.environ | environment)
+        told = study("status", "quick", "--json", "-", cwd=tmp_path, env=os.environ | environment)
         assert told.returncode == 0
 
         stored = []

@@ -209,7 +209,7 @@ def test_pruners_decide_the_same_with_and_without_kills(pruning: dict[str, Any],
 STOPS_ITSELF = """
 import os, signal, time
 from pathlib import Path
-from study.cli import run
+from study.cli.app import main as run
 from study.training.trainer import Trainer
 
 ended = Trainer._ended

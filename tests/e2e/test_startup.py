@@ -34,7 +34,7 @@ def test_help_and_presets_load_no_database_and_no_torch(tmp_path: Path) -> None:
         assert not loaded(*arguments, cwd=tmp_path) & (HEAVY | {"optuna", "sqlalchemy", "numpy"})
 
 
-@pytest.mark.parametrize("verb", [("status", "s"), ("status", "s", "--json")])
+@pytest.mark.parametrize("verb", [("status", "s"), ("status", "s", "--json", "-"), ("list",)])
 def test_status_loads_no_torch(verb: tuple[str, ...], tmp_path: Path) -> None:
     Harness(f"sqlite:///{tmp_path / 'study.db'}", config_of())
     found = loaded(*verb, cwd=tmp_path)

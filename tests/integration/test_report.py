@@ -310,7 +310,7 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     console = Console(file=io.StringIO(), width=200)
     console.print(status.page(status.read(engine, "s")))
     told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "4 trials: 2 waiting, 2 running" in told
+    assert "4 trials: 2 waiting, 1 running, 1 interrupted" in told
     assert "spent 60 of 1,000 images, 940 left" in told
     assert "attempts that failed last:" in told
     assert "trial 0 on here:7: CUDA error: out of luck" in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def test_the_comparison_can_fail(sqlite_url: str, undisturbed: list[tuple[Any, .
 
 def test_a_diverged_trial_fails_at_once_with_its_reason(sqlite_url: str) -> None:
     harness = Harness(
-        sqlite_url, config_of(policy={"alpha": 60, "beta": 0.5}, training={"lr": 1e30}, network={"norm": "none"})
+        sqlite_url, config_of(policy={"alpha": 60, "beta": 0.5}, training={"lr": 1e14}, network={"norm": "none"})
     )
     harness.work()
     (trial,) = harness.study.trials
@@ -381,8 +382,10 @@ def test_checkpoints_in_a_folder(url: str, tmp_path: Path, undisturbed: list[tup
 def test_a_folder_that_fails_costs_the_checkpoint_and_not_the_trial(
     sqlite_url: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]
 ) -> None:
-    (tmp_path / "no folder").write_text("in the way")
-    harness = Harness(sqlite_url, config_of(checkpoint={"every_seconds": 0, "store": str(tmp_path / "no folder")}))
+    store = tmp_path / "store"
+    harness = Harness(sqlite_url, config_of(checkpoint={"every_seconds": 0, "store": str(store)}))
+    shutil.rmtree(store, ignore_errors=True)
+    store.write_text("in the way")
     harness.work(StopAfter(4), most=1)
     assert any("could not be stored" in line for line in harness.messages)
     harness.work()

@@ -106,7 +106,7 @@ class Harness:
         self.fallback = Path(tempfile.mkdtemp())
 
     def queue(self, **options: Any) -> Queue:
-        return Queue(self.storage.engine, self.study._study_id, **options)
+        return Queue(self.storage.engine, self.study._study_id, store=self.config.checkpoint.store, **options)
 
     def work(self, stopping: Callable[[], bool] = lambda: False, most: int = 1000) -> None:
         stop = stopping if isinstance(stopping, StopMonitor) else StopMonitor(stopping)
