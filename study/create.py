@@ -22,6 +22,7 @@ from storage.enqueue import enqueue_trials
 from storage.errors import UserError
 from storage.optuna_internals import study_id_of
 from storage.queries import find
+from storage.study_name import check_study_name
 from storage.url import parse, redact
 from study import __version__
 from study.config.loading import differences, parse_config
@@ -132,8 +133,9 @@ def create_study(
         more: further user attributes of the study.
 
     Raises:
-        UserError: the study exists with another config or other data, and what differs.
+        UserError: no name for a study, or the study exists with another config or other data, and what differs.
     """
+    check_study_name(name)
     existed = name in optuna.get_all_study_names(storage)
     pareto = config.search.objective == "accuracy,images"
     directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if pareto else ["maximize"]

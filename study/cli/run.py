@@ -69,6 +69,7 @@ def launch(
     Example: study launch quick --set training.epochs=6
     """
     from storage.engine import open_storage
+    from storage.study_name import check_study_name
     from study.config.loading import load_config
     from study.create import OpenStudy, config_warnings, create_study, load_study, prepare
     from study.launch.launcher import LaunchOptions
@@ -76,6 +77,8 @@ def launch(
     more = [] if trials is None else [f"search.trials={trials}"]
     more += [] if objective is None else [f"search.objective={objective}"]
     config = load_config(preset, [*(assignments or []), *more])
+    study_name = preset if name is None else name
+    check_study_name(study_name)
     url = storage_url(storage)
     options = LaunchOptions(
         launcher=launcher, device=device, workers=workers, threads=threads, address=address,
@@ -85,7 +88,6 @@ def launch(
     # Everything that can be wrong is found before the database is touched.
     data = prepare(config, data_root(root))
     opened = open_storage(url)
-    study_name = name or preset
     is_new = create_study(opened, study_name, preset, config, data)
     study = OpenStudy(url, opened, *load_study(opened, study_name))
     _refuse_if_copied(study, force)

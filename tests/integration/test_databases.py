@@ -264,3 +264,21 @@ def test_a_copy_by_optuna_is_recognised(tables: str, tmp_path: Path) -> None:
     if tables == "of ours":
         assert [s.name for s in queries.study_summaries(open_engine(copied))] == ["s"]
         transfer.delete(open_storage(copied), "s")
+
+
+def test_a_dashboard_may_write_where_looking_may_not(sqlite_url: str) -> None:
+    bench = Harness(sqlite_url, config_of())
+    for_dashboard = open_storage(sqlite_url, create=False, reading=True, may_write=True)
+    for_dashboard.set_study_user_attr(bench.study._study_id, "note", "by a visitor")
+    assert optuna.load_study(study_name="s", storage=bench.storage).user_attrs["note"] == "by a visitor"
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        open_storage(sqlite_url, create=False, reading=True).set_study_user_attr(bench.study._study_id, "note", "x")
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a\x1b[2Jb", "x" * 513])
+def test_a_launch_under_a_name_that_no_study_may_have_leaves_nothing(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "study", "launch", "quick", "--device", "cpu", f"--name={name}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "the name of a study is" in done.stderr
+    assert list(tmp_path.iterdir()) == []
