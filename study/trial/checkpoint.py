@@ -51,13 +51,20 @@ def from_bytes(payload: bytes, identity: Identity, trainer: Trainer) -> State:
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 — whatever unpickling foreign bytes may raise
         raise ValueError(f"it is unreadable ({type(error).__name__})") from None
+    try:
+        return _checked(content, identity, trainer)
+    except (RuntimeError, TypeError) as error:  # such as a comparison with a tensor
+        raise ValueError(f"it is of another form ({type(error).__name__})") from None
+
+
+def _checked(content: Any, identity: Identity, trainer: Trainer) -> State:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError("it is of another version of this program")
     stored = content.get("identity")
-    if stored != dict(identity):
-        keys = {*identity, *stored} if isinstance(stored, dict) else set(identity)
-        other = [key for key in sorted(keys) if not isinstance(stored, dict) or stored.get(key) != identity.get(key)]
-        raise ValueError(f"it belongs to another trial (different: {', '.join(map(str, other))})")
+    if not isinstance(stored, dict) or stored.keys() != identity.keys():
+        raise ValueError("it does not say to which trial it belongs")
+    if different := [key for key in identity if stored[key] != identity[key]]:
+        raise ValueError(f"it belongs to another trial (different: {', '.join(different)})")
     state: State = content.get("state", {})
     validate_state(state, trainer)
     return state
