@@ -83,7 +83,8 @@ class Database:
 
     def __init__(self, hosts: Hosts, name: str) -> None:
         code = (
-            f"from tests.postgres import Postgres; p = Postgres('0.0.0.0', '{NETWORK}'); print(p.port, flush=True)\n"
+            f"from tests.support.postgres import Postgres; p = Postgres('0.0.0.0', '{NETWORK}')\n"
+            "print(p.port, flush=True)\n"
             "while input(): print(p.new_database().rpartition('/')[2], flush=True)\n"
             "p.stop()"
         )

@@ -222,7 +222,7 @@ def test_a_launch_says_what_was_found_and_counts_the_validation_split(
     add(root / "val" / "dog", 1)
     config = config_of(data={"name": "imagefolder", "train_images": None}, policy={"alpha": [4, 8]})
     caplog.set_level(logging.INFO, "study")
-    prepared = prepare(config, str(root), lambda _: None)
+    prepared = prepare(config, str(root))
     assert prepared.sizes == (8, 3, 4)
     assert estimate.trial_loads(config, prepared.sizes)[-1] == estimate.Load(3 * 8, 3 * 3)
     assert any(
@@ -335,7 +335,7 @@ def test_a_damaged_cache_file_is_decoded_again(
     path = cache_file(cache)
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
-    damaged = {
+    damaged: dict[str, bytes | bytearray] = {
         "empty": b"", "truncated": content[:-1000], "flipped": content, "garbage": b"PK\3\4" + bytes(100),
         "zip of nothing": b"PK\5\6" + bytes(18), "array": b"\x93NUMPY\1\0v\0",
     }  # fmt: skip
