@@ -178,7 +178,7 @@ def foreign_site(html: str) -> Iterator[int]:
             self.end_headers()
             self.wfile.write(html.encode())
 
-        log_message = functools.partialmethod(lambda *_: None)  # type: ignore[assignment]
+        log_message = functools.partialmethod(lambda *_: None)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -4,6 +4,7 @@ die, and the outcome stays that of a single worker.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -424,7 +425,7 @@ def machines() -> Iterator[tuple[Hosts, str]]:
                 command = [*net.at(name), *ray_here, *join, *where]
                 started.append(subprocess.Popen(command, env=os.environ | more, stdout=subprocess.DEVNULL))
                 # One after the other: they share a file system, and so Ray's folder of sockets.
-                wait_for(lambda name=name: answers(net.address(name), 10001 if name == "head" else 6380))
+                wait_for(functools.partial(answers, net.address(name), 10001 if name == "head" else 6380))
             yield net, server.new_database()
         finally:
             for process in reversed(started):

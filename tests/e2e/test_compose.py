@@ -5,6 +5,7 @@ docker/create-roles.sh makes in a real PostgreSQL, and the image's installation 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -192,7 +193,7 @@ class Host:
                 if other == "postgres":
                     created = self.postgres()
                     assert created.returncode == 0, created.stderr
-                wait_for(lambda other=other: self.healthy(other))
+                wait_for(functools.partial(self.healthy, other))
         process = subprocess.Popen(
             [str(ENTRYPOINT), *shlex.split(self.local(self.services[name]["command"]))],
             cwd=self.folder / "home",

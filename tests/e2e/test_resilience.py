@@ -45,7 +45,8 @@ def restartable() -> Iterator[Postgres]:
 def test_restarts_of_the_database_are_waited_out(restartable: Postgres, undisturbed: Outcome) -> None:
     """Each begins at a step of training, which goes on meanwhile."""
     harness = Harness(restartable.new_database(), config_of(checkpoint={"every_seconds": 0}))
-    steps, restarts = 0, []
+    steps = 0
+    restarts: list[threading.Thread] = []
 
     def restart() -> bool:
         """Polled at every step, as the stop signal is; never true."""

@@ -9,10 +9,9 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlencode
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -71,7 +70,8 @@ class Browser:
         body: str = "",
         address: str = "192.0.2.7",
         length: str | None = None,
-        more: Mapping[str, str] = MappingProxyType({}),
+        content_type: str = "",
+        query: str = "",
         **headers: str,
     ) -> tuple[int, dict[str, str], str]:
         environ = {
@@ -85,7 +85,8 @@ class Browser:
             "HTTP_COOKIE": self.cookie,
             "wsgi.errors": sys.stderr,
             "wsgi.url_scheme": "http",
-            **more,
+            "CONTENT_TYPE": content_type,
+            "QUERY_STRING": query,
         } | {f"HTTP_{key.upper()}": value for key, value in headers.items()}
         answer: dict[str, Any] = {}
 
@@ -550,7 +551,7 @@ class RealBrowser(Browser):
     def json(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
         """A write as the page sends it; the status, and the reason if it was refused."""
         text = "" if body is None else json.dumps(body)
-        status, _, answer = self(method, path, text, more={"CONTENT_TYPE": "application/json"}, **headers)
+        status, _, answer = self(method, path, text, content_type="application/json", **headers)
         return status, json.loads(answer or "{}").get("reason", "")
 
 
@@ -593,7 +594,7 @@ def test_no_other_spelling_renames_it(path: str, sqlite_url: str) -> None:
     harness = Harness(sqlite_url, config_of())
     browser = RealBrowser(sqlite_url)
     for method in ("POST", "PUT", "PATCH", "DELETE", "PROXY", "ANY"):
-        status, _, _ = browser(method, path, '{"study_name": "x"}', more={"CONTENT_TYPE": "application/json"})
+        status, _, _ = browser(method, path, '{"study_name": "x"}', content_type="application/json")
         assert status in (400, 403, 404, 405), (method, status)
     assert optuna.get_all_study_names(harness.storage) == ["s"]
 
@@ -669,8 +670,9 @@ def test_an_artifact_is_saved_and_not_shown(sqlite_url: str, tmp_path: Path) -> 
     ]
     storage = open_storage(sqlite_url, create=False, reading=True)
     browser = RealBrowser(sqlite_url)
-    browser.control.application = optuna_dashboard.wsgi(optuna.storages.get_storage(storage), artifact_store=store)
-    browser.control.application.install(RouteRules(storage))
+    application = optuna_dashboard.wsgi(optuna.storages.get_storage(storage), artifact_store=store)
+    application.install(RouteRules(storage))
+    browser.control.application = application
     status, headers, text = browser("GET", f"/artifacts/1/{ids[0]}")
     assert (status, text) == (200, page.read_text())
     assert headers["content-disposition"] == "attachment"
@@ -716,11 +718,11 @@ def test_malformed_writes_are_refused_with_the_rule(url: str, capfd: pytest.Capt
         assert (status, bool(reason)) == (400, True), (path, body, status)
     deep = "[" * 100_000
     for text in ("{", deep, '{"a":' + deep, "\xff", "NaN", '"a"'):
-        status, _, _ = browser("POST", "/api/studies", text, more={"CONTENT_TYPE": "application/json"})
+        status, _, _ = browser("POST", "/api/studies", text, content_type="application/json")
         assert status == 400
-    assert browser("POST", "/api/studies", '{"study_name": "x"}', more={"CONTENT_TYPE": "text/plain"})[0] == 400
+    assert browser("POST", "/api/studies", '{"study_name": "x"}', content_type="text/plain")[0] == 400
     for path, query in (("", "after=x"), ("", "after=-1"), ("/plot/pareto_front", "")):
-        assert browser("GET", f"/api/studies/1{path}", more={"QUERY_STRING": query})[0] == 400
+        assert browser("GET", f"/api/studies/1{path}", query=query)[0] == 400
     for path in ("/api/studies/77", "/api/studies/77/plot/edf", "/csv/77", "/api/studies/77/param_importances"):
         assert browser("GET", path)[0] == 404
     for path in ("/favicon.ico", "/static/bundle.js"):

@@ -124,7 +124,12 @@ def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, study_id = harness.storage.engine, harness.study._study_id
     added = []
     real = budgets.spending
-    monkeypatch.setattr(budgets, "spending", lambda *where: added.append(where) or real(*where))
+
+    def counted(engine: sa.Engine, study_id: int) -> budgets.Spending:
+        added.append(study_id)
+        return real(engine, study_id)
+
+    monkeypatch.setattr(budgets, "spending", counted)
 
     def stored(**cells: Any) -> None:
         values = {SPENDING.c[name]: value for name, value in cells.items()}
@@ -338,7 +343,7 @@ def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> No
     with engine.connect() as connection:
         states = connection.exec_driver_sql("SELECT state, count(*) FROM trials GROUP BY state").all()
         live = connection.exec_driver_sql("SELECT count(*) FROM trial_leases WHERE expires_at > 0").scalar()
-    assert TrialState.FAIL.name not in dict(states)  # type: ignore[arg-type]
+    assert TrialState.FAIL.name not in dict(states)
     assert live == 0
     for start in (("worker", "quick", "--device", "cpu"), endless):
         refused = command(*start)  # a machine that restarts its launcher must not take the request back

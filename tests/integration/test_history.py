@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy as sa
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -272,6 +272,9 @@ def test_two_objectives(url: str) -> None:
 def test_categories_come_back_as_they_were(sqlite_url: str) -> None:
     storage = open_storage(sqlite_url)
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
-    kinds = {"policy": CategoricalDistribution(["dynamic", "fresh"]), "batch_size": CategoricalDistribution([64, 128])}
+    kinds: dict[str, BaseDistribution] = {
+        "policy": CategoricalDistribution(["dynamic", "fresh"]),
+        "batch_size": CategoricalDistribution([64, 128]),
+    }
     study.add_trial(create_trial(value=1.0, params={"policy": "fresh", "batch_size": 64}, distributions=kinds))
     check(CachedStorage(storage), storage, study._study_id)

@@ -337,12 +337,11 @@ def test_any_value_anywhere_is_refused_or_harmless(changes: list[tuple[tuple[str
             except (sqlite3.IntegrityError, UnicodeEncodeError):
                 continue  # this file's own constraints; the hostile files above include some without
         connection.close()
+        refusal: str | None = None
         try:
             name, _ = import_(file, url)
         except UserError as error:
             refusal = str(error)
-        else:
-            refusal = None
         assert os.listdir(folder) == ["s.study"]
     storage = open_storage(url, create=False)
     if refusal is not None:

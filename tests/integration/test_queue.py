@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy as sa
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from storage import checkpoints, queries
@@ -30,7 +30,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def some_trials(count: int) -> list[FrozenTrial]:
-    space = {"x": FloatDistribution(0.0, 100.0)}
+    space: dict[str, BaseDistribution] = {"x": FloatDistribution(0.0, 100.0)}
     return [
         create_trial(
             state=TrialState.WAITING, params={"x": float(i)}, distributions=space, user_attrs={"queue_position": i}
@@ -133,11 +133,12 @@ def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> N
     lease = claimed(new)
     assert (lease.number, lease.token) == (stale.number, stale.token + 1)
 
-    for forbidden in (
+    forbidden_writes: tuple[Callable[[], object], ...] = (
         lambda: old.record(stale, epoch(2), {2: 0.6}),
         lambda: old.finish(stale, TrialState.COMPLETE, [0.6]),
         lambda: checkpoints.save(old, stale, 1, b"old"),
-    ):
+    )
+    for forbidden in forbidden_writes:
         with pytest.raises(LeaseLost):
             forbidden()
     old.release(stale, error="too late")  # quietly nothing

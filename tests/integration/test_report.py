@@ -116,7 +116,8 @@ def test_two_studies_share_a_page(controls: StudyData) -> None:
 
 def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -> StudyData:
     """Trials of the policies `values`, accuracies by seed; trial n of `epochs` epochs that rise to its accuracy."""
-    rows, curves = [], {}
+    rows: list[TrialRow] = []
+    curves: dict[int, list[dict[str, Any]]] = {}
     for policy, accuracies in values.items():
         for seed, accuracy in enumerate(accuracies):
             number = len(rows)
@@ -232,7 +233,7 @@ def test_the_pareto_front_is_what_nothing_beats() -> None:
 
 @pytest.mark.parametrize(("images", "delta", "warns"), [(1000, 0.01, True), (10000, 0.01, False), (1000, 0.02, False)])
 def test_a_delta_below_the_noise_is_warned_of(images: int, delta: float, warns: bool) -> None:
-    data = PreparedData("", {"train": 1000, "validation": images, "test": 0}, (2000, 0))
+    data = PreparedData("", {"train": 1000, "validation": images, "test": 0}, (1000, images, 0))
     sentences = config_warnings(config_of(policy={"alpha": 60, "delta": delta}), data)
     assert any("most stalls will be chance" in sentence for sentence in sentences) == warns
     assert config_warnings(config_of(policy={"name": "static", "alpha": 60, "delta": delta}), data) == []

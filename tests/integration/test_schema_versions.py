@@ -133,8 +133,8 @@ def test_locations_become_file_names(old: Path) -> None:
         open_storage(f"sqlite:///{old}").engine,
     )
     for engine in readers:
-        with engine.connect() as connection:
-            location = connection.exec_driver_sql("SELECT location FROM trial_checkpoints").scalar()
+        with engine.connect() as opened:
+            location = opened.exec_driver_sql("SELECT location FROM trial_checkpoints").scalar()
         assert location == LOCATION.rpartition("/")[2]
 
 

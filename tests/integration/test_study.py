@@ -173,7 +173,7 @@ def test_samplers_suggest_as_stock_optuna_does(sampler: str, url: str) -> None:
     )
 
     def value(params: dict[str, Any]) -> float:
-        return 1 - (params["beta"] - 0.4) ** 2 - (params["alpha"] / 100 - 0.7) ** 2 - params["lr"]
+        return float(1 - (params["beta"] - 0.4) ** 2 - (params["alpha"] / 100 - 0.7) ** 2 - params["lr"])
 
     storage = open_storage(url)
     ours = optuna.create_study(study_name="ours", storage=CachedStorage(storage), direction="maximize")

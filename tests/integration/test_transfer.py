@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -483,7 +484,7 @@ def test_a_deleted_study_leaves_nothing(url: str) -> None:
     rich(storage)
     transfer.copy(storage, storage, "s", "other")
     other = rows(storage, "other")
-    load(storage)._storage.record_heartbeat(load(storage).trials[BLANK]._trial_id)
+    storage.record_heartbeat(load(storage).trials[BLANK]._trial_id)
     assert counts(storage)["trial_heartbeats"] == 1
     transfer.delete(storage, "s")
     assert optuna.get_all_study_names(storage) == ["other"]
@@ -505,11 +506,12 @@ def test_a_study_that_is_worked_on_is_deleted_by_force_only(url: str) -> None:
         transfer.delete(storage, "s")
     assert rows(storage) == before
     transfer.delete(storage, "s", force=True)
-    for forbidden in (
+    forbidden_writes: tuple[Callable[[], object], ...] = (
         lambda: worker.record(lease, epoch(1, 0.5), {1: 0.5}),
         lambda: checkpoints.save(worker, lease, 1, b"x"),
         lambda: worker.finish(lease, TrialState.COMPLETE, [0.5]),
-    ):
+    )
+    for forbidden in forbidden_writes:
         with pytest.raises(LeaseLost):
             forbidden()
     assert worker.claim() is None

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique2", "masked_select")
 
 
-class _Dispatched(TorchDispatchMode):
+class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.made: set[int] = set()
         self.found: dict[int, tuple[Tensor, Tensor]] = {}

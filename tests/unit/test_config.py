@@ -109,7 +109,7 @@ def test_an_unknown_preset_is_answered_with_the_known() -> None:
 
 def test_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
-        load_config("quick").training.epochs = 3  # type: ignore[misc]
+        load_config("quick").training.epochs = 3
 
 
 def test_differences_name_what_differs() -> None:

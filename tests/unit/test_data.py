@@ -165,7 +165,7 @@ def test_splits_that_cannot_be_are_refused() -> None:
 
 def test_a_validation_split_of_its_own_validates() -> None:
     digits = sources.load("digits")
-    images, labels = digits.test_images[:50] ^ 1, digits.test_labels[:50]
+    images, labels = digits.test_images[:50] ^ np.uint8(1), digits.test_labels[:50]
     own = Dataset(digits.train_images, digits.train_labels, digits.test_images, digits.test_labels, digits.classes,
                   images, labels)  # fmt: skip
     part = split_dataset(own, "holdout", holdout=0.3)

@@ -76,7 +76,11 @@ def test_only_configs_of_one_pace_share_a_measurement() -> None:
         return estimate.key(config_of(**sections))
 
     assert keyed() == keyed(policy={"beta": 0.2}, search={"replicates": 3})
-    others = [{"network": {"width": 0.25}}, {"training": {"precision": "fp32"}}, {"data": {"augment": True}}]
+    others: list[dict[str, Any]] = [
+        {"network": {"width": 0.25}},
+        {"training": {"precision": "fp32"}},
+        {"data": {"augment": True}},
+    ]
     assert all(keyed(**other) != keyed() for other in others)
 
 

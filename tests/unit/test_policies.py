@@ -172,7 +172,8 @@ def test_a_restored_policy_draws_the_same(
     for epoch, accuracy in enumerate(after, len(before) + 1):
         assert original.update(epoch, accuracy) == restored.update(epoch, accuracy)
         assert torch.equal(original.active, restored.active)
-        if original.weights is not None:
+        assert (original.weights is None) == (restored.weights is None)
+        if original.weights is not None and restored.weights is not None:
             assert torch.equal(original.weights, restored.weights)
 
 
