@@ -50,13 +50,13 @@ def ours_lay(url: str, count: int, grid: bool) -> None:
     storage = open_storage(url)
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize", load_if_exists=True)
     cells = GRID if grid else [{}] * count
-    tickets = [
+    queued = [
         create_trial(
-            state=TrialState.WAITING, params=cell, distributions=SPACE if cell else {}, user_attrs={"ticket": i}
+            state=TrialState.WAITING, params=cell, distributions=SPACE if cell else {}, user_attrs={"queue_position": i}
         )
         for i, cell in enumerate(cells)
     ]
-    enqueue_trials(storage.engine, study._study_id, {}, tickets)
+    enqueue_trials(storage.engine, study._study_id, {}, queued)
 
 
 def ours_worker(url: str, seed: int, error_rate: float, count: int, grid: bool) -> None:

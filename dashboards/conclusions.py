@@ -43,8 +43,8 @@ def verdict(data: StudyData, findings: Findings) -> list[str]:
         images = data.counts["validation"]
         sentences.append(
             f"Validation on {images:,} images is uncertain by {100 * spread:.2f} points (binomial standard deviation); "
-            f"delta is {100 * delta:.2g} points"
-            + (", which is less: stalls are mostly noise." if delta < spread else ".")
+            f"delta is {100 * delta:.2g} {'point' if delta == 0.01 else 'points'}"
+            + (", which is less: most stalls are noise." if delta < spread else ".")
         )
     if data.config.data.protocol == "paper":
         sentences.append("The test split chose the best epoch, as in the paper, so all accuracies here are optimistic.")
