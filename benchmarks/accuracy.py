@@ -42,7 +42,8 @@ def standard(split: Split, seed: int, epochs: int, width: float, device: torch.d
         network.train()
         for inputs, targets in train:
             optimizer.zero_grad()
-            functional.cross_entropy(network(inputs.to(device)), targets.to(device)).backward()
+            loss = functional.cross_entropy(network(inputs.to(device)), targets.to(device))
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     network.eval()
     with torch.no_grad():
@@ -94,12 +95,12 @@ def main() -> None:
         )
     n, error = len(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
     half = float(stats.t.ppf(0.975, n - 1)) * error
-    # The smallest true gap that this many pairs would have called significant (5 %, two-sided) four times in five.
-    seen = (float(stats.t.ppf(0.975, n - 1)) + float(stats.t.ppf(0.8, n - 1))) * error
+    # The smallest true gap that this many pairs call significant (5 %, two-sided) with 80 % power.
+    detectable = (float(stats.t.ppf(0.975, n - 1)) + float(stats.t.ppf(0.8, n - 1))) * error
     test = stats.ttest_1samp(gaps, 0.0)
     mean = statistics.mean(gaps)
     print(f"mean gap {mean:+.2f} points, 95 % interval {mean - half:+.2f} to {mean + half:+.2f}, p = {test.pvalue:.2f}")
-    print(f"n = {n}: a true gap of {seen:.1f} points would have shown in four such runs of five")
+    print(f"n = {n}: minimum detectable gap {detectable:.1f} points (80 % power)")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ headless Chromium, and `study report --html`. Default: 1,000 and 10,000 trials, 
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import os
 import subprocess
@@ -61,6 +62,11 @@ def write(url: str, trials: int) -> None:
         "INSERT INTO trial_epochs (trial_id, epoch, accuracy, loss, images, train_seconds, validation_seconds, kind, "
         f"k, beta, decision) {steps} SELECT t.trial_id, n, {CURVE}, 1.0, 500, 0.5, 0.1, "
         "CASE WHEN n % 9 = 0 THEN 'type1' ELSE 'keep' END, 100, 0.5, 'go' FROM trials t, s",
+        "INSERT INTO trial_attempts (trial_id, token, owner, device, started_at, ended_at, outcome, images) "
+        f"SELECT t.trial_id, 1, 'host:1', 'cpu', 1000 + t.number, 1100 + t.number, 'finished', {EPOCHS * 500} "
+        "FROM trials t",
+        "INSERT INTO trial_leases (trial_id, token, owner, expires_at, attempts) "
+        "SELECT t.trial_id, 1, 'host:1', 0, 0 FROM trials t",
     ]
     with storage.engine.begin() as connection:
         for statement in statements:
@@ -141,18 +147,21 @@ def measure(url: str, folder: Path, trials: int, browser: bool) -> None:
     )
 
 
-def main(*arguments: str) -> None:
-    sizes = [int(one) for one in arguments if one.isdigit()] or [1_000, 10_000]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trials", nargs="*", type=int, default=[1_000, 10_000], metavar="TRIALS")
+    parser.add_argument("--no-browser", action="store_true")
+    options = parser.parse_args()
     server = Postgres()
     try:
         with tempfile.TemporaryDirectory() as name:
-            for trials in sizes:
+            for trials in options.trials:
                 for url in (f"sqlite:///{name}/{trials}.db", server.new_database()):
                     print(f"{trials:,} trials of {EPOCHS} epochs, {url.partition(':')[0]}", flush=True)
-                    measure(url, Path(name), trials, "--no-browser" not in arguments)
+                    measure(url, Path(name), trials, not options.no_browser)
     finally:
         server.stop()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,14 +1,15 @@
 """What a study costs around its training: shares of wall time, a worker's start, decisions; beside stock Optuna.
 
-    python -m benchmarks.overhead [share] [start] [decisions]
+    python -m benchmarks.overhead [share] [start] [decisions] [--sizes TRIALS …]
 
 Studies of 21, 1,000 and 10,000 finished trials of 200 epochs, 32 more running, in SQLite and PostgreSQL. The training
 is a pause of 0.15 s an epoch, a GPU's pace; all else is real: the network and its 18 MB of checkpoint, run_trial, the
-scribe, the queue. Every measurement is a process of its own.
+writer, the queue. Every measurement is a process of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -55,7 +56,7 @@ def config(pruning: str = "median", trials: int = 1) -> Any:
 
 def fill(url: str, finished: int) -> None:
     """A study of `finished` trials (two in three complete, the others pruned at the end), RUNNING trials at epoch 100
-    that others hold, and tickets.
+    that others hold, and queued trials.
     """
     import sqlalchemy as sa
     from optuna.distributions import distribution_to_json
@@ -84,8 +85,15 @@ def fill(url: str, finished: int) -> None:
     curve = (schema.TRIALS.c.trial_id * 7919 % 1000) / 1000.0 * series.c.n / (series.c.n + 20.0)
     worked = schema.TRIALS.c.number < finished + RUNNING
     reached = sa.and_(worked, sa.or_(schema.TRIALS.c.number < finished, series.c.n <= EPOCHS // 2))
-    a = dict.fromkeys(("best_epoch", "epochs", "images", "seen", "train_seconds", "validation_seconds"), 200)
-    a |= {"precision": "bf16", "device": "some device", "host": "some host", "versions": {"study": "1", "torch": "2"}}
+    attributes: dict[str, Any] = dict.fromkeys(
+        ("best_epoch", "epochs", "images", "seen", "train_seconds", "validation_seconds"), 200
+    )
+    attributes |= {
+        "precision": "bf16",
+        "device": "some device",
+        "host": "some host",
+        "versions": {"study": "1", "torch": "2"},
+    }
     with storage.engine.begin() as connection:
         connection.execute(
             sa.update(schema.TRIALS).where(worked).values(state=state, datetime_start=sa.func.current_timestamp())
@@ -97,7 +105,7 @@ def fill(url: str, finished: int) -> None:
         report = sa.select(schema.TRIALS.c.trial_id, series.c.n, curve, finite).select_from(every)
         names = ["trial_id", "step", "intermediate_value", "intermediate_value_type"]
         connection.execute(sa.insert(schema.REPORTS).from_select(names, report))
-        epoch = {c.name: sa.literal(0) for c in schema.EPOCHS.c if not c.nullable}
+        epoch: dict[str, sa.ColumnElement[Any]] = {c.name: sa.literal(0) for c in schema.EPOCHS.c if not c.nullable}
         epoch |= {
             "trial_id": schema.TRIALS.c.trial_id,
             "epoch": series.c.n,
@@ -115,7 +123,7 @@ def fill(url: str, finished: int) -> None:
         ).where(schema.REPORTS.c.step == EPOCHS)
         names = ["trial_id", "objective", "value", "value_type"]
         connection.execute(sa.insert(schema.TRIAL_VALUES).from_select(names, value))
-        params, attributes, rungs = [], [], []
+        params, attribute_rows, rungs = [], [], []
         for id, number in connection.execute(
             sa.select(schema.TRIALS.c.trial_id, schema.TRIALS.c.number).where(worked)
         ).all():
@@ -125,18 +133,24 @@ def fill(url: str, finished: int) -> None:
                 text = distribution_to_json(one)
                 params.append({"trial_id": id, "param_name": name, "param_value": drawn, "distribution_json": text})
             if number < finished:
-                attributes += [{"trial_id": id, "key": key, "value_json": json.dumps(a[key])} for key in a]
+                attribute_rows += [
+                    {"trial_id": id, "key": key, "value_json": json.dumps(value)} for key, value in attributes.items()
+                ]
             for rung in range(5):
                 text = json.dumps(chance.random())
                 rungs.append({"trial_id": id, "key": f"completed_rung_{rung}", "value_json": text})
         for table, rows in (
             (schema.TRIAL_PARAMS, params),
-            (schema.TRIAL_ATTRS, attributes),
+            (schema.TRIAL_ATTRS, attribute_rows),
             (schema.TRIAL_SYSTEM_ATTRS, rungs),
         ):
             connection.execute(sa.insert(table), rows)
         held = sa.and_(worked, schema.TRIALS.c.number >= finished)
-        lease = {"trial_id": schema.TRIALS.c.trial_id, "token": sa.literal(1), "owner": sa.literal("somebody")}
+        lease: dict[str, sa.ColumnElement[Any]] = {
+            "trial_id": schema.TRIALS.c.trial_id,
+            "token": sa.literal(1),
+            "owner": sa.literal("somebody"),
+        }
         lease |= {"expires_at": database_time(storage.engine) + 86400.0, "attempts": sa.literal(0)}
         connection.execute(sa.insert(schema.LEASES).from_select(list(lease), sa.select(*lease.values()).where(held)))
     if storage.engine.dialect.name == "postgresql":
@@ -188,7 +202,7 @@ def share(url: str) -> list[dict[str, float]]:
                 yield self.history[-1]
             clock["ended"] = time.perf_counter()
 
-    runner.Trainer = Simulated  # type: ignore[misc]
+    runner.Trainer = Simulated  # type: ignore[attr-defined]
     storage, study, settings = worker._join(url, "s", StopMonitor())
     worker.preload_trials(study, settings)
     data = worker.load_data(study, settings, None, torch.device("cpu"))
@@ -196,8 +210,8 @@ def share(url: str) -> list[dict[str, float]]:
     queue = Queue(storage.engine, study._study_id)
     fixed = {"alpha": 500, "beta": 0.5, "delta": 0.01, "lr": 0.001}
     runner.make_trainer(settings, data, fixed, 0)  # torch's own start: seconds, once a process
-    found = []
-    with tempfile.TemporaryDirectory() as aside:
+    shares = []
+    with tempfile.TemporaryDirectory() as fallback:
         for _ in range(TRIALS_EACH):
             clock["training"] = 0.0
             started, cpu, all_cpu = time.perf_counter(), time.thread_time(), time.process_time()
@@ -205,15 +219,15 @@ def share(url: str) -> list[dict[str, float]]:
             assert lease is not None
             claimed = time.perf_counter()
             with queue.renewing(lease):
-                run_trial(study, settings, data, queue, lease, StopMonitor(), Path(aside))
+                run_trial(study, settings, data, queue, lease, StopMonitor(), Path(fallback))
             over, used, all_used = time.perf_counter(), time.thread_time() - cpu, time.process_time() - all_cpu
             among = clock["ended"] - clock["began"] - clock["training"]
             parts = {"claim": claimed - started, "ask": clock["asked"] - claimed}
             parts |= {"build": clock["began"] - clock["asked"], "between steps": among, "end": over - clock["ended"]}
-            found.append(
+            shares.append(
                 parts | {"training": clock["training"], "wall": over - started, "cpu": used, "all_cpu": all_used}
             )
-    return found
+    return shares
 
 
 def start(url: str, stock: bool) -> dict[str, float]:
@@ -263,7 +277,7 @@ def decisions(url: str, stock: bool) -> dict[str, list[float]]:
     from study.trial.writer import TrialWriter
     from tests.support.harness import stock_pruner
 
-    found: dict[str, list[float]] = {}
+    milliseconds: dict[str, list[float]] = {}
     storage = open_storage(url, create=False)
     study = optuna.load_study(study_name="s", storage=storage if stock else CachedStorage(storage))
     queue = Queue(storage.engine, study._study_id)
@@ -285,9 +299,9 @@ def decisions(url: str, stock: bool) -> dict[str, list[float]]:
             else:
                 writer._ask_pruner({epoch: value})
             times.append(1000 * (time.perf_counter() - began))
-        found[kind] = times[1:]  # the first reads the study, which is part of the start
+        milliseconds[kind] = times[1:]  # the first reads the study, which is part of the start
         queue.finish(lease, TrialState.COMPLETE, [0.9])
-    return found
+    return milliseconds
 
 
 def child(*arguments: str) -> Any:
@@ -309,11 +323,11 @@ def show_share(url: str, title: str) -> None:
 
 def show_start(url: str, title: str) -> None:
     for stock in (False, True):
-        found = [child("start", url, "stock" * stock) for _ in range(1 if stock and "10,000" in title else 3)]
+        runs = [child("start", url, "stock" * stock) for _ in range(1 if stock and "10,000" in title else 3)]
         cells = " | ".join(
-            f"{statistics.median(f[key] for f in found):,.1f} ({min(f[key] for f in found):,.1f}–"
-            f"{max(f[key] for f in found):,.1f})"
-            for key in found[0]
+            f"{statistics.median(run[key] for run in runs):,.1f} ({min(run[key] for run in runs):,.1f}–"
+            f"{max(run[key] for run in runs):,.1f})"
+            for key in runs[0]
         )
         print(f"| {title} | {'stock' if stock else 'ours'} | {cells} |", flush=True)
 
@@ -339,17 +353,21 @@ SCENES: dict[str, tuple[Callable[[str, str], None], str]] = {
 }
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     from tests.support.postgres import Postgres
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenes", nargs="*", choices=list(SCENES), metavar="SCENE", help="default: all")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="TRIALS", help="finished trials")
+    options = parser.parse_args()
     server = Postgres()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for size in SIZES:
+            for size in options.sizes:
                 urls = {"SQLite": f"sqlite:///{folder}/{size}.db", "PostgreSQL": server.new_database()}
                 for kind, url in urls.items():
                     fill(url, size)
-                    for name in names:
+                    for name in options.scenes or SCENES:
                         show, heads = SCENES[name]
                         print(heads + "\n|" + " --- |" * (heads.count("|") - 1), flush=True)
                         show(url, f"{size:,}, {kind}")
@@ -366,4 +384,4 @@ if __name__ == "__main__":
         else:
             print(json.dumps({"start": start, "decisions": decisions}[scene](url, kind == ["stock"])))
     else:
-        main(sys.argv[1:] or list(SCENES))
+        main()

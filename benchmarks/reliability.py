@@ -8,6 +8,7 @@ Stock Optuna is `study.optimize` with GridSampler, heartbeats with RetryHeartbea
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import multiprocessing
 import os
@@ -26,11 +27,11 @@ from typing import Any
 import numpy as np
 import optuna
 import sqlalchemy as sa
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from storage.engine import open_storage
-from storage.enqueue import enqueue_trials
+from storage.enqueue import QUEUE_POSITION, enqueue_trials
 from storage.queries import progress
 from storage.queue import Queue
 from storage.schema import EPOCHS
@@ -39,28 +40,31 @@ from tests.support.postgres import Postgres
 
 FORK = multiprocessing.get_context("fork")
 GRID = [{"x": float(x), "y": float(y)} for x, y in itertools.product(range(4), range(6))]
-SPACE = {"x": FloatDistribution(0, 3), "y": FloatDistribution(0, 5)}
+SPACE: dict[str, BaseDistribution] = {"x": FloatDistribution(0, 3), "y": FloatDistribution(0, 5)}
 EPOCH = {"loss": 0.0, "images": 1, "train_seconds": 0.0, "validation_seconds": 0.0, "kind": "keep", "k": 0, "beta": 0.0}
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.simplefilter("ignore")
 
 
-def ours_lay(url: str, count: int, grid: bool) -> None:
+def ours_create(url: str, count: int, grid: bool) -> None:
     storage = open_storage(url)
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize", load_if_exists=True)
     cells = GRID if grid else [{}] * count
-    queued = [
+    trials = [
         create_trial(
-            state=TrialState.WAITING, params=cell, distributions=SPACE if cell else {}, user_attrs={"queue_position": i}
+            state=TrialState.WAITING,
+            params=cell,
+            distributions=SPACE if cell else {},
+            user_attrs={QUEUE_POSITION: position},
         )
-        for i, cell in enumerate(cells)
+        for position, cell in enumerate(cells)
     ]
-    enqueue_trials(storage.engine, study._study_id, {}, queued)
+    enqueue_trials(storage.engine, study._study_id, {}, trials)
 
 
 def ours_worker(url: str, seed: int, error_rate: float, count: int, grid: bool) -> None:
-    ours_lay(url, count, grid)
+    ours_create(url, count, grid)
     storage = open_storage(url)
     study = optuna.load_study(study_name="s", storage=storage, sampler=optuna.samplers.TPESampler(seed=seed))
     queue, chance = Queue(storage.engine, study._study_id, max_attempts=20), random.Random(seed)
@@ -115,7 +119,7 @@ def crowd(
         sys.stderr = error
     for process in processes:
         process.join(300)
-    storage = open_storage(url, reading=True)
+    storage = url.replace("postgresql:", "postgresql+psycopg:")
     return optuna.load_study(study_name="s", storage=storage).trials, sum(p.exitcode != 0 for p in processes)
 
 
@@ -167,12 +171,18 @@ def crowd_worker(url: str, seed: int, reports: int, pause: float, times: Any) ->
     times.put(taken)
 
 
-def many(backend: str, workers: int, reports: int, pause: float) -> None:
+def many() -> None:
+    print("\nMany workers, simulated trainings")
+    reports_at_once("sqlite", 64, 20, 1.0)
+    reports_at_once("postgresql", 200, 20, 1.0)
+
+
+def reports_at_once(backend: str, workers: int, reports: int, pause: float) -> None:
     with tempfile.TemporaryDirectory() as name:
         server = Postgres()
         try:
             url = fresh(backend, server, Path(name))
-            ours_lay(url, workers, grid=False)
+            ours_create(url, workers, grid=False)
             times: Any = FORK.SimpleQueue()
             processes = [
                 FORK.Process(target=crowd_worker, args=(url, i, reports, pause, times)) for i in range(workers)
@@ -211,9 +221,9 @@ def start(url: str, *arguments: str, inside: Sequence[str] = ()) -> subprocess.P
 
 def launch(url: str, *more: str) -> None:
     process = start(url, "launch", "quick", *STUDY, *more)
-    _, said = process.communicate()
+    _, error = process.communicate()
     if process.returncode:
-        raise RuntimeError(said)
+        raise RuntimeError(error)
 
 
 def outcome(url: str) -> list[Any]:
@@ -229,14 +239,14 @@ def outcome(url: str) -> list[Any]:
 
 
 def kills(title: str, how: signal.Signals, least: int) -> None:
-    """Two workers, killed again and again at random moments and replaced, until the study is settled."""
+    """Two workers, killed again and again at random moments and replaced, until all trials are finished."""
     print(f"\n{title}")
     with tempfile.TemporaryDirectory() as name:
         quiet, wild = f"sqlite:///{name}/quiet.db", f"sqlite:///{name}/wild.db"
         launch(quiet)
         launch(other := f"sqlite:///{name}/other.db", "--set", "search.seed=1")
         chance, killed, repeated = random.Random(0), 0, 0
-        first = start(wild, "launch", "quick", *STUDY)  # lays the study down; its worker is killed with it
+        first = start(wild, "launch", "quick", *STUDY)  # creates the study; its worker is killed with it
         time.sleep(9)
         first.send_signal(how)
         first.communicate()
@@ -264,7 +274,7 @@ def kills(title: str, how: signal.Signals, least: int) -> None:
 
 
 def behind(engine: sa.Engine, study_id: int) -> int:
-    """Epochs stored but not in the checkpoint, over the trials that nobody holds just now."""
+    """Epochs stored but not in the checkpoint, over the released trials."""
     query = sa.text(
         "SELECT coalesce(sum(s.done - coalesce(c.epoch, 0)), 0) FROM trials t "
         "JOIN trial_leases l ON l.trial_id = t.trial_id "
@@ -288,11 +298,11 @@ def restarts() -> None:
             for _ in range(3):
                 server.control("restart", "-m", "immediate")
                 time.sleep(6)
-            _, said = process.communicate(timeout=400)
+            _, log = process.communicate(timeout=400)
             if process.returncode:
-                print(said[-2000:])
+                print(log[-2000:])
             same = outcome(url) == outcome(quiet)
-            print(f"  exit code {process.returncode}, workers that died: {said.count(' died ')}, table equal: {same}")
+            print(f"  exit code {process.returncode}, workers that died: {log.count(' died ')}, table equal: {same}")
         finally:
             server.stop()
 
@@ -312,15 +322,15 @@ def hosts() -> None:
             net.cut("w1")
             time.sleep(60)
             net.mend("w1")
-            (_, said), (_, other) = first.communicate(timeout=300), second.communicate(timeout=300)
-            lost = said.count("has been taken over; this worker drops it")
+            (_, log), (_, other_log) = first.communicate(timeout=300), second.communicate(timeout=300)
+            lost = log.count("has been taken over; this worker drops it")
             check = "from benchmarks.reliability import outcome; import sys; print(outcome(sys.argv[1]))"
             inside = [*net.at("w2"), sys.executable, "-c", check, url]
-            found = subprocess.run(inside, capture_output=True, text=True, check=True).stdout.strip()
+            table = subprocess.run(inside, capture_output=True, text=True, check=True).stdout.strip()
             print(
                 f"  exit codes {first.returncode} and {second.returncode}; trials that the cut-off host lost to the "
-                f"other and dropped: {lost}; workers that died: {(said + other).count(' died ')}; "
-                f"table equal to a quiet run's: {found == str(outcome(quiet))}",
+                f"other and dropped: {lost}; workers that died: {(log + other_log).count(' died ')}; "
+                f"table equal to a quiet run's: {table == str(outcome(quiet))}",
                 flush=True,
             )
         finally:
@@ -331,11 +341,7 @@ SCENES: dict[str, Callable[[], None]] = {
     "grid": lambda: bookkeeping("A grid of 24 cells, 16 workers", 16, 0.0, 24, True, 5),
     "errors": lambda: bookkeeping("The same with 25 % of attempts raising, 8 workers", 8, 0.25, 24, True, 2),
     "budget": lambda: bookkeeping("A budget of 20 trials, TPE, 8 workers", 8, 0.0, 20, False, 3),
-    "crowd": lambda: (
-        print("\nMany workers, simulated trainings"),
-        many("sqlite", 64, 20, 1.0),
-        many("postgresql", 200, 20, 1.0),
-    )[0],
+    "crowd": many,
     "chaos": lambda: kills("kill -9 at random moments, real trainings", signal.SIGKILL, 20),
     "terminate": lambda: kills("SIGTERM at random moments, real trainings", signal.SIGTERM, 20),
     "restarts": restarts,
@@ -343,5 +349,7 @@ SCENES: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    for scene in sys.argv[1:] or SCENES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenes", nargs="*", choices=list(SCENES), metavar="SCENE", help="default: all")
+    for scene in parser.parse_args().scenes or SCENES:
         SCENES[scene]()

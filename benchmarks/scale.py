@@ -1,18 +1,18 @@
-"""How many workers one PostgreSQL serves: 1 to 256 simulated trainings, what they say to it and how long they wait.
+"""How many workers one PostgreSQL serves: 1 to 256 simulated trainings, their statements and waiting times.
 
     python -m benchmarks.scale [workers] [nodes] [bouncer] [growth] [polls] [checkpoints]
 
-A worker is a forked process with the queue, the sampler, the lease and the stop watch of a real one; its training is a
-pause. It waits for every report, which a real one leaves to a thread, so its idle share is an upper bound.
+A worker is a forked process with the queue, the sampler, the lease and the stop monitor of a real one; its training is
+a pause. It waits for every report, which a real one leaves to a thread, so its idle share is an upper bound.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import multiprocessing
 import os
 import random
-import sys
 import threading
 import time
 from collections import Counter
@@ -57,12 +57,13 @@ class Tally:
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"claim": [], "report": [], "start": [], "end": []})
     statements: Counter[str] = field(default_factory=Counter)
-    settled: int = 0
+    finished: int = 0
     trained: float = 0.0
     lasted: float = 0.0
 
 
-def laid(server: Postgres, trials: int) -> str:
+def new_study(server: Postgres, trials: int) -> str:
+    """The URL of a new database with the study \"s\"."""
     url = server.new_database()
     config = parse_config(
         {
@@ -87,7 +88,7 @@ def worker(url: str, ready: Any, ends: Any, results: Any, net: Hosts | None = No
     @sa.event.listens_for(engine, "before_cursor_execute")
     def _count(*_: Any) -> None:
         thread = threading.current_thread().name
-        tally.statements["stop watch" if thread == "stop" else getattr(doing, "what", "lease")] += 1
+        tally.statements["stop monitor" if thread == "stop-monitor" else getattr(doing, "what", "lease")] += 1
 
     study, config = load_study(storage, "s")
     queue = Queue(engine, study._study_id, seconds=config.lease.seconds)
@@ -146,7 +147,7 @@ def cpu_seconds(server: Postgres) -> float:
 
 def crowd(server: Postgres, workers: int, net: Hosts | None = None, through: Callable[[str], str] = str) -> list[Tally]:
     """`net`: hosts for the workers; `through`: the URL by which they reach the database of a URL."""
-    url = laid(server, workers * 4 + 20)
+    url = new_study(server, workers * 4 + 20)
     ready, ends, results = FORK.Barrier(workers + 1), FORK.Value("d", 0.0), FORK.Queue()
     processes = [
         FORK.Process(target=worker, args=(through(url), ready, ends, results, net, f"w{i % 3 + 1}"), daemon=True)
@@ -177,7 +178,7 @@ def crowd(server: Postgres, workers: int, net: Hosts | None = None, through: Cal
     lasted = max(tally.lasted for tally in tallies)
     worked = sum(tally.lasted for tally in tallies)
     statements = sum((tally.statements for tally in tallies), Counter[str]())
-    line = f"{workers:>7} {sum(t.finished for t in tallies) / lasted:>9.2f} {sum(statements.values()) / worked:>10.2f}"
+    line = f"{workers:>7} {sum(t.finished for t in tallies) / lasted:>10.2f} {sum(statements.values()) / worked:>10.2f}"
     line += f" {(after[0] - before[0]) / lasted:>9.0f} {connections[0] / workers:>6.1f} {used:>6.2f}"
     for what in ("claim", "report"):
         each = np.concatenate([tally.seconds[what] for tally in tallies]) * 1000
@@ -187,8 +188,8 @@ def crowd(server: Postgres, workers: int, net: Hosts | None = None, through: Cal
 
 
 def heads() -> None:
-    print(f"{EPOCHS} epochs of {EPOCH_SECONDS:g} s a trial, {LASTING:g} s and until the last is settled; times in ms")
-    print("workers settled/s st./worker/s  commits/s conn/w. cores  claim50 claim99  rep.50  rep.99    idle  load")
+    print(f"{EPOCHS} epochs of {EPOCH_SECONDS:g} s a trial, {LASTING:g} s and until the last is finished; times in ms")
+    print("workers finished/s st./worker/s  commits/s conn/w. cores  claim50 claim99  rep.50  rep.99    idle  load")
 
 
 def nodes() -> None:
@@ -235,8 +236,8 @@ def workers() -> None:
         statements = sum((tally.statements for tally in tallies), Counter[str]())
         times = {what: sum(len(t.seconds[what]) for t in tallies) for what in tallies[0].seconds}
         each = ", ".join(f"{what} {statements[what] / times[what]:.1f}" for what in times)
-        polls = statements["stop watch"] / sum(t.lasted for t in tallies)
-        print(f"statements of the last crowd, each: {each}; stop watch {polls:.2f} a second")
+        polls = statements["stop monitor"] / sum(t.lasted for t in tallies)
+        print(f"statements of the last crowd, each: {each}; stop monitor {polls:.2f} a second")
     finally:
         server.stop()
 
@@ -245,7 +246,7 @@ def growth() -> None:
     """Rows and bytes of 50 trials of 200 epochs, and what updating leaves behind."""
     server = Postgres()
     try:
-        url = laid(server, 50)
+        url = new_study(server, 50)
         storage = open_storage(url, create=False)
         study, _ = load_study(storage, "s")
         queue = Queue(storage.engine, study._study_id)
@@ -266,13 +267,13 @@ def growth() -> None:
 
 
 def polls() -> None:
-    """A claim, and what one look of the stop watch consists of, in studies of many attempts."""
+    """A claim, and what one look of the stop monitor consists of, in studies of many attempts."""
     server = Postgres()
     try:
         print("\nMedians of 30, ms: a claim and its release, a look for a request to stop, adding up, the last sum")
         for attempts in (1_000, 10_000, 100_000):
-            tickets = min(attempts, 10_000)
-            url = laid(server, tickets)
+            trials = min(attempts, 10_000)
+            url = new_study(server, trials)
             storage = open_storage(url, create=False)
             engine, study_id = storage.engine, load_study(storage, "s")[0]._study_id
             queue = Queue(engine, study_id)
@@ -280,20 +281,20 @@ def polls() -> None:
                 url,
                 "INSERT INTO trial_attempts (trial_id, token, owner, device, started_at, ended_at, images, joules) "
                 "SELECT trial_id, -n, 'o', 'd', 1000 + trial_id, 1100 + trial_id, 5, 0 FROM trials, "
-                f"generate_series(1, {attempts // tickets}) n",
+                f"generate_series(1, {attempts // trials}) n",
             )
             calls: dict[str, Callable[[], object]] = {
                 "claim": lambda queue=queue: queue.release(queue.claim()),  # type: ignore[misc]
                 "orders": lambda engine=engine, study_id=study_id: read_controls(engine, study_id),  # type: ignore[misc]
                 "spent": lambda engine=engine, study_id=study_id: spending(engine, study_id),  # type: ignore[misc]
             }
-            found = {name: median_ms(call) for name, call in calls.items()}
+            medians = {name: median_ms(call) for name, call in calls.items()}
             recent_spending(engine, study_id)
             with engine.begin() as connection:
                 connection.execute(sa.update(SPENDING).values(took=5.0))
-            found["lately"] = median_ms(lambda engine=engine, study_id=study_id: recent_spending(engine, study_id))  # type: ignore[misc]
-            told = ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
-            print(f"  {attempts:>7} attempts, {tickets:>6} unfinished trials: {told}", flush=True)
+            medians["lately"] = median_ms(lambda engine=engine, study_id=study_id: recent_spending(engine, study_id))  # type: ignore[misc]
+            text = ", ".join(f"{name} {ms:.1f}" for name, ms in medians.items())
+            print(f"  {attempts:>7} attempts, {trials:>6} unfinished trials: {text}", flush=True)
             engine.dispose()
     finally:
         server.stop()
@@ -323,7 +324,7 @@ def saving() -> None:
     size = 3 * 4 * sum(parameter.numel() for parameter in CNN(10, torch.Generator()).parameters())
     server = Postgres()
     try:
-        url = laid(server, 10)
+        url = new_study(server, 10)
         storage = open_storage(url, create=False)
         study, _ = load_study(storage, "s")
         queue = Queue(storage.engine, study._study_id)
@@ -348,8 +349,7 @@ SCENES = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or list(SCENES)
-    if unknown := set(chosen) - set(SCENES):
-        sys.exit(f"scenes are {', '.join(SCENES)}; got {', '.join(unknown)}")
-    for scene in chosen:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenes", nargs="*", choices=list(SCENES), metavar="SCENE", help="default: all")
+    for scene in parser.parse_args().scenes or SCENES:
         SCENES[scene]()

@@ -42,7 +42,7 @@ from study.training.trainer import Trainer
 
 BATCH = 512
 FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-"""How DataLoaders start workers on Linux when nobody says otherwise; a spawned process would hand on its own way."""
+"""How DataLoaders start workers on Linux by default; a spawned process would pass on its own start method."""
 PASSES = 12
 """How often each convolution's output, or its gradient, crosses the memory bus with ideal fusion: forward written, read
 and normalised, written, read by the next layer; backward the gradient written, it and the input read twice (sums, then
@@ -115,7 +115,7 @@ def standard(task: Task, *, files: bool = False, amp: bool = False) -> Iterator[
             optimizer.zero_grad()
             with torch.autocast(task.device.type, dtype=torch.bfloat16, enabled=amp):
                 loss = functional.cross_entropy(network(inputs), targets)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.item()
         yield
@@ -132,7 +132,7 @@ def amp(task: Task) -> Iterator[None]:
 
 
 def tricks(task: Task) -> Iterator[None]:
-    """(b) with all that guides advise besides: channels_last, workers kept, fused Adam, no item."""
+    """(b) with all that guides advise besides: channels_last, persistent workers, fused Adam, no item."""
     images, labels, classes = task.train()
     cuda = task.device.type == "cuda"
     torch.backends.cudnn.benchmark = True
@@ -156,7 +156,7 @@ def tricks(task: Task) -> Iterator[None]:
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(task.device.type, dtype=torch.bfloat16):
                 loss = functional.cross_entropy(network(inputs), targets)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.detach()
         yield
@@ -181,7 +181,8 @@ def resident(task: Task) -> Iterator[None]:
         for start in range(0, len(order), BATCH):
             index = order[start : start + BATCH]
             optimizer.zero_grad(set_to_none=True)
-            functional.cross_entropy(network(inputs[index]).float(), targets[index]).backward()
+            loss = functional.cross_entropy(network(inputs[index]).float(), targets[index])
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         yield
 
@@ -218,16 +219,18 @@ CONTESTANTS: dict[str, tuple[str, Callable[[Task], Iterator[None]]]] = {
 
 
 def contestant(name: str, task: Task, pipe: Any) -> None:
-    """A process: says how long the first epoch took from nothing, then an epoch's seconds at each request."""
+    """A process: sends how long the first epoch took from nothing, then an epoch's seconds at each request."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     started, spent = time.perf_counter(), cpu_seconds()
-    epochs, warm = CONTESTANTS[name][1](task), []
+    epochs, warm = CONTESTANTS[name][1](task), False
     while True:
         next(epochs)
         synchronize(task.device)
         pipe.send((time.perf_counter() - started, cpu_seconds() - spent))
         if task.device.type == "cuda" and not warm:
-            warm = [next(epochs) for _ in range(WARM_UPS)]  # in the fourth epoch the last steps are recorded
+            for _ in range(WARM_UPS):  # in the fourth epoch the last steps are recorded
+                next(epochs)
+            warm = True
         if not pipe.recv():
             return
         started, spent = time.perf_counter(), cpu_seconds()
@@ -284,7 +287,8 @@ def floor(task: Task, classes: int = 10) -> dict[str, float]:
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter:
-        functional.cross_entropy(network(torch.zeros(2, 3, 32, 32)), torch.zeros(2, dtype=torch.int64)).backward()
+        loss = functional.cross_entropy(network(torch.zeros(2, 3, 32, 32)), torch.zeros(2, dtype=torch.int64))
+        loss.backward()  # type: ignore[no-untyped-call]
     flops, moved = counter.get_total_flops() / 2, PASSES * 2 * elements
     return {
         "flops": flops,
