@@ -108,34 +108,37 @@ def read(storage: RDBStorage, name: str) -> StudyData:
     curves = queries.epoch_rows(storage.engine, study_id, _chosen(totals))
     rows = []
     for trial in study.get_trials(deepcopy=False):
-        of = totals.get(trial.number, NOTHING)
+        total = totals.get(trial.number, NOTHING)
         curve = curves.get(trial.number, [])
         top = max(curve, key=lambda epoch: (epoch["accuracy"], -epoch["epoch"]), default=None)
         failed, ran = trial.state == TrialState.FAIL, trial.number in totals
         rows.append(
             TrialRow(
-                trial.number,
-                queries.STATE_NAMES[trial.state],
-                dict(trial.params),
-                settings(config, trial.params),
-                trial.user_attrs.get("seed"),
-                of.accuracy if ran and not failed else None,
-                trial.user_attrs.get("best_epoch") if top is None else top["epoch"],
-                of.epochs,
-                of.images,
-                of.seen,
-                of.train_seconds,
-                of.validation_seconds,
-                of.selection_seconds,
-                of.joules,
-                trial.user_attrs.get("test_accuracy"),
-                trial.user_attrs.get("error") or errors.get(trial.number),
-                dict(trial.user_attrs),
+                number=trial.number,
+                state=queries.STATE_NAMES[trial.state],
+                parameters=dict(trial.params),
+                settings=settings(config, trial.params),
+                seed=trial.user_attrs.get("seed"),
+                value=total.accuracy if ran and not failed else None,
+                best_epoch=trial.user_attrs.get("best_epoch") if top is None else top["epoch"],
+                epochs=total.epochs,
+                images=total.images,
+                seen=total.seen,
+                train_seconds=total.train_seconds,
+                validation_seconds=total.validation_seconds,
+                selection_seconds=total.selection_seconds,
+                joules=total.joules,
+                test=trial.user_attrs.get("test_accuracy"),
+                error=trial.user_attrs.get("error") or errors.get(trial.number),
+                attributes=dict(trial.user_attrs),
             )
         )
     attempts = tuple(queries.attempts(storage.engine, study_id))
-    found = status.read(storage.engine, name)
-    return StudyData(name, found.preset, config, tuple(rows), curves, attempts, study, found)
+    progress = status.read(storage.engine, name)
+    return StudyData(
+        name=name, preset=progress.preset, config=config, rows=tuple(rows), curves=curves, attempts=attempts,
+        study=study, status=progress,
+    )  # fmt: skip
 
 
 def _chosen(totals: dict[int, queries.Totals]) -> list[int] | None:

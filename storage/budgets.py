@@ -26,8 +26,8 @@ UNITS = {
     "images": ("image", "images"),
     "kWh": ("kwh",),
 }
-"""What can be budgeted: hours of workers at trials (each counts with its share of a GPU, on a processor as one), hours
-in which any was, images trained on, energy of the GPUs."""
+"""What can be budgeted, and how it is spelled. gpu-hours: time that workers held trials, each counted with its share of
+a GPU (on a CPU: 1). hours: time in which at least one worker held a trial. images: trained on. kWh: of the GPUs."""
 AMOUNT = re.compile(r"((?:[0-9][0-9_]*|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z-]+)")
 """A number, which may be written 1_000 or 1,000, and a unit."""
 

@@ -515,7 +515,7 @@ def database_time(engine: sa.Engine) -> sa.ColumnElement[float]:
 def live_lease(engine: sa.Engine) -> sa.ColumnElement[bool]:
     """Whether a row of `trial_leases` is a lease that a worker holds.
 
-    One that ends later than now and its own length was made by a clock that was ahead, and counts as expired.
+    One that ends later than now + its own length was made by a clock that was ahead, and counts as expired.
     """
     clock = database_time(engine)
     longest = sa.func.coalesce(LEASES.c.seconds, MOST_LEASE_SECONDS) + CLOCK_SLACK_SECONDS

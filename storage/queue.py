@@ -115,7 +115,7 @@ class Queue:
     def claim(self) -> Lease | None:
         """A lease on an unfinished trial that nobody holds, the lowest number first; None if there is none.
 
-        A trial whose last `max_attempts` holders all vanished without getting an epoch further is failed on the way.
+        A trial whose last `max_attempts` attempts got no epoch further is failed, and the next one is looked at.
         """
         while True:
             files: list[str] = []
@@ -131,9 +131,9 @@ class Queue:
         which case its checkpoint file is added to `files`.
         """
         clock = database_time(self.engine)
-        # Our own live lease can only be one whose claim was committed in a connection that then broke.
+        # A live lease of our own is one whose claim was committed in a connection that then broke: we claim it again.
         free = sa.or_(LEASES.c.trial_id.is_(None), sa.not_(live_lease(self.engine)), LEASES.c.owner == self.owner)
-        # When the holder before was last seen: a claim or renewal before the lease's end. Not before a clock was wrong.
+        # When the last holder claimed or renewed it; unknown (NULL) where that would lie in the future.
         last_seen = LEASES.c.expires_at - sa.func.coalesce(LEASES.c.seconds, self.seconds)
         last_seen = sa.case((last_seen <= clock, last_seen), else_=None)
         candidate = (
@@ -142,7 +142,8 @@ class Queue:
             )
             .select_from(TRIALS.outerjoin(LEASES, TRIALS.c.trial_id == LEASES.c.trial_id))
             .where(TRIALS.c.study_id == self.study_id, TRIALS.c.state.in_(UNFINISHED), free)
-            # What raised an error comes last: a broken machine then spreads its errors, and soon gives up.
+            # Trials with failed attempts come last: the errors of a broken worker then fall on several trials, none of
+            # which reaches max_attempts before that worker ends.
             .order_by(sa.case((LEASES.c.last_error.is_(None), 0), else_=LEASES.c.attempts), TRIALS.c.number)
             .limit(1)
             .with_for_update(of=TRIALS, skip_locked=True)

@@ -38,9 +38,9 @@ def parse(text: str) -> URL:
         ) from None
     backend, _, driver = url.drivername.partition("+")
     if backend == "sqlite" and driver in ("", "pysqlite"):
-        if url.host:
+        if url.host or url.username or url.password:
             path = "/".join(filter(None, (url.host, url.database)))
-            raise UserError(f"a SQLite URL has three slashes, got {text!r}; write sqlite:///{path}")
+            raise UserError(f"a SQLite URL has three slashes and no user, got {redact(url)}; write sqlite:///{path}")
         if not url.database or url.database == ":memory:":
             raise UserError(f"a study needs a file that its workers share, got {text!r}; write sqlite:///study.db")
         try:
@@ -66,7 +66,7 @@ def redact(url: URL) -> str:
 def tells_password(text: str) -> bool:
     """Whether a URL has a password in it, before the host or among the options."""
     url = parse(text)
-    return bool(url.password) or any("password" in key.lower() for key in url.query)
+    return bool(url.password) or any("pass" in key.lower() for key in url.query)
 
 
 def file_of(url: URL) -> Path | None:

@@ -135,7 +135,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"study: {one_line(message)}\n")
+    sys.stderr.write(f"study: {_without_passwords(one_line(message))}\n")
     return code
 
 
@@ -163,18 +163,21 @@ def _report(error: Exception, arguments: list[str]) -> str:
             "".join(traceback.format_exception(error)),
         ]
     )
-    # No password leaves the program.
-    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
-    text = re.sub(r"(?i)(password=)[^&\s]*", r"\1***", text)
     name = f"study-error-{time.strftime('%Y%m%d-%H%M%S')}-"
     summary = f"unexpected {type(error).__name__}: {error}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix=name, suffix=".log", delete=False, encoding="utf-8") as file:
-            file.write(text)
+            file.write(_without_passwords(text))
     except OSError:
-        sys.stderr.write(text)
+        sys.stderr.write(_without_passwords(text))
         return summary
     return f"{summary} — please report it with {file.name}"
+
+
+def _without_passwords(text: str) -> str:
+    """Whatever an error may repeat of a URL; `storage.url.redact` is for URLs that are known to be ones."""
+    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"(?i)(pass(?:word|wd|file)?=)[^&\s]*", r"\1***", text)
 
 
 def _installed(package: str) -> str:

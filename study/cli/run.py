@@ -225,7 +225,7 @@ def bench(
     """
     from study import estimate
     from study.config.loading import load_config, preset_names
-    from study.launch.devices import local_devices
+    from study.launch.worker_count import local_devices
 
     configs = {name: load_config(name, assignments or []) for name in ([preset] if preset else preset_names())}
     devices = local_devices(device, None)

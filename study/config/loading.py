@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage.errors import UserError
+from study.config.assignments import assign
 from study.config.models import StudyConfig
 
 
@@ -51,7 +52,7 @@ def load_config(preset: str, assignments: Iterable[str] = ()) -> StudyConfig:
     """
     tree = tomllib.loads(preset_text(preset))
     for assignment in assignments:
-        _assign(tree, assignment)
+        assign(tree, assignment)
     return parse_config(tree)
 
 
@@ -60,26 +61,6 @@ def parse_config(tree: Mapping[str, Any]) -> StudyConfig:
         return StudyConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError("; ".join(_sentence(fault) for fault in error.errors())) from None
-
-
-def _assign(tree: dict[str, Any], assignment: str) -> None:
-    path, equals, text = assignment.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"--set takes section.key=value, got {assignment!r}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word: data.name=imagefolder
-    for key in keys[:-1]:
-        below = tree.setdefault(key, {})
-        if not isinstance(below, dict):
-            raise UserError(f"--set {path}: {key} is a value, not a section")
-        tree = below
-    # Another kind of sampler or pruner has other parameters: those of the preset's kind go.
-    if keys[-1] == "kind" and tree.get("kind") != value:
-        tree.clear()
-    tree[keys[-1]] = value
 
 
 def _sentence(fault: Any) -> str:

@@ -33,7 +33,7 @@ class Launcher(Protocol):
         """
 
     def start(self, study: OpenStudy, data_root: str | None, unfinished: int) -> None:
-        """Start the workers, no more than `unfinished` trials, or attach to those that run already."""
+        """Start the workers, at most one for each of the `unfinished` trials, or attach to those that run already."""
 
     def poll(self) -> int | None:
         """Replace workers that died and log what happened; the exit code once all have ended.
@@ -75,7 +75,9 @@ def make_launcher(options: LaunchOptions, url: str) -> Launcher:
         from study.launch.ray import RayLauncher
 
         if options.storage_option is not None and tells_password(options.storage_option):
-            raise UserError("Ray shows a launcher's arguments; put the password into $PGPASSWORD, not into --storage")
+            raise UserError(
+                "Ray shows the launcher's command line; put the password into $PGPASSWORD, not into --storage"
+            )
         return RayLauncher.join(options, url)
     if any((options.address, options.gpus_per_worker, options.cpus_per_worker, options.detach)):
         raise UserError("--address, --gpus-per-worker, --cpus-per-worker and --detach need --launcher ray")

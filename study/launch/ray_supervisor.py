@@ -34,8 +34,8 @@ LONG_LIFE_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerJob:
-    """What each worker is started with. Ray shows names and environments to everybody, but no arguments: the URL, which
-    may hold a password, is one.
+    """What each worker is started with. Ray's pages show the names and environments of tasks, not the arguments of
+    their functions: the URL, which may hold a password, is such an argument.
     """
 
     name: str

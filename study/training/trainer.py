@@ -197,16 +197,16 @@ class Trainer:
             self.best_network = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         self.best = max(self.best, accuracy)
         result = EpochResult(
-            epoch,
-            accuracy,
-            self.loss_sum.item() / images,
-            images,
-            self.train_seconds,
-            self.validation_seconds,
-            self.selection_seconds + time.perf_counter() - started,
-            int(self.seen.sum()),
-            self._energy(),
-            resampling,
+            epoch=epoch,
+            accuracy=accuracy,
+            loss=self.loss_sum.item() / images,
+            images=images,
+            train_seconds=self.train_seconds,
+            validation_seconds=self.validation_seconds,
+            selection_seconds=self.selection_seconds + time.perf_counter() - started,
+            seen=int(self.seen.sum()),
+            joules=self._energy(),
+            resampling=resampling,
         )
         self.history.append(result)
         self._rest()

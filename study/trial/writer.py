@@ -1,8 +1,8 @@
 """Writes what a trial produces to the database from a thread of its own, in order: epochs, decisions, checkpoints.
 
-Training continues meanwhile, also while the database is unavailable. The pruner decides about epoch n from what the
-epochs up to n reported, so the decision is the one that a trainer that waited would have got; it is stored with the
-epoch, so it is made once whatever happens to workers. If it is to prune, what was trained past n is dropped.
+Training continues meanwhile, also while the database is unavailable. The pruner decides about epoch n from the reports
+of the epochs up to n alone, so its decision does not depend on how far training has gone. It is stored with the epoch
+and never made again, also not by another worker. If it is to prune, what was trained past n is dropped.
 """
 
 from __future__ import annotations

@@ -16,15 +16,15 @@ from storage import budgets, stop_requests
 from study.exit_codes import BUDGET_SPENT, INTERRUPTED, STOPPED
 
 CHECK_SECONDS = 2.0
-"""Between two checks for a request to stop."""
+"""Seconds between two checks for a request to stop."""
 NEAR_LIMIT_SECONDS = 0.5
-"""Between two checks of the budgets when one is nearly spent."""
+"""Seconds between two checks of the budgets when one is nearly spent."""
 MOST_SECONDS = 30.0
-"""Between two checks of the budgets."""
+"""The longest time between two checks of the budgets."""
 NEAR_LIMIT_SHARE, SHARE = 1.0, 0.1
-"""Of the time, for adding up what is spent: one worker of all at a time does it."""
+"""The largest share of the time that adding up what is spent may take, over all workers; one adds up at a time."""
 PART = 0.1
-"""Of the time that the budgets will last, until they are checked again."""
+"""The budgets are checked again after this part of the time that they will last at the present pace."""
 SUPERVISOR_VARIABLE = "STUDY_SUPERVISED"
 """Environment variable of a launcher's workers: its process id. They end when it does."""
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))

@@ -214,7 +214,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     for arguments, what in (
         (
             ["--launcher", "ray", "--storage", typed],
-            "Ray shows a launcher's arguments; put the password into $PGPASSWORD",
+            "Ray shows the launcher's command line; put the password into $PGPASSWORD",
         ),
         (["--launcher", "ray", "--device", "cuda:1"], "Ray chooses the device"),
         (["--launcher", "ray", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),

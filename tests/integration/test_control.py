@@ -369,10 +369,10 @@ def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> No
             ("--launcher", "ray", "--gpus-per-worker", "0.00001"),
             "--gpus-per-worker must be 0 or a number from 0.0001 on",
         ),
-        (("--launcher", "ray", "--storage", "postgresql://me:hunt%65r2@h/x"), "Ray shows a launcher's arguments"),
+        (("--launcher", "ray", "--storage", "postgresql://me:hunt%65r2@h/x"), "Ray shows the launcher's command line"),
         (
             ("--launcher", "ray", "--storage", "postgresql://me@h/x?password=hunter2"),
-            "Ray shows a launcher's arguments",
+            "Ray shows the launcher's command line",
         ),
     ],
 )

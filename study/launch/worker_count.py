@@ -1,4 +1,4 @@
-"""Which devices of this machine work on a study, one a worker, and how many workers start."""
+"""How many workers start on this machine, and the device of each."""
 
 from __future__ import annotations
 

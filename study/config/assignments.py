@@ -1,0 +1,28 @@
+"""Parses `--set section.key=value` and puts the value into a config's tree."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from storage.errors import UserError
+
+
+def assign(tree: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set takes section.key=value, got {assignment!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word: data.name=imagefolder
+    for key in keys[:-1]:
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise UserError(f"--set {path}: {key} is a value, not a section")
+        tree = below
+    # Another kind of sampler or pruner has other parameters: those of the preset's kind go.
+    if keys[-1] == "kind" and tree.get("kind") != value:
+        tree.clear()
+    tree[keys[-1]] = value
