@@ -163,6 +163,7 @@ def _located(text: str, create: bool) -> tuple[URL, Path | None]:
 @contextmanager
 def _as_one_line(url: URL) -> Iterator[None]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.disable_default_handler()  # added when it is imported: `study.logs` shows its warnings once
     try:
         yield
     except (DatabaseError, optuna.exceptions.StorageInternalError, OSError) as error:

@@ -44,13 +44,18 @@ class ConsoleHandler(logging.Handler):
 
 
 class OncePerMessage(logging.Filter):
-    """Lets each message of a library through once: Optuna repeats some for every trial."""
+    """Lets each message of a library through a handler once: Optuna repeats some for every trial.
+
+    Of a handler, because a logger's filters do not see the records of the loggers below it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] in OURS:
+            return True
         message = record.getMessage()
         new = message not in self.seen
         self.seen.add(message)
@@ -77,10 +82,10 @@ def configure(verbosity: int = 0, file: Path | None = None) -> None:
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     for name in OURS:
         _attach(logging.getLogger(name), handlers, level)
-    libraries = logging.getLogger("optuna"), logging.getLogger("py.warnings")
-    for logger in libraries:
-        _attach(logger, handlers, logging.WARNING)
-        logger.addFilter(OncePerMessage())
+    for handler in handlers:
+        handler.addFilter(OncePerMessage())
+    for name in ("optuna", "py.warnings"):
+        _attach(logging.getLogger(name), handlers, logging.WARNING)
     warnings.showwarning = _log_warning
 
 
