@@ -38,10 +38,15 @@ def percent(value: float | None) -> str:
 
 def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tuple[int, ...] = ()) -> Table:
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i in left else "right", no_wrap=True)
+        table.add_column(Text(printable(head)), justify="left" if i in left else "right", no_wrap=True)
     for line in lines:
         table.add_row(*(Text(printable(cell)) for cell in line))
     return table

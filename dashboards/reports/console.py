@@ -12,13 +12,14 @@ from dashboards.conclusions import interval, verdict
 from dashboards.formatting import percent, plain_table, shown
 from dashboards.status import heading
 from dashboards.study_data import StudyData
+from storage.text import printable
 
 MOST_TRIALS = 60
 
 
 def report_text(data: StudyData) -> RenderableType:
     findings = aggregate.findings(data)
-    parts: list[RenderableType] = [Text("\n".join(heading(data.status)))]
+    parts: list[RenderableType] = [Text(printable("\n".join(heading(data.status))))]
     if any(len(cell.ended) > 1 for cell in findings.cells) or "policy" in data.parameters:
         parts.append(plain_table("Settings: mean (95 % interval)", *cells_table(data, findings), left=(0,)))
     else:
@@ -31,7 +32,7 @@ def report_text(data: StudyData) -> RenderableType:
         parts.append(_grid(data, table))
     sentences = verdict(data, findings)
     if sentences:
-        parts.append(Text("\n".join(["", *sentences])))
+        parts.append(Text(printable("\n".join(["", *sentences]))))
     return Group(*parts)
 
 
