@@ -27,6 +27,10 @@ from storage.text import command, printable
 SECONDS = 1.0
 """Between two looks of `--watch`."""
 MOST_FAILURES = 5
+WIDE = 110
+"""Characters of a terminal from which on the table of workers shows whole names and devices."""
+MACHINE_WIDTH = 24
+"""Characters of a machine's name in a narrower table, which then fits 80."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +108,22 @@ def read(engine: sa.Engine, name: str) -> Status:
     )
 
 
-def watch(engine: sa.Engine, name: str, console: Console) -> None:
+def watch(engine: sa.Engine, name: str, console: Console, storage: str | None = None) -> None:
     """Show the study until it has finished or the reader leaves (Ctrl-C).
+
+    Args:
+        storage: as in `page`.
 
     Raises:
         UserError: no such study.
     """
     status = read(engine, name)
-    with Live(page(status), console=console, auto_refresh=False, screen=False) as live:
+    with Live(page(status, storage, console.width), console=console, auto_refresh=False, screen=False) as live:
         while status.progress.finished < status.progress.total:
             time.sleep(SECONDS)
             try:
                 status = read(engine, name)
-                live.update(page(status), refresh=True)
+                live.update(page(status, storage, console.width), refresh=True)
             except DBAPIError as error:
                 if not retry.is_transient(error):
                     raise
@@ -137,7 +144,13 @@ def heading(status: Status) -> list[str]:
     return lines + [f"trial {number} failed: {error}" for number, error in status.failures.items()]
 
 
-def page(status: Status) -> RenderableType:
+def page(status: Status, storage: str | None = None, width: int = WIDE) -> RenderableType:
+    """The lines and tables of `study status`.
+
+    Args:
+        storage: the URL that commands need for `--storage`, as it may be shown; None: none.
+        width: of the terminal, in characters; below WIDE the table of workers shortens machines and leaves out devices.
+    """
     lines = heading(status)
     if status.seconds_left is not None:
         lines.append(f"about {timedelta(seconds=round(status.seconds_left))} left at the pace so far")
@@ -145,7 +158,7 @@ def page(status: Status) -> RenderableType:
     for trial in now.interrupted:
         lines.append(f"trial {trial.number} is interrupted (epoch {trial.epoch} of {_epochs(status)})")
     if now.finished < now.total:
-        resume = command("resume", status.name)
+        resume = command("resume", status.name, storage=storage)
         if status.stop == stop_requests.STOP_REQUESTED:
             lines.append(f"{status.stop}; continue with: {resume}")
         elif status.stop:
@@ -154,7 +167,7 @@ def page(status: Status) -> RenderableType:
             lines.append(f"paused: no worker runs; continue with: {resume}")
     parts: list[RenderableType] = [Text(printable("\n".join(lines)))]
     if now.running:
-        parts.append(_workers(now.running))
+        parts.append(_workers(now.running, narrow=width < WIDE))
     if status.failed_attempts:
         failed = [f"trial {a.number} on {_host(a.owner)}: {a.error}" for a in status.failed_attempts]
         parts.append(Text(printable("\n".join(["attempts that failed last:", *failed]))))
@@ -166,15 +179,22 @@ def _epochs(status: Status) -> str:
     return "?" if training.get("images") else f"{_largest(training.get('epochs', 1)):.0f}"
 
 
-def _workers(running: tuple[Running, ...]) -> Table:
-    heads = ["machine", "device", "trial", "epoch", "images/s", "best", "elapsed", "lease left"]
+def _workers(running: tuple[Running, ...], *, narrow: bool) -> Table:
+    heads = ["trial", "epoch", "images/s", "best", "elapsed", "lease left"]
+    heads = ["machine", *heads] if narrow else ["machine", "device", *heads]
     lines = []
     for trial in running:
         rate = f"{trial.images / trial.seconds:,.0f}" if trial.seconds else "–"
         elapsed, left = timedelta(seconds=round(trial.held_seconds)), f"{trial.lease_seconds_left:.0f} s"
         numbers = [str(trial.number), str(trial.epoch), rate, percent(trial.accuracy), str(elapsed), left]
-        lines.append([_host(trial.owner), trial.device, *numbers])
-    return plain_table("", heads, lines, left=(0, 1))
+        host, device = _host(trial.owner), trial.device
+        lines.append([_shortened(host, MACHINE_WIDTH), *numbers] if narrow else [host, device, *numbers])
+    return plain_table("", heads, lines, left=(0,) if narrow else (0, 1))
+
+
+def _shortened(text: str, width: int) -> str:
+    """The end of `text`, where a host's process is."""
+    return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
 def _host(owner: str) -> str:

@@ -128,11 +128,16 @@ def shown(url: str) -> str:
     return redact(parse(url))
 
 
+def option_for(url: str) -> str | None:
+    """What `--storage` has to say for a command on the storage at `url`, without passwords; None: it is not needed."""
+    return None if url == storage_url(None) else shown(url)
+
+
 def command_for(url: str, *words: str) -> str:
     """A command of ours on the storage at `url`, as it can be typed: with `--storage` where it is needed."""
     from storage.text import command
 
-    return command(*words, storage=None if url == storage_url(None) else shown(url))
+    return command(*words, storage=option_for(url))
 
 
 def data_root(option: Path | None) -> str | None:

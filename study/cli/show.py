@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from storage.errors import UserError
-from study.cli.options import Storage, out, read_study, shown, storage_url
+from study.cli.options import Storage, option_for, out, read_study, shown, storage_url
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ def status(
     from dashboards import status as statuses
     from storage.engine import open_engine
 
-    engine = open_engine(storage_url(storage))
+    url = storage_url(storage)
+    engine = open_engine(url)
     if name is None:
         names = [summary.name for summary in statuses.summaries(engine)]
         if len(names) != 1:
@@ -44,11 +45,12 @@ def status(
             return
         name = names[0]
     if watch:
-        statuses.watch(engine, name, out)
+        statuses.watch(engine, name, out, option_for(url))
     elif to_json is not None:
         _write(to_json, json.dumps(statuses.document(statuses.read(engine, name)), indent=2))
     else:
-        out.print(statuses.page(statuses.read(engine, name)), soft_wrap=True)
+        page = statuses.page(statuses.read(engine, name), option_for(url), out.width)
+        out.print(page, soft_wrap=not out.is_terminal)
 
 
 def list_(storage: Storage = None, to_json: Json = None) -> None:
