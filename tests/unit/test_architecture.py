@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,18 @@ def test_optunas_private_parts_are_imported_in_one_file() -> None:
     """`storage/optuna_internals.py` says what each is for; an upgrade of Optuna has one place to look at."""
     users = {module_of(path) for path in FILES for name in imports(path) if _is_private(name)}
     assert users <= {"storage.optuna_internals"}
+
+
+def test_every_package_and_data_file_is_installed() -> None:
+    """setuptools installs the packages and data files that pyproject.toml names, and no others."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = [path for package in OURS for path in (ROOT / package).rglob("*") if path.is_file()]
+    for path in (path.relative_to(ROOT) for path in files if "__pycache__" not in path.parts):
+        package = ".".join(path.parts[:-1])
+        assert package in setuptools["packages"], package
+        patterns = ["*.py", *setuptools["package-data"].get(package, [])]
+        assert any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns), f"{path} is not package data"
+    assert all((ROOT / package / "py.typed").is_file() for package in OURS)
 
 
 def _is_private(name: str) -> bool:
