@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTABLE := .venv/.testable
-TRAINING_TESTS := tests/unit/test_training.py tests/unit/test_graphs.py tests/unit/test_policies.py tests/integration/test_study.py
+TRAINING_TESTS := tests/unit/test_training.py tests/unit/test_cuda_graphs.py tests/unit/test_policies.py tests/integration/test_study.py
 # Every worker is a process that imports torch: 2.0 s of processor time from byte code, 4.2 s without.
 unexport PYTHONDONTWRITEBYTECODE
 
