@@ -90,7 +90,7 @@ def seconds(work: list[Load], pace: Pace, devices: int) -> float:
     return max(max(each), sum(each) / devices)
 
 
-def measure(config: StudyConfig, device_name: str) -> Pace:
+def measure(config: StudyConfig, device_name: str, threads: int = 1) -> Pace:
     """Train the config's network on random images for a moment: a first epoch to warm up, then at least a second."""
     import torch
 
@@ -104,6 +104,8 @@ def measure(config: StudyConfig, device_name: str) -> Pace:
     be_deterministic(config.training.deterministic)
     keep_freed_memory()
     device = torch.device(device_name)
+    if device.type == "cpu":  # as a worker has
+        torch.set_num_threads(threads)
     everything, validation, _ = split_sizes(config)
     batch = largest(config.training.batch_size)
     size = min(space.largest_alpha(config) or everything, (2 if device.type == "cpu" else 16) * batch)

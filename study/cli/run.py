@@ -225,17 +225,18 @@ def bench(
     """
     from study import estimate
     from study.config.loading import load_config, preset_names
-    from study.launch.worker_count import local_devices
+    from study.launch.worker_count import local_devices, worker_threads
 
     configs = {name: load_config(name, assignments or []) for name in ([preset] if preset else preset_names())}
     devices = local_devices(device, None)
+    parallel = devices if devices[0] == "cpu" else set(devices)
     paces: dict[tuple[object, ...], estimate.Pace] = {}
     for name, config in configs.items():
         key = estimate.key(config)
         if key not in paces:
-            paces[key] = estimate.measure(config, devices[0])
+            paces[key] = estimate.measure(config, devices[0], worker_threads())
             estimate.remember(config, devices[0].partition(":")[0], paces[key])
-        typer.echo(f"{name}: {estimate.estimate(config, paces[key], len(devices))}")
+        typer.echo(f"{name}: {estimate.estimate(config, paces[key], len(parallel))}")
 
 
 def _launcher(options: LaunchOptions, url: str, budget: list[str] | None) -> tuple[Launcher, dict[str, float] | None]:
@@ -294,8 +295,9 @@ def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int, 
     if not isinstance(workforce, LocalLauncher):
         return
     devices = workforce.devices
+    parallel = devices if devices[0] == "cpu" else set(devices)
     if pace := estimate.recall(study.config, devices[0].partition(":")[0]):
-        text = estimate.estimate(study.config, pace, len(set(devices)), sizes)
+        text = estimate.estimate(study.config, pace, len(parallel), sizes)
         logger.info("%s (pace measured by `study bench` on %s)", text, pace.on)
 
 

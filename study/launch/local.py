@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from storage.errors import UserError
 from study.create import OpenStudy
 from study.exit_codes import BAD_INPUT, BUDGET_SPENT, DATABASE_UNAVAILABLE, INTERRUPTED, OK, STOPPED
-from study.launch.worker_count import local_devices
+from study.launch.worker_count import local_devices, worker_threads
 from study.logs import PREFIXES
 from study.training.energy import SHARE
 from study.worker.stop_monitor import SUPERVISOR_VARIABLE
@@ -110,7 +110,7 @@ class LocalLauncher:
 
     def __init__(self, device: str, workers: int | None, threads: int | None = None) -> None:
         self.devices = local_devices(device, workers)
-        self.threads = str(threads or os.environ.get("OMP_NUM_THREADS") or 1)
+        self.threads = str(worker_threads(threads))
         self.workers: list[WorkerProcess] = []
         self.deaths = 0
         self.codes: set[int] = set()

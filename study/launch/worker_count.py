@@ -55,6 +55,12 @@ def cpu_workers() -> int:
     return max(1, min(usable_cores(), available_memory() // WORKER_BYTES))
 
 
+def worker_threads(option: int | None = None) -> int:
+    """Threads of a worker on a CPU: the option, else $OMP_NUM_THREADS, else 1."""
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    return option or (int(variable) if variable.isdecimal() and int(variable) else 1)
+
+
 def usable_cores() -> int:
     """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

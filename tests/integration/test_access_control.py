@@ -506,7 +506,7 @@ def test_read_only_with_every_route_of_optuna_dashboard(url: str) -> None:
     )
     harness.work()
     before = contents(harness.storage.engine)
-    storage = open_storage(url, create=False, reading=True)
+    storage = open_storage(url, create=False, reading=True, may_write=True)
     make_read_only(storage.engine)
     application = optuna_dashboard.wsgi(optuna.storages.get_storage(storage))
     browser = Browser(read_only=True)
@@ -543,7 +543,7 @@ class RealBrowser(Browser):
 
     def __init__(self, url: str, **options: Any) -> None:
         super().__init__(**options)
-        storage = open_storage(url, create=False, reading=True)
+        storage = open_storage(url, create=False, reading=True, may_write=True)
         self.dashboard = optuna_dashboard.wsgi(optuna.storages.get_storage(storage))
         self.dashboard.install(RouteRules(storage))
         self.control.application = self.dashboard
@@ -668,7 +668,7 @@ def test_an_artifact_is_saved_and_not_shown(sqlite_url: str, tmp_path: Path) -> 
         optuna.artifacts.upload_artifact(artifact_store=store, file_path=str(page), study_or_trial=one, mimetype=kind)
         for one, kind in [(harness.study, "text/html"), (harness.study, "text/html\r\nX-Evil: 1")]
     ]
-    storage = open_storage(sqlite_url, create=False, reading=True)
+    storage = open_storage(sqlite_url, create=False, reading=True, may_write=True)
     browser = RealBrowser(sqlite_url)
     application = optuna_dashboard.wsgi(optuna.storages.get_storage(storage), artifact_store=store)
     application.install(RouteRules(storage))
@@ -816,7 +816,7 @@ from dashboards.server import serve
 from storage.engine import open_storage
 if {request_seconds}:
     serve.REQUEST_SECONDS = {request_seconds}
-storage = open_storage({url!r}, create=False, reading=True)
+storage = open_storage({url!r}, create=False, reading=True, may_write=True)
 serve.serve(storage, "127.0.0.1", 0, lambda at: print(at, file=sys.stderr, flush=True), {arguments})
 """
     return [sys.executable, "-c", code]

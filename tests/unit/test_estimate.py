@@ -102,7 +102,7 @@ def test_launch_says_what_bench_measured(monkeypatch: pytest.MonkeyPatch, tmp_pa
     said = study("bench", "quick", *SMALL, "--device", "cpu", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert re.fullmatch(
-        r"quick: (about .+ if nothing is pruned on cpu .*: 8 trials, 440 training images .*)\n", said.stdout
+        r"quick: (about .+ if nothing is pruned on (?:\d+ x )?cpu .*: 8 trials, 440 training images .*)\n", said.stdout
     )
     after = study("launch", "quick", *SMALL, "--device", "cpu", cwd=tmp_path)
     assert said.stdout.removeprefix("quick: ").strip() in after.stderr

@@ -341,6 +341,7 @@ def test_a_damaged_cache_file_is_decoded_again(
     }  # fmt: skip
     path.write_bytes(damaged[damage])
     caplog.set_level(logging.INFO, "study.training.data")
+    caplog.clear()
     again = load(root)
     assert np.array_equal(again.train_images, first.train_images)
     assert [message.partition(" (")[0] for message in caplog.messages] == [
