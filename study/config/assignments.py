@@ -7,15 +7,25 @@ from typing import Any
 
 from storage.errors import UserError
 
+MOST_LEVELS = 10
+"""Of the sections of a key."""
+
 
 def assign(tree: dict[str, Any], assignment: str) -> None:
+    """Set the key of `assignment` in `tree`, in place.
+
+    Raises:
+        UserError: it is not section.key=value, or a section of it is a value.
+    """
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"--set takes section.key=value, got {assignment!r}")
+    if not equals or not all(keys) or len(keys) > MOST_LEVELS:
+        raise UserError(f"--set takes section.key=value, got {assignment[:200]!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError:
+        raise UserError(f"--set {path}: its value is nested too deeply, got {text[:40]!r}…") from None
+    except ValueError:  # not TOML, or a number of thousands of digits
         value = text.strip()  # a bare word: data.name=imagefolder
     for key in keys[:-1]:
         below = tree.setdefault(key, {})

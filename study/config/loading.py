@@ -66,9 +66,12 @@ def parse_config(tree: Mapping[str, Any]) -> StudyConfig:
 def _sentence(fault: Any) -> str:
     kinds = {"grid", "random", "tpe", "gp", "cma-es", "qmc", "none", "median", "percentile"}
     kinds |= {"successive-halving", "hyperband", "patient"}
-    location = [str(key) for key in fault["loc"] if str(key) not in kinds | {"int", "float", "str", "Range"}]
+    path, unknown = [str(key) for key in fault["loc"]], fault["type"] == "extra_forbidden"
+    typed = {0, len(path) - 1} if unknown else {0}  # what somebody wrote, and not pydantic's name of an alternative
+    kinds |= {"int", "float", "str", "Range"}
+    location = [key for position, key in enumerate(path) if position in typed or key not in kinds]
     where = ".".join(location)
-    if fault["type"] == "extra_forbidden":
+    if unknown:
         return f"unknown key {where}{_did_you_mean(location[-1], _known_keys(location[:-1]))}"
     if fault["type"] == "union_tag_invalid":
         context = fault["ctx"]

@@ -88,10 +88,15 @@ def test_set_makes_a_search_of_any_number() -> None:
         (["search.sampler=annealing"], ["must be one of grid, random, tpe, gp, cma-es, qmc, got 'annealing'"]),
         (["pruning.kind=medain"], ["must be one of none, median"]),
         (["pruning.patience=3"], ["unknown key pruning.patience"]),
+        (["hyperband=3"], ["unknown key hyperband"]),
+        (["pruning.hyperband=3"], ["unknown key pruning.hyperband"]),
         (["data.holdout=1"], ["data.holdout", "less than 1"]),
         (["network.width=-1"], ["network.width", "greater than 0, got -1"]),
         (["epochs"], ["--set takes section.key=value, got 'epochs'"]),
         (["policy.beta.x=1"], ["beta is a value, not a section"]),
+        ([f"policy.beta={'[' * 100_000}"], ["policy.beta: its value is nested too deeply"]),
+        ([f"{'.'.join('a' * 5000)}=1"], ["--set takes section.key=value"]),
+        ([f"policy.alpha={'9' * 5000}"], ["policy.alpha"]),
     ],
 )
 def test_bad_values_are_refused_in_one_sentence(assignments: list[str], faults: list[str]) -> None:
