@@ -306,7 +306,7 @@ def spread(values: list[float], form: str = ".0f") -> str:
 
 
 @dataclass
-class Found:
+class Rounds:
     """One contestant's rounds."""
 
     first_seconds: float
@@ -320,40 +320,40 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
     return spread([a / b for a, b in zip(ours, theirs, strict=True)], ".2f")
 
 
-def measure(task: Task, names: list[str], rounds: int) -> dict[str, Found]:
+def measure(task: Task, names: list[str], rounds: int) -> dict[str, Rounds]:
     spawn = multiprocessing.get_context("spawn")
-    found, pipes, processes = {}, {}, []
+    results, pipes, processes = {}, {}, []
     for name in names:
         pipes[name], theirs = spawn.Pipe()
         # Not daemons: their DataLoaders start processes.
         processes.append(spawn.Process(target=contestant, args=(name, task, theirs)))
         processes[-1].start()
         theirs.close()
-        found[name] = Found(pipes[name].recv()[0], [], [])
-        print(f"{name}: first epoch {found[name].first_seconds:.1f} s", file=sys.stderr, flush=True)
+        results[name] = Rounds(pipes[name].recv()[0], [], [])
+        print(f"{name}: first epoch {results[name].first_seconds:.1f} s", file=sys.stderr, flush=True)
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             pipes[name].send(True)
             seconds, spent = pipes[name].recv()
-            found[name].rates.append(task.images / seconds)
-            found[name].thrifts.append(task.images / spent)
-            line = f"round {number + 1} {name}: {found[name].rates[-1]:.0f} images/s, {spent:.1f} CPU seconds"
+            results[name].rates.append(task.images / seconds)
+            results[name].thrifts.append(task.images / spent)
+            line = f"round {number + 1} {name}: {results[name].rates[-1]:.0f} images/s, {spent:.1f} CPU seconds"
             print(line, file=sys.stderr, flush=True)
     for name, process in zip(names, processes, strict=True):
         pipes[name].send(False)
         process.join()
-    return found
+    return results
 
 
-def figure(found: dict[str, Found]) -> str:
+def figure(results: dict[str, Rounds]) -> str:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     titles = ("Images a second of processor time", "Trainer over it, round by round (wall clock)")
     chart = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
-    mine = found["ours"].rates
-    for name, one in reversed(found.items()):
+    mine = results["ours"].rates
+    for name, one in reversed(results.items()):
         ratios = [] if name == "ours" else [a / b for a, b in zip(mine, one.rates, strict=True)]
         colour = "#1f77b4" if name == "ours" else "#7f7f7f"
         for column, values in ((1, one.thrifts), (2, ratios)):
@@ -397,13 +397,13 @@ def main() -> None:
     print(f"{device} ({where}, {platform.machine()}), torch {torch.__version__}, {name}, {images} images a round")
     print(f"data: {decode:.2f} s at the first call, {again:.2f} s from the cache")
     before = floor(task)
-    found = measure(task, names, options.rounds)
+    results = measure(task, names, options.rounds)
     after = floor(task)
 
     print("\n| contestant | images/s | Trainer over it | images a CPU second | Trainer over it | first epoch, s |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for each, one in found.items():
-        mine = found.get("ours", one)
+    for each, one in results.items():
+        mine = results.get("ours", one)
         print(
             f"| {CONTESTANTS[each][0]} | {spread(one.rates)} | {ratio(mine.rates, one.rates)} "
             f"| {spread(one.thrifts)} | {ratio(mine.thrifts, one.thrifts)} | {one.first_seconds:.1f} |"
@@ -416,10 +416,10 @@ def main() -> None:
         )
         print(f"floor {moment}: {traffic}: {bound['images_by_bytes']:.0f} images/s")
     if options.json:
-        rows = {name: vars(one) for name, one in found.items()}
+        rows = {name: vars(one) for name, one in results.items()}
         options.json.write_text(json.dumps({"contestants": rows, "before": before, "after": after}))
     if options.html:
-        options.html.write_text(figure(found))
+        options.html.write_text(figure(results))
 
 
 if __name__ == "__main__":

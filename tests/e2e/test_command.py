@@ -1,4 +1,4 @@
-"""The command as users have it: launched, looked at, killed, gone on with; and its answers to bad input."""
+"""The command as users have it: launched, looked at, killed, resumed; and its answers to bad input."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def outcome(url: str, name: str) -> list[tuple[Any, ...]]:
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.05)
     raise AssertionError("it did not happen")
 
@@ -66,7 +66,7 @@ opened = functools.cache(open_engine)
 
 
 def there(url: str, name: str) -> tuple[Engine, int] | None:
-    """The study, once it is laid down."""
+    """The study, once it is created."""
     with suppress(UserError):
         return opened(url), find(opened(url), name)[0]
     return None
@@ -79,8 +79,8 @@ def worker_pid(url: str, name: str, epochs: range = range(1, 1_000_000)) -> int 
 
 def working(url: str, name: str, epochs: range = range(1_000_000)) -> list[int]:
     """The processes that hold live leases and have stored so many epochs of their trials."""
-    found = there(url, name)
-    running = progress(*found).running if found else ()
+    study_there = there(url, name)
+    running = progress(*study_there).running if study_there else ()
     return [process(trial.owner) for trial in running if trial.epoch in epochs]
 
 
@@ -134,13 +134,13 @@ def undisturbed(finished: Path) -> list[tuple[Any, ...]]:
     return outcome(f"sqlite:///{finished}/study.db", "quick")
 
 
-def test_status_tells_people_and_programs(finished: Path) -> None:
-    told = json.loads(study("status", "quick", "--json", "-", cwd=finished).stdout)
-    assert told["name"] == "quick"
-    assert told["total"] == told["tickets"] == 4
-    assert told["states"] == {"waiting": 0, "running": 0, "interrupted": 0, "complete": 4, "pruned": 0, "failed": 0}
-    assert set(told["best_params"]) == {"alpha", "beta"}
-    assert 0 < told["best_value"] <= 1
+def test_status_prints_a_table_and_json(finished: Path) -> None:
+    document = json.loads(study("status", "quick", "--json", "-", cwd=finished).stdout)
+    assert document["name"] == "quick"
+    assert document["total"] == document["tickets"] == 4
+    assert document["states"] == {"waiting": 0, "running": 0, "interrupted": 0, "complete": 4, "pruned": 0, "failed": 0}
+    assert set(document["best_params"]) == {"alpha", "beta"}
+    assert 0 < document["best_value"] <= 1
     people = study("status", "quick", cwd=finished).stdout
     assert "4 complete" in people
     assert "holdout" in people
@@ -165,7 +165,7 @@ def test_report_shows_every_cell_and_the_grid(finished: Path) -> None:
     assert not any(f'{attribute}="http' in html for attribute in ("src", "href"))  # nothing to fetch
 
 
-def test_the_best_are_confirmed_and_told_beside_what_they_were_found_at(finished: Path, tmp_path: Path) -> None:
+def test_confirm_trains_the_best_again_and_reports_both(finished: Path, tmp_path: Path) -> None:
     exported = study("export", "quick", str(tmp_path / "study.db"), cwd=finished)
     assert exported.returncode == 0, exported.stderr
     done = study("confirm", "quick", "--top", "1", "--seeds", "2", "--device", "cpu", cwd=tmp_path)
@@ -174,8 +174,8 @@ def test_the_best_are_confirmed_and_told_beside_what_they_were_found_at(finished
     assert "on the test split, evaluated once," in done.stdout
     numbers = tmp_path / "report.json"
     assert study("report", "quick", "quick-confirmed", "--json", str(numbers), cwd=tmp_path).returncode == 0
-    found, confirmed = json.loads(numbers.read_text())
-    assert confirmed["cells"][0]["parameters"] == found["best_params"]
+    study_rows, confirmed = json.loads(numbers.read_text())
+    assert confirmed["cells"][0]["parameters"] == study_rows["best_params"]
     assert confirmed["cells"][0]["test"]["n"] == 2
     refused = study("confirm", "quick", "--top", "99", cwd=tmp_path)
     assert refused.returncode == 2
@@ -251,7 +251,7 @@ def test_a_study_moves_by_file_and_by_copy(finished: Path, undisturbed: list[tup
 
 
 def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tmp_path: Path) -> None:
-    """On PostgreSQL, with a budget of blank tickets: exactly as many trials as tickets.
+    """On PostgreSQL, with blank queued trials: exactly as many trials end as were queued.
 
     The two are stopped (SIGSTOP) in their trials until the third has finished one.
     """
@@ -277,11 +277,11 @@ def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tm
     for worker in two:
         os.kill(worker, signal.SIGCONT)
     out, err = launcher.communicate(timeout=120)
-    _, said = joined.communicate(timeout=120)
-    assert (launcher.returncode, joined.returncode) == (0, 0), err + said
+    _, joined_err = joined.communicate(timeout=120)
+    assert (launcher.returncode, joined.returncode) == (0, 0), err + joined_err
     assert {*two, joined.pid} <= set(finished_by())
-    told = json.loads(study("status", "quick", "--json", "-", "--storage", url, cwd=tmp_path).stdout)
-    assert told["states"]["complete"] == told["total"] == 7
+    document = json.loads(study("status", "quick", "--json", "-", "--storage", url, cwd=tmp_path).stdout)
+    assert document["states"]["complete"] == document["total"] == 7
     assert "7 complete" in out
 
 

@@ -174,8 +174,8 @@ class Host:
     def environment(self, name: str) -> dict[str, str]:
         own = {key: self.local(text) for key, text in self.services[name]["environment"].items()}
         ours = ("PYTHONPATH", "STUDY_CACHE", "OMP_NUM_THREADS")
-        kept = {key: os.environ[key] for key in ours if key in os.environ}
-        return kept | own | {
+        passed_on = {key: os.environ[key] for key in ours if key in os.environ}
+        return passed_on | own | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(self.folder / "home"),
             "TMPDIR": str(self.folder / "tmp"),
@@ -387,13 +387,13 @@ def test_the_images_installation_in_an_empty_folder(tmp_path: Path) -> None:
     """COPY and RUN in their order, below another root; the user and the folders of the image are left out."""
     work, venv = tmp_path / "study", tmp_path / "venv"
     work.mkdir()
-    kept = [line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"]
+    included = [line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"]
     ran = 0
     for verb, rest in re.findall(r"^(COPY|RUN) (.*)$", DOCKERFILE, flags=re.MULTILINE):
         if verb == "COPY":
             *sources, target = rest.split()
             for source in sources:
-                assert source in kept
+                assert source in included
                 if (ROOT / source).is_dir():
                     shutil.copytree(ROOT / source, work / target, ignore=shutil.ignore_patterns("__pycache__"))
                 else:

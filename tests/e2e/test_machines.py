@@ -25,8 +25,8 @@ DOC = (Path(__file__).parents[2] / "docs" / "guides" / "machines.md").read_text(
 
 
 def block(kind: str) -> str:
-    (found,) = re.findall(rf"```{kind}\n(.*?)```", DOC, flags=re.DOTALL)
-    return str(found)
+    (block,) = re.findall(rf"```{kind}\n(.*?)```", DOC, flags=re.DOTALL)
+    return str(block)
 
 
 def test_the_kubernetes_manifests_keep_to_the_schemas() -> None:
@@ -147,7 +147,7 @@ def slurm() -> Iterator[Slurm]:
 
 @pytest.mark.slow
 def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: Path) -> None:
-    """Two array tasks: preempted, gone on with, requeued near their time limit by themselves; the outcome is equal."""
+    """Two array tasks: preempted, resumed, requeued near their time limit by themselves; the outcome is equal."""
     url, quiet = postgres.new_database(), f"sqlite:///{tmp_path / 'study.db'}"
     script = block("sbatch").replace("0-7", "0-1").replace("--gpus-per-task=1 ", "").replace("--cpus-per-task=4", "")
     script = script.replace("04:00:00", "00:01:00").replace("USR1@120", "USR1@30")
@@ -155,15 +155,15 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
     variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "STUDY_STORAGE": url}
     launch = ["launch", "quick", *SMALL, "--set", "training.epochs=100", "--set", "lease.seconds=10"]
 
-    def said() -> str:
+    def log_text() -> str:
         return "".join(path.read_text() for path in slurm.folder.glob("slurm-*.out"))
 
     job = slurm("sbatch", "--parsable", "study.sbatch", *launch, **variables).strip()
     wait_for(lambda: worker_pid(url, "quick"), 120)
     slurm("sbatch", "--partition=owner", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 3")
     wait_for(lambda: slurm.states(job) == {"PENDING"}, 120)
-    assert "DUE TO PREEMPTION" in said()
-    assert "stopped; nothing is lost" in said()
+    assert "DUE TO PREEMPTION" in log_text()
+    assert "interrupted; nothing is lost" in log_text()
 
     pending: dict[str, float] = {}
 
@@ -172,7 +172,7 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
         the second in which the old one was revoked, and is refused. Once has been seen, it gets the time that it needs.
         """
         states = dict(line.split() for line in slurm.queue(job))
-        longer = ["TimeLimit=30"] if "DUE TO JOB REQUEUE" in said() else []
+        longer = ["TimeLimit=30"] if "DUE TO JOB REQUEUE" in log_text() else []
         for task, state in states.items():
             since = pending.setdefault(task, time.monotonic()) if state == "PENDING" else pending.pop(task, None)
             if state == "PENDING" and since is not None and time.monotonic() - since > 5:
@@ -180,7 +180,7 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
         return set(states.values()) == {"COMPLETED"}
 
     wait_for(ended, 900)
-    assert "DUE TO JOB REQUEUE" in said()  # by the script, before its time was up
+    assert "DUE TO JOB REQUEUE" in log_text()  # by the script, before its time was up
     assert [row[1] for row in outcome(url, "quick")] == ["complete"] * 4
 
     done = study(*launch, "--storage", quiet, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -194,4 +194,4 @@ def test_the_slurm_script_on_slurm(slurm: Slurm, postgres: Postgres, tmp_path: P
     slurm("scancel", again)
     wait_for(lambda: slurm.states(again) == {"CANCELLED"}, 60)
     storage = open_storage(url, create=False, reading=True)
-    assert progress(storage.engine, storage.get_study_id_from_name("cancelled")).running == ()  # leases given back
+    assert progress(storage.engine, storage.get_study_id_from_name("cancelled")).running == ()  # released

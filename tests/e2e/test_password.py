@@ -63,8 +63,8 @@ def test_a_password_is_seen_nowhere(way: str, tmp_path: Path) -> None:
         out, err = launcher.communicate()
         assert launcher.returncode == 0, err
         assert any("worker" in line and "quick" in line for line in seen)  # we did look while they ran
-        told = study("status", "quick", "--json", "-", cwd=tmp_path, env=os.environ | environment)
-        assert told.returncode == 0
+        status = study("status", "quick", "--json", "-", cwd=tmp_path, env=os.environ | environment)
+        assert status.returncode == 0
 
         stored = []
         with sa.create_engine(
@@ -73,7 +73,7 @@ def test_a_password_is_seen_nowhere(way: str, tmp_path: Path) -> None:
             for table in sa.inspect(connection).get_table_names():
                 stored += [str(tuple(row)) for row in connection.exec_driver_sql(f"SELECT * FROM {table}")]
         assert any("train_images" in row for row in stored)
-        for text in (out, err, told.stdout, told.stderr, without.stderr, *seen, *stored):
+        for text in (out, err, status.stdout, status.stderr, without.stderr, *seen, *stored):
             assert "hunter2" not in text
     finally:
         server.stop()

@@ -26,6 +26,7 @@ import sqlalchemy as sa
 from storage.errors import UserError
 from storage.queries import Running, attempts, progress
 from storage.schema import ATTEMPTS, EPOCHS
+from study import exit_codes
 from study.launch.ray import secret_url
 from tests.e2e.test_command import study, there
 from tests.e2e.test_command import wait_for as wait
@@ -56,7 +57,7 @@ LONG = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """The head; tests add nodes, and take them away."""
+    """The head; tests add nodes and remove them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         head = {**NODE, "include_dashboard": DASHBOARD, "_system_config": NOTICED_SOON}
@@ -88,10 +89,10 @@ def below(pid: int) -> list[int]:
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for each in found:
-        found += [child for child, parent in parents.items() if parent == each]
-    return found
+    pids = [pid]
+    for each in pids:
+        pids += [child for child, parent in parents.items() if parent == each]
+    return pids
 
 
 def raylet(node: Any) -> int:
@@ -129,9 +130,9 @@ def test_a_cluster_of_its_own(sqlite_url: str, undisturbed: list[tuple[Any, ...]
     """Where none runs (so before the others here), one is started for the command; it cannot be left behind."""
     harness = Harness(sqlite_url, config_of())
     asked = ["resume", "s", "--storage", sqlite_url, "--launcher", "ray", "--device", "cpu", "--workers", "1"]
-    told = study(*asked, "--detach", cwd=tmp_path)
-    assert told.returncode == 2
-    assert "ray start --head" in told.stderr
+    refused = study(*asked, "--detach", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "ray start --head" in refused.stderr
     done = study(*asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert harness.outcome() == undisturbed
@@ -170,7 +171,7 @@ def test_nobody_sees_the_password_and_the_outcome_is_a_single_workers(
     session = Path(cluster.head_node.get_session_dir_path())
     files = [file.read_bytes().decode(errors="replace") for file in session.rglob("*") if file.is_file()]
     assert any("study worker s " in line for line in seen)  # we did look while they ran
-    assert any("crew of s" in line for line in seen)
+    assert any("supervisor of s" in line for line in seen)
     assert not DASHBOARD or any("study worker s" in line for line in seen if line.startswith("{"))  # a page
     assert any("RaySupervisor" in text for text in files)
     for text in (out, err, *seen, *files):
@@ -178,7 +179,7 @@ def test_nobody_sees_the_password_and_the_outcome_is_a_single_workers(
 
 
 def tables(cluster: Cluster) -> Iterator[str]:
-    """All that Ray's control store tells: actors, jobs, nodes, and what programs keep there."""
+    """All that Ray's control store returns: actors, jobs, nodes, and what programs keep there."""
     state = GlobalState()
     state._initialize_global_state(GcsClientOptions.create(cluster.address, None, True, False))
     yield f"{state.actor_table(None)} {state.job_table()} {state.node_table()}"
@@ -221,21 +222,21 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         (["--workers", "0"], "at least 1, or max"),
         (["--gpus-per-worker", "1"], "need --launcher ray"),
     ):
-        told = study("launch", "quick", *arguments, cwd=tmp_path)
-        assert told.returncode == 2, told.stderr
-        assert what in told.stderr
-        assert len(told.stderr.splitlines()) == 1
-        assert "hunter2" not in told.stderr
+        refused = study("launch", "quick", *arguments, cwd=tmp_path)
+        assert refused.returncode == 2, refused.stderr
+        assert what in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+        assert "hunter2" not in refused.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_a_cluster_of_the_environment_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """Not waited for, and not replaced by another."""
     for address in ("ray://127.0.0.1:1", "127.0.0.1:1"):
-        told = study("launch", "quick", "--launcher", "ray", cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": address})
-        assert told.returncode == 2, told.stderr
-        assert f"no Ray cluster at --address {address}" in told.stderr
-        assert len(told.stderr.splitlines()) == 1
+        refused = study("launch", "quick", "--launcher", "ray", cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": address})
+        assert refused.returncode == 2, refused.stderr
+        assert f"no Ray cluster at --address {address}" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -268,7 +269,7 @@ def test_nodes_come_and_go(
 def test_launchers_come_and_go(
     cluster: Cluster, postgres: Postgres, tmp_path: Path, long_undisturbed: list[tuple[Any, ...]]
 ) -> None:
-    """Killed, another attached for fewer workers, interrupted, gone on with, stopped; one crew at a time."""
+    """Killed, another attached for fewer workers, interrupted, resumed, stopped; one supervisor at a time."""
     harness = Harness(url := postgres.new_database(), config_of(**LONG))
     first = started(cluster, url, tmp_path, "--workers", "2")
     two = wait_for(lambda: running(harness) if len(running(harness)) == 2 else None)
@@ -280,7 +281,7 @@ def test_launchers_come_and_go(
     assert one in two  # the same process as before
     second.send_signal(signal.SIGINT)
     _, err = second.communicate(timeout=100)
-    assert second.returncode == 130, err
+    assert second.returncode == exit_codes.INTERRUPTED, err
     assert "attached to its workers" in err
     assert "nothing is lost" in err
     assert not running(harness)
@@ -291,8 +292,8 @@ def test_launchers_come_and_go(
     wait_for(lambda: not running(harness))
     assert time.monotonic() - asked < 10  # seconds, on two crowded cores
     _, err = third.communicate(timeout=100)
-    assert third.returncode == 130, err
-    assert "stopped: asked to stop by `study stop`; nothing is lost; go on with: study resume s" in err
+    assert third.returncode == exit_codes.STOPPED, err
+    assert "stopped by `study stop`; nothing is lost; continue with: study resume s" in err
     left = study(*command(cluster, url, "--workers", "2", "--detach"), cwd=tmp_path)
     assert left.returncode == 0, left.stderr
     wait_for(lambda: not harness.queue().unfinished())
@@ -337,27 +338,27 @@ def test_each_node_decodes_its_images_once(cluster: Cluster, postgres: Postgres,
     finally:
         launcher.kill()
         cluster.remove_node(node)
-    assert launcher.returncode == 130, err
+    assert launcher.returncode == exit_codes.INTERRUPTED, err
     assert err.count(decoded) == 1  # the launcher itself, for the head's machine
     assert len(list(cache.glob("*.npz"))) == 1
     session = Path(cluster.head_node.get_session_dir_path())
-    told = [file.read_text(errors="replace").count(decoded) for file in session.rglob("worker-*.err")]
-    assert sum(told) == 1
+    counts = [file.read_text(errors="replace").count(decoded) for file in session.rglob("worker-*.err")]
+    assert sum(counts) == 1
 
 
 @pytest.mark.slow
 def test_a_node_that_refuses_and_a_worker_that_dies_are_not_the_studys_end(
     cluster: Cluster, postgres: Postgres, tmp_path: Path
 ) -> None:
-    """None has the data: refused. One cannot keep decoded images: it is kept away from, also when one of the other's
-    workers is killed.
+    """None has the data: refused. One cannot cache decoded images: no worker starts there again, also when one of the
+    other's workers is killed.
     """
     root, url = folder(tmp_path / "images", {"a": 60, "b": 60}), postgres.new_database()
     node = cluster.add_node(**NODE, env_vars={"STUDY_CACHE": "/proc/none"})
     asked = ["launch", "quick", "--set", "data.name=imagefolder", "--data-root", str(root), "--storage", url]
     asked += ["--set", "policy.alpha=[50]", "--set", "training.epochs=100", "--set", "pruning=none"]
-    laid = study(*asked, "--device", "cpu", "--budget", "1 images", cwd=tmp_path)
-    assert laid.returncode == 130, laid.stderr
+    created = study(*asked, "--device", "cpu", "--budget", "1 images", cwd=tmp_path)
+    assert created.returncode == exit_codes.BUDGET_SPENT, created.stderr
     there_it_is = ["--launcher", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
     nowhere = ["resume", "quick", "--storage", url, "--data-root", "/nowhere", "--budget", "none"]
     refused = study(*nowhere, *there_it_is, cwd=tmp_path)
@@ -382,7 +383,7 @@ def test_a_node_that_refuses_and_a_worker_that_dies_are_not_the_studys_end(
 
 
 @pytest.mark.slow
-def test_a_database_that_stays_away_ends_a_launch_with_75(
+def test_a_database_unavailable_for_too_long_ends_a_launch_with_75(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_undisturbed: list[tuple[Any, ...]]
 ) -> None:
     """And nothing is lost: the trial's checkpoint waits on the node's disk."""
@@ -480,8 +481,8 @@ def test_a_second_machine_makes_loopback_unreachable(cluster: Cluster, postgres:
     try:
         url = postgres.new_database()
         Harness(url, config_of())
-        told = study(*command(cluster, url), cwd=tmp_path)
+        refused = study(*command(cluster, url), cwd=tmp_path)
     finally:
         cluster.remove_node(node)
-    assert told.returncode == 2
-    assert "loopback, which the cluster's other nodes (127.0.0.2) cannot reach" in told.stderr
+    assert refused.returncode == 2
+    assert "loopback, which the cluster's other nodes (127.0.0.2) cannot reach" in refused.stderr

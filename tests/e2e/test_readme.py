@@ -147,7 +147,7 @@ def shape(line: str) -> str:
     return re.sub(states, "N complete", numbers) if "trials:" in line else numbers
 
 
-def test_the_output_that_is_shown_is_told_from_another() -> None:
+def test_shape_distinguishes_outputs() -> None:
     assert shape("best 89.44 %: trial 3, alpha 400, beta 0.1") == shape("best 9.4 %: trial 11, alpha 40, beta 1")
     assert shape("best 89.44 %: trial 3, alpha 400, beta 0.1") != shape("best: trial 3, alpha 400, beta 0.1")
 
@@ -181,7 +181,7 @@ def test_it_names_the_paper_and_has_one_picture() -> None:
     assert len(re.findall(r"!\[.*?\]\(", README)) == 1
 
 
-def test_every_preset_says_what_to_expect() -> None:
+def test_every_preset_states_what_to_expect() -> None:
     for name in preset_names():
         head = (ROOT / "study" / "config" / "presets" / f"{name}.toml").read_text().partition("description")[0]
         assert len(head.splitlines()) >= 4

@@ -1,4 +1,4 @@
-"""Databases that go away, workers that freeze, kills under a pruner: the outcome stays that of a quiet run."""
+"""Unavailable databases, frozen workers, kills under a pruner: the outcome stays that of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Outcome = list[tuple[Any, ...]]
 
 @pytest.fixture
 def restartable() -> Iterator[Postgres]:
-    """A server of this test's own: others do not like theirs to go away."""
+    """A server of this test's own: others need theirs running."""
     server = Postgres()
     yield server
     server.stop()
@@ -65,7 +65,7 @@ def test_restarts_of_the_database_are_waited_out(restartable: Postgres, undistur
     assert harness.outcome() == undisturbed
 
 
-def test_a_long_absence_keeps_the_checkpoint_on_disk_and_takes_it_up(
+def test_a_long_outage_keeps_a_fallback_checkpoint_and_resumes_from_it(
     restartable: Postgres, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness = Harness(restartable.new_database(), config_of())
@@ -88,19 +88,19 @@ def test_a_long_absence_keeps_the_checkpoint_on_disk_and_takes_it_up(
 
     with pytest.raises(DatabaseUnavailable):
         harness.work(stop_the_server)
-    (kept,) = harness.fallback.glob("*.checkpoint")
+    (fallback_file,) = harness.fallback.glob("*.checkpoint")
     restartable.control("start")
     with harness.storage.engine.begin() as connection:  # the lease of the dead attempt, a minute later
         connection.exec_driver_sql("UPDATE trial_leases SET expires_at = 1")
     monkeypatch.setattr(retry_module, "time", time)
     harness.work()
-    # Trained to its end while the database was away: all of its epochs came from disk.
+    # Trained to its end while the database was unavailable: all of its epochs came from disk.
     assert "trial 0 resumes after epoch 3" in harness.messages
-    assert not kept.exists()
+    assert not fallback_file.exists()
     assert harness.outcome() == undisturbed
 
 
-def test_a_launch_ends_with_75_when_the_database_stays_away(restartable: Postgres, tmp_path: Path) -> None:
+def test_a_launch_ends_with_75_when_the_database_stays_unavailable(restartable: Postgres, tmp_path: Path) -> None:
     url = restartable.new_database()
     environment = os.environ | {"STUDY_PATIENCE_SECONDS": "1", "STUDY_STORAGE": url}
     launched = subprocess.Popen(
@@ -112,14 +112,14 @@ def test_a_launch_ends_with_75_when_the_database_stays_away(restartable: Postgre
     engine.dispose()
     restartable.control("stop", "-m", "immediate")
     try:
-        _, said = launched.communicate(timeout=200)
+        _, err = launched.communicate(timeout=200)
     finally:
         restartable.control("start")
-    assert launched.returncode == 75, said
-    assert "when it is back: study resume quick" in said
+    assert launched.returncode == 75, err
+    assert "when it is back: study resume quick" in err
 
 
-def test_asked_to_stop_while_the_database_is_away(
+def test_asked_to_stop_while_the_database_is_unavailable(
     restartable: Postgres, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is asked to stop does not wait for the database: with such patience that would outlast the test."""
@@ -274,11 +274,11 @@ def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) 
         before = harness.outcome()[0]
         assert before[1] == TrialState.COMPLETE
         os.kill(worker.pid, signal.SIGCONT)
-        _, said = worker.communicate(timeout=100)
+        _, err = worker.communicate(timeout=100)
     finally:
         worker.kill()
-    assert worker.returncode == 0, said
-    assert "taken over, finished or deleted by somebody else; this worker drops it" in said
+    assert worker.returncode == 0, err
+    assert "taken over, finished or deleted by somebody else; this worker drops it" in err
     assert harness.outcome()[0] == before
     quiet = Harness(f"sqlite:///{tmp_path}/quiet.db", config)
     quiet.work()
@@ -311,8 +311,8 @@ def test_storages_open_while_studies_are_there(sqlite_url: str) -> None:
     assert len(study.trials) == 4
 
 
-def test_a_workers_start_waits_for_a_database_that_is_away(restartable: Postgres, tmp_path: Path) -> None:
-    """A launcher's worker does; one started by a person says at once what is wrong."""
+def test_a_workers_start_waits_for_an_unavailable_database(restartable: Postgres, tmp_path: Path) -> None:
+    """A launcher's worker does; one started by a person fails at once with what is wrong."""
     url = restartable.new_database()
     Harness(url, config_of(policy={"alpha": 60, "beta": 0.5}))
     restartable.control("stop", "-m", "immediate")
@@ -328,5 +328,5 @@ def test_a_workers_start_waits_for_a_database_that_is_away(restartable: Postgres
         for _ in range(2):  # it has asked, got no answer and asked again
             nothing.accept()[0].close()
     restartable.control("start")
-    _, said = worker.communicate(timeout=100)
-    assert worker.returncode == 0, said
+    _, err = worker.communicate(timeout=100)
+    assert worker.returncode == 0, err

@@ -37,15 +37,15 @@ def test_help_and_presets_load_no_database_and_no_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", [("status", "s"), ("status", "s", "--json", "-"), ("list",)])
 def test_status_loads_no_torch(verb: tuple[str, ...], tmp_path: Path) -> None:
     Harness(f"sqlite:///{tmp_path / 'study.db'}", config_of())
-    found = loaded(*verb, cwd=tmp_path)
-    assert not found & HEAVY
-    assert "optuna" in found  # it did look
+    modules = loaded(*verb, cwd=tmp_path)
+    assert not modules & HEAVY
+    assert "optuna" in modules  # it did look
 
 
 def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
     """torch.compile is 160 MB and more than a second of every worker's start."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
     Harness(url, config_of(training={"epochs": 1}))
-    found = loaded("worker", "s", "--storage", url, "--device", "cpu", cwd=tmp_path)
-    assert "torch.nn" in found
-    assert "torch._dynamo" not in found
+    modules = loaded("worker", "s", "--storage", url, "--device", "cpu", cwd=tmp_path)
+    assert "torch.nn" in modules
+    assert "torch._dynamo" not in modules

@@ -241,9 +241,9 @@ def test_logging_in_and_out() -> None:
 def test_the_server_keeps_neither_password_nor_tokens() -> None:
     browser = Browser(password=SECRET)
     browser.log_in()
-    kept = repr(vars(browser.control))
-    assert SECRET not in kept
-    assert browser.cookie.partition("=")[2] not in kept
+    state = repr(vars(browser.control))
+    assert SECRET not in state
+    assert browser.cookie.partition("=")[2] not in state
 
 
 def test_behind_https_the_cookie_is_secure() -> None:
@@ -375,7 +375,7 @@ def test_a_path_that_programs_read_differently_is_refused(path: str) -> None:
     assert browser.reached == 0
 
 
-def test_a_missing_or_malformed_host_says_what_to_do() -> None:
+def test_a_missing_or_malformed_host_is_refused_with_the_fix() -> None:
     browser = Browser()
     assert "a proxy before the dashboard must send one" in browser("GET", host="")[2]
     assert "NAME:PORT" in browser("GET", host="a b")[2]
@@ -400,7 +400,7 @@ def test_attempts_are_forgotten_and_their_number_is_bounded() -> None:
     assert throttle.wait("host", Throttle.FORGET_SECONDS + 1) == 0
 
 
-def test_health_tells_nothing_and_asks_for_nothing() -> None:
+def test_health_needs_no_login_and_reveals_nothing() -> None:
     browser = Browser(password=SECRET, read_only=True)
     assert browser("GET", "/healthz", host="10.1.2.3:8080")[::2] == (200, "ok\n")
     assert browser("HEAD", "/healthz")[::2] == (200, "")

@@ -47,12 +47,12 @@ def test_budgets_are_read(texts: list[str], expected: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     "texts", [["20"], ["h"], ["0 h"], ["-1 h"], ["2 weeks"], ["1 h", "2 hours"], ["nan h"], [""], ["1,5 h"]]
 )
-def test_what_is_no_budget_is_refused(texts: list[str]) -> None:
+def test_malformed_budgets_are_refused(texts: list[str]) -> None:
     with pytest.raises(UserError, match="budget"):
         budgets.parse_budgets(texts)
 
 
-def test_a_request_to_stop_holds_until_somebody_goes_on(url: str) -> None:
+def test_a_stop_request_holds_until_a_resume(url: str) -> None:
     harness = Harness(url, config_of())
     engine, study_id = harness.storage.engine, harness.study._study_id
     assert stop_requests.reason_to_stop(engine, study_id) is None
@@ -118,8 +118,8 @@ def test_the_faster_pace_counts_towards_how_long_budgets_will_last() -> None:
     assert spent.seconds_left({"images": 2000}, budgets.Spending(before, 1, 90.0, at=1090.0)) == pytest.approx(10.0)
 
 
-def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it is fresh, and while somebody is at it; who should have renewed it may have died."""
+def test_one_worker_sums_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the sum is fresh, and while another worker computes it; that worker may have died."""
     harness = Harness(url, config_of())
     engine, study_id = harness.storage.engine, harness.study._study_id
     added = []
@@ -139,7 +139,7 @@ def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = budgets.recent_spending(engine, study_id)
     assert first == budgets.Spending(dict.fromkeys(budgets.UNITS, 0.0) | {"images": 0}, 0, 0, at=first.at)
     assert abs(first.at - time.time()) < 60
-    stored(took=100.0)  # so it is fresh for as long as sums are told
+    stored(took=100.0)  # so it is fresh for as long as sums may be returned
     assert budgets.recent_spending(engine, study_id) == first
     assert len(added) == 1
     stored(took=0.01, at=database_time(engine) - 0.2)
@@ -153,9 +153,9 @@ def test_one_adds_up_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(added) == 4
 
 
-def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_that_ask_at_once_one_computes_the_sum(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All find the sums old before the first of them claims to add up, and that one is not done before all others have
-    been told the old ones, which are fresh for 40 s from when they were claimed.
+    returned the old ones, which are fresh for 40 s from when they were claimed.
     """
     harness = Harness(url, config_of())
     study_id = harness.study._study_id
@@ -163,8 +163,8 @@ def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.Monk
     with harness.storage.engine.begin() as connection:
         connection.execute(sa.update(SPENDING).values(took=4.0, at=database_time(harness.storage.engine) - 45.0))
     added: list[Any] = []
-    told: list[budgets.Spending] = []
-    all_old, all_told, real = threading.Barrier(8), threading.Barrier(8), budgets.spending
+    sums: list[budgets.Spending] = []
+    all_old, all_answered, real = threading.Barrier(8), threading.Barrier(8), budgets.spending
 
     def has_read(_: Any, __: Any, statement: str, *___: Any) -> None:
         if f"FROM {SPENDING.name}" in statement.replace("\n", ""):
@@ -172,13 +172,13 @@ def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.Monk
 
     def spent(*where: Any) -> budgets.Spending:
         added.append(where)
-        all_told.wait(30)
+        all_answered.wait(30)
         return real(*where)
 
     def ask(engine: sa.Engine) -> None:
-        told.append(budgets.recent_spending(engine, study_id))
-        if told[-1] == old:
-            all_told.wait(30)
+        sums.append(budgets.recent_spending(engine, study_id))
+        if sums[-1] == old:
+            all_answered.wait(30)
 
     monkeypatch.setattr(budgets, "spending", spent)
     engines = [open_storage(url, create=False).engine for _ in range(8)]
@@ -190,7 +190,7 @@ def test_of_many_that_ask_at_once_one_adds_up(url: str, monkeypatch: pytest.Monk
     for thread in threads:
         thread.join()
     assert len(added) == 1
-    assert told.count(old) == 7
+    assert sums.count(old) == 7
 
 
 def test_workers_that_share_a_gpu_spend_its_hours_together(url: str) -> None:
@@ -235,8 +235,8 @@ def test_a_worker_looks_at_a_far_budget_seldom_and_at_a_near_one_after_every_epo
     def spent(*where: Any) -> budgets.Spending:
         """At a pace of 1,000 images a second, whatever this machine's is, and never what it was a moment ago."""
         looks.append("")
-        found = budgets.spending(where[0], where[1])
-        return replace(found, seconds_worked=found.amounts["images"] / 1000, at=0.0)
+        spending = budgets.spending(where[0], where[1])
+        return replace(spending, seconds_worked=spending.amounts["images"] / 1000, at=0.0)
 
     monkeypatch.setattr(budgets, "recent_spending", spent)
     # Time stands still: the looks are those after epochs.
@@ -283,20 +283,20 @@ def command(tmp_path: Path) -> Any:
 LAUNCH = ("launch", "quick", "--device", "cpu", "--set", "pruning=none", "--set", "network.width=0.125")
 
 
-def test_a_budget_ends_the_work_and_a_larger_one_goes_on(command: Any) -> None:
+def test_a_spent_budget_ends_the_study_and_a_larger_one_continues_it(command: Any) -> None:
     """12 trials of 2 epochs; 3,000 images are spent somewhere in the fourth."""
     first = command(*LAUNCH, "--set", "training.epochs=2", "--workers", "2", "--budget", "3000 images")
-    said, _ = first.communicate(timeout=120)
-    assert first.returncode == exit_codes.BUDGET_SPENT, said
-    assert "the budget is spent" in said
+    err, _ = first.communicate(timeout=120)
+    assert first.returncode == exit_codes.BUDGET_SPENT, err
+    assert "the budget is spent" in err
     status = command("status", "quick").communicate(timeout=60)[0]
     spent = float(status.partition("spent ")[2].partition(" of")[0].replace(",", ""))
     # Of 9,600 in all: an epoch a worker, and one more where a sum was as old as the machine was busy.
     assert 3000 <= spent < 3000 + 2 * 2 * 600
     last = command("resume", "quick", "--device", "cpu", "--budget", "none")
-    said, _ = last.communicate(timeout=120)
-    assert last.returncode == 0, said
-    assert "12 complete" in said
+    err, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, err
+    assert "12 complete" in err
 
 
 @pytest.mark.slow
@@ -307,9 +307,9 @@ def test_eight_workers_overrun_a_budget_by_an_epoch_each_at_most(
     unit: str, budget: str, command: Any, tmp_path: Path
 ) -> None:
     launched = command(*LAUNCH, "--set", "training.epochs=1000", "--workers", "8", "--budget", budget)
-    said, _ = launched.communicate(timeout=600)
-    assert launched.returncode == exit_codes.BUDGET_SPENT, said
-    told = json.loads(command("status", "quick", "--json", "-").communicate(timeout=60)[0])
+    err, _ = launched.communicate(timeout=600)
+    assert launched.returncode == exit_codes.BUDGET_SPENT, err
+    document = json.loads(command("status", "quick", "--json", "-").communicate(timeout=60)[0])
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'study.db'}")
     longest = sa.func.max(EPOCHS.c.train_seconds + EPOCHS.c.validation_seconds + EPOCHS.c.selection_seconds)
     with engine.connect() as connection:
@@ -321,7 +321,7 @@ def test_eight_workers_overrun_a_budget_by_an_epoch_each_at_most(
             )
         ).one()
     assert workers == 8
-    over = told["spent"][unit] - told["budgets"][unit]
+    over = document["spent"][unit] - document["budgets"][unit]
     # Hours run on while the last checkpoint is stored.
     allowed = {"images": 8 * images, "gpu-hours": 8 * (seconds + 1) / 3600, "hours": (seconds + 1) / 3600}[unit]
     print(f"{budget}: {over:.4g} {unit} over; allowed {allowed:.4g}; longest epoch {seconds:.2f} s, {images} images")  # noqa: T201
@@ -347,17 +347,17 @@ def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> No
     assert live == 0
     for start in (("worker", "quick", "--device", "cpu"), endless):
         refused = command(*start)  # a machine that restarts its launcher must not take the request back
-        said, _ = refused.communicate(timeout=60)
+        err, _ = refused.communicate(timeout=60)
         assert refused.returncode == exit_codes.STOPPED
-        assert "stopped by `study stop`" in said
+        assert "stopped by `study stop`" in err
     resumed = command("resume", "quick", "--device", "cpu", "--budget", "1 images")
-    said, _ = resumed.communicate(timeout=60)
+    err, _ = resumed.communicate(timeout=60)
     assert resumed.returncode == exit_codes.BUDGET_SPENT
-    assert "the budget is spent; continue with: study resume quick --budget" in said
+    assert "the budget is spent; continue with: study resume quick --budget" in err
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (("--budget", "3 kWh"), "a budget in kWh needs devices that report their energy; cpu does not"),
         (("--workers", "9" * 20), "--workers must be at most"),
@@ -377,11 +377,11 @@ def test_stop_ends_workers_wherever_they_are(command: Any, tmp_path: Path) -> No
     ],
 )
 def test_what_workers_cannot_do_is_refused_before_anything_is_made(
-    more: tuple[str, ...], told: str, command: Any, tmp_path: Path
+    more: tuple[str, ...], message: str, command: Any, tmp_path: Path
 ) -> None:
     refused = command(*LAUNCH, *more)
-    said, _ = refused.communicate(timeout=60)
+    err, _ = refused.communicate(timeout=60)
     assert refused.returncode == 2
-    assert len(said.splitlines()) == 1
-    assert told in said
+    assert len(err.splitlines()) == 1
+    assert message in err
     assert not (tmp_path / "study.db").exists()

@@ -1,4 +1,4 @@
-"""What samplers and pruners are told of a study's past, beside what stock Optuna tells them: the same, of any state."""
+"""What samplers and pruners read of past trials of any state: the same as from stock Optuna's storage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RU
 
 def mixed(chance: random.Random, count: int) -> list[FrozenTrial]:
     """Trials of every state, as Optuna's own API may have left them: gaps, no reports, NaN, attributes, rungs."""
-    found = []
+    trials = []
     for i in range(count):
         state = chance.choices(STATES, (4, 3, 1, 4, 1))[0]
         params = {
@@ -56,7 +56,7 @@ def mixed(chance: random.Random, count: int) -> list[FrozenTrial]:
         passed = 0 if state == TrialState.WAITING else chance.randint(0, min(3, last))
         rungs = {f"completed_rung_{rung}": chance.random() for rung in range(passed)}
         bare = state in (TrialState.RUNNING, TrialState.WAITING) and chance.random() < 0.5
-        found.append(
+        trials.append(
             create_trial(
                 state=state,
                 value=top if state == TrialState.COMPLETE or (state == TrialState.PRUNED and i % 2) else None,
@@ -67,7 +67,7 @@ def mixed(chance: random.Random, count: int) -> list[FrozenTrial]:
                 intermediate_values=reports if state != TrialState.WAITING else {},
             )
         )
-    return found
+    return trials
 
 
 def stock_study(storage: RDBStorage, name: str = "s") -> optuna.Study:
@@ -85,7 +85,7 @@ def plain(trial: FrozenTrial, whole: bool = True) -> dict[str, Any]:
 
 
 def check(history: CachedStorage, storage: RDBStorage, study_id: int) -> None:
-    """Whatever it saw before: all that the history says is what the ORM reads now."""
+    """Whatever it saw before: all that the cached storage returns is what the ORM reads now."""
     stock = storage.get_all_trials(study_id, deepcopy=False)
     ours = history.get_all_trials(study_id, deepcopy=False)
     assert [plain(trial) for trial in ours] == [plain(trial, whole=False) for trial in stock]
@@ -230,7 +230,7 @@ def test_samplers_suggest_as_on_stock_optuna(sampler: dict[str, Any], pruner: st
 
     chosen, theirs = [], []
     for number in range(30, 40):
-        # The trials before the tickets are held by nobody: both sides take the tickets themselves.
+        # The trials before the queued ones have no lease: both sides take the queued ones themselves.
         mine, other = (_start(storage, number) for storage in (here, there))
         parameters, _ = ask(ours, config, mine, 1000)
         chosen.append(parameters)

@@ -171,13 +171,13 @@ def test_the_options_of_a_postgresql_url_are_kept(postgres: Postgres, monkeypatc
         )
     assert (shown, zone, idle) == (["mine", "me"], "UTC", "30s")
     with psycopg.connect(url) as connection:
-        found = connection.execute("SELECT schemaname FROM pg_tables WHERE tablename IN ('trials', 'trial_leases')")
-        assert {schema for (schema,) in found.fetchall()} == {"mine"}
+        schemas = connection.execute("SELECT schemaname FROM pg_tables WHERE tablename IN ('trials', 'trial_leases')")
+        assert {schema for (schema,) in schemas.fetchall()} == {"mine"}
     monkeypatch.setenv("PGOPTIONS", "-c search_path=other")
     open_storage(url)
     with psycopg.connect(url) as connection:
-        found = connection.execute("SELECT schemaname FROM pg_tables WHERE tablename = 'trial_leases'")
-        assert {schema for (schema,) in found.fetchall()} == {"mine", "other"}
+        schemas = connection.execute("SELECT schemaname FROM pg_tables WHERE tablename = 'trial_leases'")
+        assert {schema for (schema,) in schemas.fetchall()} == {"mine", "other"}
     for look_at in (open_engine(mine), open_storage(mine, create=False, reading=True).engine):
         assert sa.inspect(look_at).has_table(LEASES.name)
 
@@ -185,7 +185,7 @@ def test_the_options_of_a_postgresql_url_are_kept(postgres: Postgres, monkeypatc
 YEAR = 365 * 86_400.0
 
 
-def test_a_lease_that_a_wrong_clock_made_is_none(url: str) -> None:
+def test_a_lease_longer_than_its_length_is_ignored(url: str) -> None:
     """The clock was a year ahead when the first worker claimed; its trial must not wait for a year."""
     storage = open_storage(url)
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize")

@@ -245,7 +245,7 @@ def test_a_check_has_a_time_limit(file: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a folder", "a pipe", "empty", "text", "a truncated file", "noise"])
-def test_what_is_no_export_is_refused(kind: str, tmp_path: Path) -> None:
+def test_files_that_are_no_exports_are_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "s.study"
     match kind:
         case "a folder":

@@ -101,10 +101,10 @@ def test_claim_gives_each_trial_once_in_order(url: str) -> None:
 def test_every_attempt_is_logged_with_its_end(url: str) -> None:
     study, engine = queued(url, 3)
     first, second = (Queue(engine, study._study_id, owner=name, device=f"gpu {name}") for name in ("a", "b"))
-    gone = claimed(first)
-    expire(engine, gone)
+    expired = claimed(first)
+    expire(engine, expired)
     retaken = claimed(second)
-    assert retaken.number == gone.number
+    assert retaken.number == expired.number
     second.release(retaken)
     third = claimed(second)
     second.finish(third, TrialState.COMPLETE, [0.5])
@@ -264,8 +264,8 @@ def test_checkpoints_come_back_whole_or_not_at_all(url: str) -> None:
     assert checkpoints.load(worker, lease) is None
     for n, payload in enumerate((b"one" * 100_000, bytes(range(256)))):
         checkpoints.save(worker, lease, n, payload)
-        found = checkpoints.load(worker, lease)
-        assert found == checkpoints.StoredCheckpoint(n, payload)
+        loaded = checkpoints.load(worker, lease)
+        assert loaded == checkpoints.StoredCheckpoint(n, payload)
     with engine.begin() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(CHECKPOINTS)).scalar_one() == 1
         connection.execute(sa.update(CHECKPOINTS).values(payload=b"altered"))
@@ -309,7 +309,7 @@ def test_a_new_study_inherits_nothing_of_a_deleted_one(url: str) -> None:
     assert queries.epoch_rows(engine, study._study_id) == {}
 
 
-def test_a_database_that_comes_back_is_waited_for() -> None:
+def test_calls_wait_for_a_database_that_becomes_available_again() -> None:
     calls = []
 
     def flaky() -> str:
@@ -349,7 +349,7 @@ def test_many_workers_create_one_study_at_once_and_run_every_trial_exactly_once(
     assert {t.state for t in study.trials} == {TrialState.COMPLETE}
 
 
-def test_no_tables_are_made_by_those_who_only_look(url: str) -> None:
+def test_readers_create_no_tables(url: str) -> None:
     with pytest.raises(UserError, match=r"no database file|holds no studies"):
         open_storage(url, create=False, reading=True)
 
@@ -367,7 +367,7 @@ def test_a_reader_does_not_hold_up_the_writers(sqlite_url: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("doing", ["renewing", "recording"])
-def test_who_is_frozen_within_a_transaction_loses_its_locks(
+def test_a_connection_frozen_within_a_transaction_loses_its_locks(
     doing: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They would outlive its lease, and its machine answers every keep-alive. (On SQLite it holds the whole file.)"""

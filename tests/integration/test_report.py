@@ -1,4 +1,4 @@
-"""What a report says: settings over their seeds, comparisons, the verdict, figures, and their limits."""
+"""Reports: settings over their seeds, comparisons, the verdict, figures, and their limits."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from tests.support.harness import Harness, config_of, scripted_accuracies
 ALL = ["dynamic", "static", "fresh", "full", "infobatch"]
 
 
-def text_of(found: StudyData) -> str:
+def text_of(data: StudyData) -> str:
     output = Console(file=io.StringIO(), width=400)
-    output.print(console_report.report_text(found))
+    output.print(console_report.report_text(data))
     return output.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -68,28 +68,28 @@ def test_all_policies_train_on_equally_many_images(controls: StudyData) -> None:
 
 
 def test_comparisons_are_with_each_control_on_the_test_split(controls: StudyData) -> None:
-    found = aggregate.findings(controls)
-    assert found.measure == "test"
-    assert [(c.a, c.b, c.difference.n) for c in found.comparisons] == [("dynamic", b, 2) for b in ALL[1:]]
-    by = {cell.policy: cell for cell in found.cells}
+    findings = aggregate.findings(controls)
+    assert findings.measure == "test"
+    assert [(c.a, c.b, c.difference.n) for c in findings.comparisons] == [("dynamic", b, 2) for b in ALL[1:]]
+    by = {cell.policy: cell for cell in findings.cells}
     expected = np.mean([by["dynamic"].by_seed("test")[s] - by["full"].by_seed("test")[s] for s in (0, 1)])
-    assert found.comparisons[2].difference.mean == pytest.approx(expected)
-    assert set(found.ratios) == set(ALL)
-    assert found.ratios["full"].mean == 1.0
+    assert findings.comparisons[2].difference.mean == pytest.approx(expected)
+    assert set(findings.ratios) == set(ALL)
+    assert findings.ratios["full"].mean == 1.0
 
 
-def test_the_report_tells_it_on_the_terminal_as_a_page_and_as_json(controls: StudyData) -> None:
-    told = text_of(controls)
-    assert "Comparisons, paired by seed" in told
-    assert "test %" in told
+def test_the_report_on_the_terminal_as_a_page_and_as_json(controls: StudyData) -> None:
+    text = text_of(controls)
+    assert "Comparisons, paired by seed" in text
+    assert "test %" in text
     page = html.page([controls])
     assert page.count('class="plotly-graph-div"') == 7  # settings, curves, times, cost, exchange, coverage, workers
-    found = json.loads(json_report.text([controls]))
-    assert [cell["accuracy"]["n"] for cell in found["cells"]] == [2] * 5
-    assert len(found["comparisons"]) == 4
-    assert found["manifest"]["images"] == {"train": 200, "validation": 144, "test": 359}
-    assert found["manifest"]["versions"]["torch"]
-    assert [trial["images"] for trial in found["trials"]] == [450] * 10
+    document = json.loads(json_report.text([controls]))
+    assert [cell["accuracy"]["n"] for cell in document["cells"]] == [2] * 5
+    assert len(document["comparisons"]) == 4
+    assert document["manifest"]["images"] == {"train": 200, "validation": 144, "test": 359}
+    assert document["manifest"]["versions"]["torch"]
+    assert [trial["images"] for trial in document["trials"]] == [450] * 10
 
 
 def test_figures_and_note_reach_optuna_dashboard(controls: StudyData) -> None:
@@ -111,7 +111,7 @@ def test_two_studies_share_a_page(controls: StudyData) -> None:
     assert len(json.loads(json_report.text([controls, controls]))) == 2
 
 
-# studies made by hand, to know what must be found in them.
+# Studies made by hand, with known effects.
 
 
 def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -> StudyData:
@@ -150,34 +150,34 @@ def with_policies(*names: str, seeds: int = 8) -> StudyConfig:
     return config_of(policy={"name": list(names), "alpha": 60, "beta": 0.5}, search={"replicates": seeds})
 
 
-def test_a_known_effect_is_found_and_its_absence_is_not() -> None:
+def test_a_known_effect_is_significant_and_its_absence_is_not() -> None:
     draws = np.random.default_rng(1).normal(0, 0.002, (3, 8))
     base = 0.8 + 0.01 * np.arange(8)  # seeds differ more than policies do: only pairing sees the effect
-    found = made(
+    data = made(
         {"dynamic": list(base + draws[0]), "static": list(base - 0.01 + draws[1]), "fresh": list(base + draws[2])},
         with_policies("dynamic", "static", "fresh"),
     )
-    findings = aggregate.findings(found)
+    findings = aggregate.findings(data)
     assert [c.finding for c in findings.comparisons] == ["better", "cannot tell"]
-    told = " ".join(verdict(found, findings))
-    assert "dynamic is better than static" in told
-    assert "Cannot tell dynamic from fresh" in told
-    assert "nothing shows that the rule does better than drawing anew" in told
+    text = " ".join(verdict(data, findings))
+    assert "dynamic is better than static" in text
+    assert "Cannot tell dynamic from fresh" in text
+    assert "nothing shows that the rule does better than drawing anew" in text
 
 
 @pytest.mark.parametrize(
-    ("fresh", "says"),
+    ("fresh", "sentence"),
     [(-0.02, "the rule adds something beyond fresh data"), (0.02, "it is the fresh data that help")],
 )
-def test_the_verdict_weighs_the_controls(fresh: float, says: str) -> None:
+def test_the_verdict_weighs_the_controls(fresh: float, sentence: str) -> None:
     draws = np.random.default_rng(2).normal(0.8, 0.002, (3, 8))
     values = {"dynamic": list(draws[0]), "static": list(draws[1] - 0.03), "fresh": list(draws[2] + fresh)}
-    found = made(values, with_policies(*values))
-    assert says in " ".join(verdict(found, aggregate.findings(found)))
+    data = made(values, with_policies(*values))
+    assert sentence in " ".join(verdict(data, aggregate.findings(data)))
 
 
-def test_effects_are_told_of_whole_grids_alone() -> None:
-    """Alpha makes a difference and beta none; of a grid with a hole nothing is said, for its levels are not alike."""
+def test_main_effects_need_a_whole_grid() -> None:
+    """Alpha makes a difference and beta none; a grid with a hole gives no effects, for its levels are not alike."""
     config = config_of(policy={"alpha": [30, 60, 90], "beta": [0.3, 0.5, 0.7]}, search={"replicates": 6})
     draws = np.random.default_rng(3).normal(0, 0.002, (6, 3, 3))
     rows: list[TrialRow] = []
@@ -192,21 +192,22 @@ def test_effects_are_told_of_whole_grids_alone() -> None:
     assert aggregate.findings(replace(whole, rows=tuple(holed))).effects == {}
 
 
-def test_single_runs_are_said_to_tell_nothing() -> None:
-    found = made({"dynamic": [0.8], "static": [0.7]}, with_policies("dynamic", "static", seeds=1))
-    told = " ".join(verdict(found, aggregate.findings(found)))
-    assert "cannot be told from chance" in told
-    assert aggregate.findings(found).comparisons[0].finding == "cannot tell"
+def test_single_runs_support_no_conclusion() -> None:
+    data = made({"dynamic": [0.8], "static": [0.7]}, with_policies("dynamic", "static", seeds=1))
+    text = " ".join(verdict(data, aggregate.findings(data)))
+    assert "cannot be told from chance" in text
+    assert aggregate.findings(data).comparisons[0].finding == "cannot tell"
 
 
 def test_nothing_complete_no_verdict_no_empty_figure() -> None:
     empty = made({}, with_policies("dynamic", "static"))
-    found = aggregate.findings(empty)
-    assert verdict(empty, found) == []
+    findings = aggregate.findings(empty)
+    assert verdict(empty, findings) == []
     drawn = [
-        accuracy_figures.intervals(empty, found), accuracy_figures.learning_curves(empty, found), search.cost([empty]),
-        search.slices(empty), search.importance(empty), effort.times(empty, found), effort.exchange(empty, found),
-        effort.coverage(empty, found), effort.timeline(empty),
+        accuracy_figures.intervals(empty, findings), accuracy_figures.learning_curves(empty, findings),
+        search.cost([empty]), search.slices(empty), search.importance(empty),
+        effort.times(empty, findings), effort.exchange(empty, findings),
+        effort.coverage(empty, findings), effort.timeline(empty),
     ]  # fmt: skip
     assert drawn == [None] * len(drawn)
     assert "plotly-graph-div" not in html.page([empty])
@@ -215,8 +216,8 @@ def test_nothing_complete_no_verdict_no_empty_figure() -> None:
 def test_a_thousand_trials_stay_readable() -> None:
     config = config_of(policy={"alpha": 60, "beta": 0.5}, search={"replicates": 1000})
     many = made({"dynamic": list(np.linspace(0.5, 0.9, 1000))}, config, epochs=50)
-    found = aggregate.findings(many)
-    curves = accuracy_figures.learning_curves(many, found)
+    findings = aggregate.findings(many)
+    curves = accuracy_figures.learning_curves(many, findings)
     assert curves is not None
     assert any("80 % of the other" in str(trace.name) for trace in curves.data)
     page = html.page([many])
@@ -224,7 +225,7 @@ def test_a_thousand_trials_stay_readable() -> None:
     assert len(page) - len(get_plotlyjs()) < 2_000_000
 
 
-def test_the_pareto_front_is_what_nothing_beats() -> None:
+def test_the_pareto_front_is_the_undominated_trials() -> None:
     config = with_policies("dynamic", "static")
     rows = made({"dynamic": [0.5, 0.6, 0.6, 0.9]}, config).rows
     costed = [replace(row, images=images) for row, images in zip(rows, (10, 20, 15, 40), strict=True)]
@@ -268,9 +269,9 @@ def test_the_best_are_confirmed_on_fresh_seeds_and_the_test_split(sqlite_url: st
     assert all(row.test is not None for row in read.rows)
     study.set_user_attr("x", 1)
     confirmed.study.set_user_attr("confirms", origin["confirms"])
-    told = text_of(study_data.read(confirmed.storage, "once more"))
-    assert "regression to the mean" in told
-    assert "on the test split, evaluated once," in told
+    text = text_of(study_data.read(confirmed.storage, "once more"))
+    assert "regression to the mean" in text
+    assert "on the test split, evaluated once," in text
     with pytest.raises(UserError, match="--top must be at most the 4 settings"):
         confirmation(harness.study, harness.config, 5, 1)
 
@@ -310,12 +311,12 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     budgets.set_budgets(engine, study_id, {"images": 1000})
     console = Console(file=io.StringIO(), width=200)
     console.print(status.page(status.read(engine, "s")))
-    told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "4 trials: 2 waiting, 1 running, 1 interrupted" in told
-    assert "spent 60 of 1,000 images, 940 left" in told
-    assert "attempts that failed last:" in told
-    assert "trial 0 on here:7: CUDA error: out of luck" in told
-    (line,) = (line for line in told.splitlines() if "gpu of there" in line)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "4 trials: 2 waiting, 1 running, 1 interrupted" in text
+    assert "spent 60 of 1,000 images, 940 left" in text
+    assert "attempts that failed last:" in text
+    assert "trial 0 on here:7: CUDA error: out of luck" in text
+    (line,) = (line for line in text.splitlines() if "gpu of there" in line)
     assert [word for word in line.split() if word in ("there:7", "20", "50.00")] == ["there:7", "20", "50.00"]
     stop_requests.request_stop(engine, study_id)
     console.print(status.page(status.read(engine, "s")))

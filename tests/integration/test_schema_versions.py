@@ -291,7 +291,7 @@ def test_upgrade_migrates_ours(old: Path) -> None:
     assert not old.with_name("study.db.lock").exists()
 
 
-def test_a_live_lease_is_in_nobodys_way_where_nothing_is_to_be_migrated(url: str) -> None:
+def test_a_live_lease_stops_only_a_needed_migration(url: str) -> None:
     """Also where another process has created our tables, and was about to stamp Optuna's when this one looked."""
     bench = Harness(url, config_of())
     assert bench.queue().claim() is not None

@@ -1,4 +1,4 @@
-"""Trials inside studies: what is reported, pruned and kept, and that a disturbed trial ends as an undisturbed one."""
+"""Trials inside studies: what is reported, pruned and stored, and that a disturbed trial ends as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def test_a_finished_trial_keeps_what_the_issue_asks(sqlite_url: str) -> None:
     assert len(harness.study.trials) == 4
     for trial in optuna.load_study(study_name="s", storage=harness.storage).trials:
         assert trial.state == TrialState.COMPLETE
-        kept = trial.user_attrs
-        assert {"seed", "device", "host", "versions", "precision"} <= kept.keys()
-        assert kept["images"] == 3 * trial.params["alpha"]
-        assert kept["train_seconds"] > 0
+        attributes = trial.user_attrs
+        assert {"seed", "device", "host", "versions", "precision"} <= attributes.keys()
+        assert attributes["images"] == 3 * trial.params["alpha"]
+        assert attributes["train_seconds"] > 0
         epochs = rows[trial.number]
         assert [row["epoch"] for row in epochs] == [1, 2, 3]
         accuracies = [row["accuracy"] for row in epochs]
         assert trial.value == max(accuracies)
-        assert kept["best_epoch"] == accuracies.index(max(accuracies)) + 1
+        assert attributes["best_epoch"] == accuracies.index(max(accuracies)) + 1
         assert epochs[0]["kind"] == "keep"
         for row in epochs:
             assert row["kind"] in ("keep", "type1", "type2")
@@ -121,7 +121,7 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
         storage.engine,
         ours._study_id,
         {},
-        [create_trial(state=TrialState.WAITING, user_attrs={"ticket": i}) for i in range(14)],
+        [create_trial(state=TrialState.WAITING, user_attrs={"queue_position": i}) for i in range(14)],
     )
     # Hyperband's brackets depend on the study's name.
     elsewhere = (
@@ -208,7 +208,7 @@ def test_patience_is_counted_in_epochs_without_a_rise() -> None:
         assert pruner.prune(study, trial) is pruned, reports
 
 
-def test_stopped_trials_go_on_and_end_as_if_nothing_had_been(url: str, undisturbed: list[tuple[Any, ...]]) -> None:
+def test_interrupted_trials_resume_and_end_as_undisturbed_ones(url: str, undisturbed: list[tuple[Any, ...]]) -> None:
     """Stopped at every possible step of the first trials, resumed each time by another worker."""
     harness = Harness(url, config_of())
     for steps in (1, 2, 3, 4, 2, 1, 5, 3, 6, 2):
@@ -218,7 +218,9 @@ def test_stopped_trials_go_on_and_end_as_if_nothing_had_been(url: str, undisturb
     assert harness.outcome() == undisturbed
 
 
-def test_a_damaged_checkpoint_is_said_and_costs_only_time(sqlite_url: str, undisturbed: list[tuple[Any, ...]]) -> None:
+def test_a_damaged_checkpoint_is_logged_and_costs_time_only(
+    sqlite_url: str, undisturbed: list[tuple[Any, ...]]
+) -> None:
     harness = Harness(sqlite_url, config_of())
     harness.work(StopAfter(5), most=1)
     with harness.storage.engine.begin() as connection:
@@ -244,7 +246,7 @@ def test_a_diverged_trial_fails_at_once_with_its_reason(sqlite_url: str) -> None
     assert "not finite" in trial.user_attrs["error"]
 
 
-def test_laying_down_again_changes_nothing_and_other_configs_are_refused(sqlite_url: str) -> None:
+def test_creating_again_changes_nothing_and_other_configs_are_refused(sqlite_url: str) -> None:
     harness = Harness(sqlite_url, config_of())
     data = prepare(harness.config, None)
     assert create_study(harness.storage, "s", "test", harness.config, data) is False
@@ -300,21 +302,21 @@ def test_reports_of_the_controls(policy: str | list[str], sqlite_url: str, tmp_p
     """Parameters that a policy does not use are no columns, and no holes in a table."""
     harness = Harness(sqlite_url, config_of(policy={"name": policy}, training={"epochs": 1}))
     harness.work()
-    found = study_data.read(harness.storage, "s")
-    assert aggregate.grid(found) is None
-    Console(file=io.StringIO()).print(console.report_text(found))
-    (tmp_path / "page.html").write_text(html.page([found]))
+    data = study_data.read(harness.storage, "s")
+    assert aggregate.grid(data) is None
+    Console(file=io.StringIO()).print(console.report_text(data))
+    (tmp_path / "page.html").write_text(html.page([data]))
     expected = {"static": ("alpha",), "full": ()}.get(str(policy), ("policy", "alpha", "beta"))
-    assert found.parameters == expected
+    assert data.parameters == expected
 
 
 def test_reports_before_anything_has_run(sqlite_url: str, tmp_path: Path) -> None:
     harness = Harness(sqlite_url, config_of())
-    found = study_data.read(harness.storage, "s")
-    Console(file=io.StringIO()).print(console.report_text(found))
-    (tmp_path / "page.html").write_text(html.page([found]))
+    data = study_data.read(harness.storage, "s")
+    Console(file=io.StringIO()).print(console.report_text(data))
+    (tmp_path / "page.html").write_text(html.page([data]))
     assert "No trial has finished an epoch yet" in (tmp_path / "page.html").read_text()
-    assert json.report(found)["best_value"] is None
+    assert json.report(data)["best_value"] is None
 
 
 def test_qmc_draws_what_it_does_not_cover_anew_for_every_trial() -> None:
@@ -331,7 +333,7 @@ def test_qmc_draws_what_it_does_not_cover_anew_for_every_trial() -> None:
     assert len(set(betas)) == len(betas) > 1
 
 
-def test_a_study_of_somebody_else_is_left_alone(sqlite_url: str) -> None:
+def test_a_study_of_another_program_is_not_changed(sqlite_url: str) -> None:
     harness = Harness(sqlite_url, config_of())
     data = prepare(harness.config, None)
     optuna.create_study(study_name="minimised", storage=harness.storage, direction="minimize")
@@ -341,7 +343,7 @@ def test_a_study_of_somebody_else_is_left_alone(sqlite_url: str) -> None:
             create_study(harness.storage, name, "test", harness.config, data)
 
 
-def test_a_worker_runs_again_what_it_has_seen_fail(sqlite_url: str) -> None:
+def test_a_worker_retries_a_trial_that_it_failed(sqlite_url: str) -> None:
     config = config_of(policy={"alpha": 60, "beta": [0.3, 0.6]}, lease={"max_attempts": 1})
     harness = Harness(sqlite_url, config)
     queue = harness.queue(max_attempts=1)

@@ -113,7 +113,7 @@ def fields(storage: RDBStorage, name: str = "s") -> list[dict[str, str]]:
 def rows(storage: RDBStorage, name: str = "s") -> dict[str, list[tuple[Any, ...]]]:
     """Every row of every table that is the study's, without ids; trials by their numbers."""
     of_study = TRIALS.c.study_id == load(storage, name)._study_id
-    found = {}
+    tables = {}
     for table in TABLES:
         columns = [c for c in table.c if c is not table.autoincrement_column and c.name not in ("trial_id", "study_id")]
         if "trial_id" in table.c and table is not TRIALS:
@@ -124,14 +124,14 @@ def rows(storage: RDBStorage, name: str = "s") -> dict[str, list[tuple[Any, ...]
         else:
             continue
         with storage.engine.connect() as connection:
-            found[table.name] = sorted(map(tuple, connection.execute(query)), key=repr)
-    return found
+            tables[table.name] = sorted(map(tuple, connection.execute(query)), key=repr)
+    return tables
 
 
-def released(found: dict[str, list[tuple[Any, ...]]]) -> dict[str, list[tuple[Any, ...]]]:
+def released(tables: dict[str, list[tuple[Any, ...]]]) -> dict[str, list[tuple[Any, ...]]]:
     """The same with all leases expired at 0: number, token, owner, expires_at, attempts, last_error."""
-    leases = [(*row[:3], 0.0, *row[4:]) for row in found["trial_leases"]]
-    return found | {"trial_leases": leases}
+    leases = [(*row[:3], 0.0, *row[4:]) for row in tables["trial_leases"]]
+    return tables | {"trial_leases": leases}
 
 
 def renamed(found: dict[str, list[tuple[Any, ...]]], original: str = "s") -> dict[str, list[tuple[Any, ...]]]:
@@ -163,7 +163,7 @@ def test_a_study_goes_from_sqlite_to_postgresql_and_back_unchanged(tmp_path: Pat
     states = [t.state.name for t in load(first).trials]
     assert states == ["WAITING", "COMPLETE", "PRUNED", "FAIL", "RUNNING", "RUNNING", "COMPLETE"]
     lengths = {"trial_epochs": 6 * 3, "trial_intermediate_values": 6 * 7, "trial_checkpoints": 3, "trial_leases": 6}
-    assert lengths.items() <= {name: len(found) for name, found in expected.items()}.items()
+    assert lengths.items() <= {name: len(tables) for name, tables in expected.items()}.items()
     ids: set[int] = {t._trial_id for t in load(first).trials}
     for storage, name in ((there, "s"), (back, "returned")):
         same = released(expected) if name == "s" else renamed(released(expected))
@@ -233,7 +233,7 @@ def test_more_trials_than_a_batch(url: str) -> None:
     assert len(rows(storage, "t")["trial_epochs"]) == 2 * count
 
 
-def test_an_unfinished_copy_is_claimed_and_goes_on_from_its_checkpoint(url: str) -> None:
+def test_an_unfinished_copy_is_claimed_and_resumes_from_its_checkpoint(url: str) -> None:
     storage = open_storage(url)
     rich(storage)
     expected = rows(storage)
@@ -427,9 +427,9 @@ def failing(storage: RDBStorage, count: int, fails: set[int]) -> optuna.Study:
     return study
 
 
-def of_trial(found: dict[str, list[tuple[Any, ...]]], number: int) -> dict[str, list[tuple[Any, ...]]]:
+def of_trial(tables: dict[str, list[tuple[Any, ...]]], number: int) -> dict[str, list[tuple[Any, ...]]]:
     return {
-        name: [row for row in table if row[0] == number] for name, table in found.items() if name.startswith("trial")
+        name: [row for row in table if row[0] == number] for name, table in tables.items() if name.startswith("trial")
     }
 
 

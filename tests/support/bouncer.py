@@ -24,12 +24,12 @@ def usable() -> bool:
     """Whether there is one that keeps track of prepared statements."""
     if PROGRAM is None:
         return False
-    told = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True).stdout
-    return tuple(map(int, re.findall(r"\d+", told)[:2])) >= (1, 21)
+    version = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) >= (1, 21)
 
 
 class Bouncer:
-    """On loopback, with as many connections to the server as it is given, set up as docs/measurements/scale.md says."""
+    """On loopback, with as many connections to the server as it is given, set up as in docs/measurements/scale.md."""
 
     def __init__(self, server: Postgres, connections: int) -> None:
         assert PROGRAM is not None

@@ -22,7 +22,7 @@ class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.made: set[int] = set()
-        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+        self.earlier: dict[int, tuple[Tensor, Tensor]] = {}
         """Storages from before, each with a copy of what was in it."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,12 +31,12 @@ class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         for each in _tensors((args, kwargs)):
             storage = each.untyped_storage()
-            if storage.data_ptr() not in self.made and storage.data_ptr() not in self.found:
+            if storage.data_ptr() not in self.made and storage.data_ptr() not in self.earlier:
                 whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-                self.found[storage.data_ptr()] = (whole, whole.clone())
+                self.earlier[storage.data_ptr()] = (whole, whole.clone())
         result = function(*args, **(kwargs or {}))
         for each in _tensors(result):
-            if each.untyped_storage().data_ptr() not in self.found:
+            if each.untyped_storage().data_ptr() not in self.earlier:
                 self.made.add(each.untyped_storage().data_ptr())
         self.calls.append((function, args, kwargs or {}, result))
         return result
@@ -69,6 +69,6 @@ class Recorder:
             with seen:
                 result = call()
         finally:
-            for whole, before in seen.found.values():
+            for whole, before in seen.earlier.values():
                 whole.copy_(before)
         return Recording(seen.calls), result

@@ -13,7 +13,7 @@ from tests.support import harness
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_are_valid_and_say_how_to_run_them(name: str) -> None:
+def test_presets_are_valid_and_name_their_command(name: str) -> None:
     config = load_config(name)
     assert config.description
     assert preset_text(name).startswith(f"# study launch {name}")
@@ -24,10 +24,10 @@ def test_presets_are_valid_and_say_how_to_run_them(name: str) -> None:
 
 def test_paper_grid_is_the_papers() -> None:
     config = load_config("paper-grid")
-    tickets = space.queued_trials(config)
-    assert len(tickets) == 21
-    assert {t.params["alpha"] for t in tickets} == {15000, 20000, 25000}
-    assert {t.params["beta"] for t in tickets} == {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7}
+    queued = space.queued_trials(config)
+    assert len(queued) == 21
+    assert {t.params["alpha"] for t in queued} == {15000, 20000, 25000}
+    assert {t.params["beta"] for t in queued} == {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7}
     training, policy = config.training, config.policy
     assert (training.epochs, training.batch_size, training.lr) == (200, 512, 0.001)
     assert (policy.delta, policy.gamma, policy.decay) == (0.01, 0.97, "type2")
@@ -49,10 +49,10 @@ def test_paper_grid_is_the_papers() -> None:
     ],
 )
 def test_set_overrides(assignment: str, path: str, value: object) -> None:
-    found: object = load_config("quick", [assignment])
+    value_set: object = load_config("quick", [assignment])
     for key in path.split("."):
-        found = getattr(found, key)
-    assert found == value
+        value_set = getattr(value_set, key)
+    assert value_set == value
 
 
 def test_set_makes_a_search_of_any_number() -> None:
@@ -137,17 +137,17 @@ def test_cells_merge_where_a_parameter_means_nothing() -> None:
 
 
 def test_replicates_of_all_cells_come_in_rounds_with_paired_seeds() -> None:
-    tickets = space.queued_trials(config_of(beta=[0.1, 0.2]))
-    assert [t.user_attrs["seed"] for t in tickets] == [5] * 4 + [6] * 4
-    assert [t.user_attrs["cell"] for t in tickets] == [0, 1, 2, 3] * 2
-    assert [t.user_attrs["queue_position"] for t in tickets] == list(range(8))
+    queued = space.queued_trials(config_of(beta=[0.1, 0.2]))
+    assert [t.user_attrs["seed"] for t in queued] == [5] * 4 + [6] * 4
+    assert [t.user_attrs["cell"] for t in queued] == [0, 1, 2, 3] * 2
+    assert [t.user_attrs["queue_position"] for t in queued] == list(range(8))
 
 
-def test_blank_tickets_are_as_many_as_trials() -> None:
-    tickets = space.queued_trials(load_config("tpe", ["search.trials=7"]))
-    assert len(tickets) == 7
-    assert all(not t.params for t in tickets)
-    assert len({t.user_attrs["seed"] for t in tickets}) == 7
+def test_blank_queued_trials_are_as_many_as_trials() -> None:
+    queued = space.queued_trials(load_config("tpe", ["search.trials=7"]))
+    assert len(queued) == 7
+    assert all(not t.params for t in queued)
+    assert len({t.user_attrs["seed"] for t in queued}) == 7
 
 
 def test_alpha_must_fit_the_data() -> None:

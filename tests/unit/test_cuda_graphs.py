@@ -117,11 +117,11 @@ def test_a_trial_without_batch_norm_and_in_fp32_replays(digits: DeviceData, repl
 
 def eight_calls(step: Step, call: Any, state: Tensor) -> list[float]:
     state.zero_()
-    found = []
+    sums = []
     for number in range(8):
         step(call, torch.full((2,), float(number), device=DEVICE))
-        found.append(state.sum().item())
-    return found
+        sums.append(state.sum().item())
+    return sums
 
 
 def test_a_step_that_is_all_tensors_is_replayed() -> None:
@@ -151,9 +151,9 @@ def test_a_step_that_waits_for_a_number_is_not_replayed() -> None:
 
     step = Step(Counting(), [state])
     with pytest.warns(RuntimeWarning, match="not permitted|during CUDA graph capture"):
-        found = eight_calls(step, waits, state)
+        executed = eight_calls(step, waits, state)
     assert not step.recorded
-    assert found == eight_calls(Step(None, [state]), waits, state)
+    assert executed == eight_calls(Step(None, [state]), waits, state)
 
 
 def test_a_step_that_counts_outside_its_tensors_is_not_replayed() -> None:

@@ -57,8 +57,8 @@ def test_every_setting_has_a_meaning() -> None:
 @pytest.mark.parametrize("page", ALL, ids=[str(page.relative_to(ROOT)) for page in ALL])
 def test_one_word_for_one_thing(page: Path) -> None:
     allowed = QUOTED.get(str(page.relative_to(ROOT)), ())
-    found = re.findall(rf"\b(?:{OLD_WORDS})\b", page.read_text(encoding="utf-8"), flags=re.IGNORECASE)
-    assert [word for word in found if word not in allowed] == []
+    words = re.findall(rf"\b(?:{OLD_WORDS})\b", page.read_text(encoding="utf-8"), flags=re.IGNORECASE)
+    assert [word for word in words if word not in allowed] == []
 
 
 def anchors(page: Path) -> set[str]:

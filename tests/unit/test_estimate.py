@@ -1,4 +1,4 @@
-"""`study bench`: its counts are those of real studies, and what it measured is what `launch` says."""
+"""`study bench`: its counts are those of real studies, and what it measured is what `launch` shows."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def test_devices_share_the_trials_but_not_a_trial() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.2, "1 s"), (50, "50 s"), (660, "11 minutes"), (9000, "2.5 hours"), (864000, "10 days")]
+    ("seconds", "text"), [(0.2, "1 s"), (50, "50 s"), (660, "11 minutes"), (9000, "2.5 hours"), (864000, "10 days")]
 )
-def test_durations_are_said_as_people_do(seconds: float, said: str) -> None:
-    assert estimate.duration(seconds) == said
+def test_durations_in_words(seconds: float, text: str) -> None:
+    assert estimate.duration(seconds) == text
 
 
 def test_only_configs_of_one_pace_share_a_measurement() -> None:
@@ -97,15 +97,16 @@ def test_a_pace_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert estimate.recall(config, "cpu") is None
 
 
-def test_launch_says_what_bench_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_launch_shows_what_bench_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
-    said = study("bench", "quick", *SMALL, "--device", "cpu", cwd=tmp_path)
-    assert said.returncode == 0, said.stderr
+    measured = study("bench", "quick", *SMALL, "--device", "cpu", cwd=tmp_path)
+    assert measured.returncode == 0, measured.stderr
     assert re.fullmatch(
-        r"quick: (about .+ if nothing is pruned on (?:\d+ x )?cpu .*: 8 trials, 440 training images .*)\n", said.stdout
+        r"quick: (about .+ if nothing is pruned on (?:\d+ x )?cpu .*: 8 trials, 440 training images .*)\n",
+        measured.stdout,
     )
     after = study("launch", "quick", *SMALL, "--device", "cpu", cwd=tmp_path)
-    assert said.stdout.removeprefix("quick: ").strip() in after.stderr
+    assert measured.stdout.removeprefix("quick: ").strip() in after.stderr
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

@@ -63,10 +63,10 @@ def refusal(root: Path) -> str:
     return message
 
 
-# What is found
+# What is loaded
 
 
-def test_a_line_says_what_was_found_and_left_out(root: Path) -> None:
+def test_one_line_names_what_is_loaded_and_left_out(root: Path) -> None:
     (root / "train" / "bird").mkdir()
     (root / "train" / "cat" / "notes.txt").write_text("no image")
     (root / "train" / "dog" / "README").write_text("no image")
@@ -190,7 +190,7 @@ def test_layouts_that_cannot_be_are_refused(root: Path, tmp_path: Path) -> None:
     assert "no folder" in refusal(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert "must hold train/ and test/ (or val/), or one folder of images a class" in refusal(tmp_path / "empty")
-    (root / "test").rename(root / "aside")
+    (root / "test").rename(root / "elsewhere")
     assert f"holds train/ alone; name {root}/train to have" in refusal(root)
     (root / "train").rename(root / "test")
     assert "holds test/ without train/" in refusal(root)
@@ -215,9 +215,7 @@ def test_classes_that_do_not_match_are_refused_or_noted(root: Path) -> None:
     assert "train has images of one class alone (dog): at least two" in refusal(root)
 
 
-def test_a_launch_says_what_was_found_and_counts_the_validation_split(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_launch_logs_the_layout_and_counts_the_validation_split(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     add(root / "val" / "cat", 2)
     add(root / "val" / "dog", 1)
     config = config_of(data={"name": "imagefolder", "train_images": None}, policy={"alpha": [4, 8]})
@@ -430,7 +428,7 @@ def test_a_cache_that_is_no_folder(root: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_no_home_folder_is_one_clear_line(root: Path) -> None:
-    """As a user that the system does not know: what needs the cache says so, what does not need it goes on."""
+    """As a user that the system does not know: what needs the cache is refused, what does not need it works."""
     program = (
         "import os, sys; from study import estimate; from study.training.data import dataset, sources\n"
         "from tests.support.harness import config_of\n"
@@ -455,7 +453,7 @@ def test_no_home_folder_is_one_clear_line(root: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("--data-root ~nobody-of-that-name/images: ")
 
 
-def test_a_pace_that_cannot_be_kept_is_a_warning(
+def test_a_pace_that_cannot_be_stored_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -67,7 +67,7 @@ def test_active_set_always_has_alpha_images_none_twice(name: str, set_up: dict[s
 @given(set_up=set_ups(), curve=accuracies)
 @unhurried(max_examples=200)
 def test_dynamic_follows_section_3(set_up: dict[str, Any], curve: list[float]) -> None:
-    """Against the design page's words, with the state kept here anew: branch, base, k, beta."""
+    """Against the method's text, with the state kept here anew: branch, base, k, beta."""
     policy = policy_of("dynamic", set_up)
     alpha, outside = set_up["alpha"], set_up["total"] - set_up["alpha"]
     previous, best, best_set = float("-inf"), float("-inf"), members(policy)

@@ -21,15 +21,15 @@ def by_seed(values: list[float]) -> dict[int, float]:
     return dict(enumerate(values))
 
 
-def test_summary_is_scipys(rng: np.random.Generator) -> None:
+def test_summary_equals_scipys(rng: np.random.Generator) -> None:
     values = rng.normal(0.8, 0.02, 7).tolist()
-    found = summary(values)
+    result = summary(values)
     low, high = stats.t.interval(0.95, 6, loc=np.mean(values), scale=stats.sem(values))
-    assert found.n == 7
-    assert found.mean == pytest.approx(np.mean(values))
-    assert found.sd == pytest.approx(stats.tstd(values))
-    assert found.low == pytest.approx(low)
-    assert found.high == pytest.approx(high)
+    assert result.n == 7
+    assert result.mean == pytest.approx(np.mean(values))
+    assert result.sd == pytest.approx(stats.tstd(values))
+    assert result.low == pytest.approx(low)
+    assert result.high == pytest.approx(high)
 
 
 def test_one_value_has_no_interval_and_none_no_mean() -> None:
@@ -38,14 +38,14 @@ def test_one_value_has_no_interval_and_none_no_mean() -> None:
         summary([])
 
 
-def test_comparison_is_scipys_and_pairs_by_seed(rng: np.random.Generator) -> None:
+def test_comparison_equals_scipys_and_pairs_by_seed(rng: np.random.Generator) -> None:
     ours, theirs = rng.normal(0.8, 0.02, 9), rng.normal(0.79, 0.02, 9)
     shuffled = {seed: float(theirs[seed]) for seed in reversed(range(9))} | {77: 0.1}
-    found = compare("a", "b", by_seed(ours.tolist()), shuffled)
-    assert found is not None
-    assert found.p_t == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
-    assert found.p_wilcoxon == pytest.approx(stats.wilcoxon(ours, theirs).pvalue)
-    assert found.difference.n == 9
+    comparison = compare("a", "b", by_seed(ours.tolist()), shuffled)
+    assert comparison is not None
+    assert comparison.p_t == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    assert comparison.p_wilcoxon == pytest.approx(stats.wilcoxon(ours, theirs).pvalue)
+    assert comparison.difference.n == 9
 
 
 def test_nothing_in_common_is_no_comparison() -> None:
@@ -55,7 +55,7 @@ def test_nothing_in_common_is_no_comparison() -> None:
     assert one.finding == "cannot tell"
 
 
-def test_equal_differences_are_told_from_no_difference() -> None:
+def test_equal_differences_are_not_taken_for_no_difference() -> None:
     same = compare("a", "b", by_seed([0.5, 0.6]), by_seed([0.5, 0.6]))
     shifted = compare("a", "b", by_seed([0.5, 0.6]), by_seed([0.4, 0.5]))
     assert same is not None
@@ -65,8 +65,8 @@ def test_equal_differences_are_told_from_no_difference() -> None:
 
 def test_holm_is_the_textbooks() -> None:
     """Four p-values worked by hand: 0.01 x 4, then the running maximum of 0.03 x 3, 0.04 x 2, 0.005 first."""
-    found = [compare("a", str(i), by_seed([0.1, 0.2, 0.3]), by_seed([0.0, 0.0, 0.1 * i])) for i in range(4)]
-    family = [c for c in found if c is not None]
+    comparisons = [compare("a", str(i), by_seed([0.1, 0.2, 0.3]), by_seed([0.0, 0.0, 0.1 * i])) for i in range(4)]
+    family = [c for c in comparisons if c is not None]
     ps = [0.01, 0.04, 0.03, 0.005]
     from dataclasses import replace
 
@@ -80,29 +80,29 @@ def test_intervals_cover_and_false_alarms_stay_at_their_level(n: int, rng: np.ra
     trials = 500
     alarms = misses = 0
     for draws in rng.normal(0.0, 0.01, (trials, n)):
-        found = compare("a", "b", by_seed(draws.tolist()), dict.fromkeys(range(n), 0.0))
-        assert found is not None
-        assert found.p_t is not None
-        assert found.difference.low is not None
-        assert found.difference.high is not None
-        alarms += found.p_t < LEVEL
-        misses += not found.difference.low <= 0 <= found.difference.high
+        comparison = compare("a", "b", by_seed(draws.tolist()), dict.fromkeys(range(n), 0.0))
+        assert comparison is not None
+        assert comparison.p_t is not None
+        assert comparison.difference.low is not None
+        assert comparison.difference.high is not None
+        alarms += comparison.p_t < LEVEL
+        misses += not comparison.difference.low <= 0 <= comparison.difference.high
     tolerance = 4 * math.sqrt(LEVEL * (1 - LEVEL) / trials)
     assert abs(alarms / trials - LEVEL) < tolerance
     assert abs(misses / trials - LEVEL) < tolerance
 
 
-def test_a_family_cries_wolf_in_one_of_twenty(rng: np.random.Generator) -> None:
+def test_holm_bounds_the_false_alarms_of_a_family(rng: np.random.Generator) -> None:
     """200 families of four comparisons without effect: at least one finding in at most 5 % of them."""
-    wolves = 0
+    alarms = 0
     for draws in rng.normal(0.0, 0.01, (200, 4, 5)):
-        found = [compare("a", "b", by_seed(row.tolist()), dict.fromkeys(range(5), 0.0)) for row in draws]
-        wolves += any(c.finding != "cannot tell" for c in holm([c for c in found if c is not None]))
-    assert wolves / 200 < LEVEL + 4 * math.sqrt(LEVEL * (1 - LEVEL) / 200)
+        comparisons = [compare("a", "b", by_seed(row.tolist()), dict.fromkeys(range(5), 0.0)) for row in draws]
+        alarms += any(c.finding != "cannot tell" for c in holm([c for c in comparisons if c is not None]))
+    assert alarms / 200 < LEVEL + 4 * math.sqrt(LEVEL * (1 - LEVEL) / 200)
 
 
 @pytest.mark.parametrize("n", [3, 5, 20])
-def test_what_is_detectable_is_found_in_four_of_five(n: int, rng: np.random.Generator) -> None:
+def test_the_minimum_detectable_difference_has_80_percent_power(n: int, rng: np.random.Generator) -> None:
     effect = detectable(0.01, n)
     draws = rng.normal(effect, 0.01, (4000, n))
     detected = np.asarray(stats.ttest_1samp(draws, 0.0, axis=1).pvalue) < LEVEL

@@ -167,8 +167,8 @@ def test_adam_is_pytorchs() -> None:
                 adam = Adam(ours.parameters(), lr=0.01, weight_decay=decay)
                 adam.load_state_dict(state)
         assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
-        kept = zip(adam.state_dict()["state"].values(), stock.state_dict()["state"].values(), strict=True)
-        assert all(torch.equal(a[name], b[name]) for a, b in kept for name in ("step", "exp_avg", "exp_avg_sq"))
+        states = zip(adam.state_dict()["state"].values(), stock.state_dict()["state"].values(), strict=True)
+        assert all(torch.equal(a[name], b[name]) for a, b in states for name in ("step", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize("policy", ["full", "static", "fresh", "dynamic", "infobatch"])
@@ -240,11 +240,11 @@ def predictions(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
     trainer.network.eval()
     with torch.no_grad(), trainer._autocast():
         parts = (trainer.data.validation_images, trainer.data.test_images)
-        found = [trainer.network(trainer._normalised(images)).argmax(1) for images in parts]
-    return found[0], found[1]
+        classes = [trainer.network(trainer._normalised(images)).argmax(1) for images in parts]
+    return classes[0], classes[1]
 
 
-def test_the_last_word_is_the_best_epochs(digits: DeviceData) -> None:
+def test_the_test_split_is_measured_with_the_best_epochs_network(digits: DeviceData) -> None:
     """The test split is judged by the network of the best epoch, also across a resume, not by the last one's.
 
     What validates is made for it: the labels are what one of the networks answers, so that epoch is certainly the best.
@@ -282,7 +282,7 @@ def test_the_last_word_is_the_best_epochs(digits: DeviceData) -> None:
     assert until_last.test() < 1.0  # the last network's word would be another
 
 
-def test_a_diverged_trial_says_so(digits: DeviceData) -> None:
+def test_a_diverged_trial_raises(digits: DeviceData) -> None:
     broken = trainer(digits)
     with torch.no_grad():
         next(broken.network.parameters()).fill_(float("inf"))
