@@ -219,7 +219,9 @@ def test_random_checkpoint_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
         harness = Harness(f"sqlite:///{file}", config)
         harness.work(StopAfter(4), most=1)
         with harness.storage.engine.begin() as connection:
-            payload = damaged(draw, connection.scalar(sa.select(CHECKPOINTS.c.payload)))
+            stored = connection.scalar(sa.select(CHECKPOINTS.c.payload))
+            assert stored is not None
+            payload = damaged(draw, stored)
             row = {"payload": payload, "sha256": hashlib.sha256(payload).hexdigest()}
             connection.execute(sa.update(CHECKPOINTS).values(row))
         harness.work()
