@@ -151,7 +151,7 @@ def _plan(state: Mapping[str, Any], trainer: Trainer) -> None:
     steps = math.ceil(length / trainer.batch_size)
     steps += math.ceil(len(trainer.data.validation_labels) / VALIDATION_BATCH)
     _require(_is_count(step, most=steps - 1), "its step is outside the epoch")
-    _require((weights is None) == (trainer.policy.weights is None), "its plan has weights and the policy none, or none")
+    _require((weights is None) == (trainer.policy.weights is None), "the weights of its plan are not its policy's")
     if weights is not None:
         _weights(weights, order, "the weights do not fit the plan")
     _require((jitter is None) == (not trainer.augment), "its augmentation is not the trial's")
