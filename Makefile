@@ -23,8 +23,9 @@ test-isa: $(TESTABLE)  ## the tests that train, as on a processor without AVX an
 test-slow: $(TESTABLE)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow --timeout=1800
 
-fuzz: $(TESTABLE)  ## random input for a bounded time, with its seeds; FUZZ_SECONDS=300 and FUZZ_SEED=… change them
+fuzz: $(TESTABLE)  ## random input for 4 minutes, with its seeds; FUZZ_SECONDS=… (of each parser) and FUZZ_SEED=… change them
 	$(BIN)/python -m pytest -m fuzz -s
+	FUZZ_EXAMPLES=100 $(BIN)/python -m pytest tests/integration/test_import.py -k any_value
 
 lint: $(TESTABLE)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test,dev]'
