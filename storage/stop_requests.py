@@ -45,8 +45,3 @@ def reason_to_stop(engine: sa.Engine, study_id: int) -> str | None:
     if controls.stop:
         return STOP_REQUESTED
     return spending(engine, study_id).reason_to_stop(controls.budgets) if controls.budgets else None
-
-
-def how_to_resume(name: str, reason: str) -> str:
-    """The command that removes a reason to stop."""
-    return f"resume with: study resume {name}" + " --budget …" * (reason != STOP_REQUESTED)
