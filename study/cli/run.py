@@ -34,7 +34,7 @@ from study.cli.options import (
 
 if TYPE_CHECKING:
     from study.create import OpenStudy
-    from study.launch.launcher import Launcher, LaunchOptions
+    from study.launchers.launcher import Launcher, LaunchOptions
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def launch(
     from storage.study_name import check_study_name
     from study.config.loading import load_config
     from study.create import OpenStudy, config_warnings, create_study, load_study, prepare
-    from study.launch.launcher import LaunchOptions
+    from study.launchers.launcher import LaunchOptions
 
     more = [] if trials is None else [f"search.trials={trials}"]
     more += [] if objective is None else [f"search.objective={objective}"]
@@ -123,7 +123,7 @@ def resume(
     """
     from storage.stop_requests import withdraw_stop
     from study.create import check_data, open_study
-    from study.launch.launcher import LaunchOptions
+    from study.launchers.launcher import LaunchOptions
 
     url = storage_url(storage)
     options = LaunchOptions(
@@ -197,7 +197,7 @@ def confirm(
     """
     from study.confirm import confirmation
     from study.create import OpenStudy, create_study, load_study, open_study, prepare
-    from study.launch.launcher import LaunchOptions
+    from study.launchers.launcher import LaunchOptions
 
     url = storage_url(storage)
     searched = open_study(url, name)
@@ -225,7 +225,7 @@ def bench(
     """
     from study import estimate
     from study.config.loading import load_config, preset_names
-    from study.launch.worker_count import local_devices, worker_threads
+    from study.launchers.worker_count import local_devices, worker_threads
 
     configs = {name: load_config(name, assignments or []) for name in ([preset] if preset else preset_names())}
     devices = local_devices(device, None)
@@ -242,7 +242,7 @@ def bench(
 def _launcher(options: LaunchOptions, url: str, budget: list[str] | None) -> tuple[Launcher, dict[str, float] | None]:
     """The launcher, and the new budgets that its workers can measure; None: budgets stay as they are."""
     from storage.budgets import parse_budgets
-    from study.launch.launcher import make_launcher
+    from study.launchers.launcher import make_launcher
 
     budgets = None if budget is None else parse_budgets(budget)
     launcher = make_launcher(options, url)
@@ -290,7 +290,7 @@ def _refuse_if_copied(study: OpenStudy, force: bool) -> None:
 def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int, int]) -> None:
     """From what `study bench` has measured on this machine: measuring now would keep the study waiting."""
     from study import estimate
-    from study.launch.local import LocalLauncher
+    from study.launchers.local import LocalLauncher
 
     if not isinstance(workforce, LocalLauncher):
         return
@@ -306,7 +306,7 @@ def _run(study: OpenStudy, workforce: Launcher, root: str | None, allow_failures
     from dashboards import study_data
     from dashboards.reports import console
     from dashboards.server.publish import publish
-    from study.launch.launcher import run_study
+    from study.launchers.launcher import run_study
 
     def refresh() -> None:
         try:

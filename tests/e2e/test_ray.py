@@ -27,7 +27,7 @@ from storage.errors import UserError
 from storage.queries import Running, attempts, progress
 from storage.schema import ATTEMPTS, EPOCHS
 from study import exit_codes
-from study.launch.ray import secret_url
+from study.launchers.ray import secret_url
 from tests.e2e.test_command import study, there
 from tests.e2e.test_command import wait_for as wait
 from tests.support.harness import Harness, config_of

@@ -20,7 +20,7 @@ SEARCH = ("study.search", "storage.optuna_internals", *CONFIG)
 CREATE = ("study.create", *SEARCH, "study.training.data", "storage")
 TRIAL = ("study.trial", *SEARCH, *TRAINING, "storage")
 WORKER = ("study.worker", "study.exit_codes", *TRIAL, *CREATE)
-LAUNCH = ("study.launch", "study.logs", *WORKER)
+LAUNCH = ("study.launchers", "study.logs", *WORKER)
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "storage": ("storage",),
     "study.exit_codes": (),
@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study.estimate": TRIAL,
     "study.trial": TRIAL,
     "study.worker": WORKER,
-    "study.launch": LAUNCH,
+    "study.launchers": LAUNCH,
     "study.cli": OURS,
     "study": OURS,
     "dashboards": ("dashboards", "storage", "study.config", "study.search.space"),

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from storage.errors import UserError
 from study.create import OpenStudy
 from study.exit_codes import BAD_INPUT, BUDGET_SPENT, DATABASE_UNAVAILABLE, INTERRUPTED, OK, STOPPED
-from study.launch.worker_count import local_devices, worker_threads
+from study.launchers.worker_count import local_devices, worker_threads
 from study.logs import PREFIXES
 from study.training.energy import SHARE
 from study.worker.stop_monitor import SUPERVISOR_VARIABLE

@@ -13,7 +13,7 @@ from storage.errors import UserError
 from storage.url import tells_password
 from study.create import OpenStudy
 from study.exit_codes import OK
-from study.launch.progress import ProgressDisplay, tolerate_outage
+from study.launchers.progress import ProgressDisplay, tolerate_outage
 from study.worker.stop_monitor import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def make_launcher(options: LaunchOptions, url: str) -> Launcher:
         UserError: its workers cannot be had, or options that do not go together.
     """
     if options.launcher == "ray":
-        from study.launch.ray import RayLauncher
+        from study.launchers.ray import RayLauncher
 
         if options.storage_option is not None and tells_password(options.storage_option):
             raise UserError(
@@ -81,7 +81,7 @@ def make_launcher(options: LaunchOptions, url: str) -> Launcher:
         return RayLauncher.join(options, url)
     if any((options.address, options.gpus_per_worker, options.cpus_per_worker, options.detach)):
         raise UserError("--address, --gpus-per-worker, --cpus-per-worker and --detach need --launcher ray")
-    from study.launch.local import LocalLauncher
+    from study.launchers.local import LocalLauncher
 
     return LocalLauncher(options.device, options.workers, options.threads)
 

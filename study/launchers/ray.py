@@ -22,10 +22,10 @@ from storage.errors import UserError
 from storage.url import file_of, parse, redact
 from study.create import OpenStudy
 from study.exit_codes import BAD_INPUT
-from study.launch.launcher import LaunchOptions
+from study.launchers.launcher import LaunchOptions
 
 if TYPE_CHECKING:
-    from study.launch.ray_supervisor import WorkerRequest
+    from study.launchers.ray_supervisor import WorkerRequest
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _check_address(address: str | None) -> None:
 def _worker_request(options: LaunchOptions) -> WorkerRequest:
     import ray
 
-    from study.launch.ray_supervisor import WorkerRequest
+    from study.launchers.ray_supervisor import WorkerRequest
 
     gpus, cpus, device = options.gpus_per_worker, options.cpus_per_worker, options.device
     cpus = 1.0 if cpus is None else cpus
@@ -241,7 +241,7 @@ def _supervisor(name: str, request: WorkerRequest, storage_url: SecretStr, data_
     import ray
     from ray.exceptions import RayActorError
 
-    from study.launch.ray_supervisor import RaySupervisor, WorkerJob
+    from study.launchers.ray_supervisor import RaySupervisor, WorkerJob
 
     # The same name in another database is another study.
     url = parse(storage_url.get_secret_value())

@@ -22,7 +22,7 @@ from ray.exceptions import RayError, TaskCancelledError
 
 from study import logs
 from study.exit_codes import BAD_INPUT, BUDGET_SPENT, DATABASE_UNAVAILABLE, INTERRUPTED, OK, STOPPED
-from study.launch.local import MOST_DEATHS_IN_A_ROW, WorkerProcess, stop_workers
+from study.launchers.local import MOST_DEATHS_IN_A_ROW, WorkerProcess, stop_workers
 from study.training.energy import SHARE
 
 POLL_SECONDS = 0.5
