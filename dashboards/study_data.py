@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import optuna
+import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
@@ -14,6 +15,7 @@ from dashboards import status
 from dashboards.status import Status
 from storage import queries
 from storage.cached_storage import CachedStorage
+from storage.optuna_internals import storage_of, study_id_of
 from storage.queries import Attempt
 from study.config.loading import parse_config
 from study.config.models import StudyConfig
@@ -78,6 +80,16 @@ class StudyData:
     attempts: tuple[Attempt, ...]
     study: optuna.Study
     status: Status
+
+    @property
+    def engine(self) -> sa.Engine:
+        storage: Any = storage_of(self.study)
+        return storage.engine  # type: ignore[no-any-return]
+
+    @property
+    def id(self) -> int:
+        """Of the study's row."""
+        return study_id_of(self.study)
 
     @property
     def parameters(self) -> tuple[str, ...]:

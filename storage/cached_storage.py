@@ -67,6 +67,11 @@ class CachedStorage(OptunaCachedStorage):
         self._pasts: dict[int, _Past] = defaultdict(_Past)
         self._turn = threading.Lock()  # the training thread asks for trials, the writer's for decisions
 
+    @property
+    def engine(self) -> sa.Engine:
+        """Of the database, for reading."""
+        return self._engine
+
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ from storage.schema import (
     TRIALS,
 )
 
+MOST_BOUND = 1000
+"""Values in one statement; SQLite and PostgreSQL refuse some ten thousand."""
+MOST_FETCHED = 10_000
+"""Rows in memory at a time."""
 STATE_NAMES = {
     TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
@@ -220,20 +224,27 @@ def epoch_rows(
     engine: sa.Engine, study_id: int, numbers: Collection[int] | None = None
 ) -> dict[int, list[dict[str, Any]]]:
     """The stored epochs of the trials of a study (all, or those with these numbers): number to rows, in order."""
+    rows: dict[int, list[dict[str, Any]]] = {}
+    for row in each_epoch(engine, study_id, numbers):
+        rows.setdefault(row.pop("trial"), []).append(row)
+    return rows
+
+
+def each_epoch(engine: sa.Engine, study_id: int, numbers: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The same epochs one by one, with the number of their `trial`: a study may have millions."""
     query = (
-        sa.select(TRIALS.c.number, *[column for column in EPOCHS.c if column.name != "trial_id"])
+        sa.select(TRIALS.c.number.label("trial"), *[column for column in EPOCHS.c if column.name != "trial_id"])
         .select_from(TRIALS.join(EPOCHS, TRIALS.c.trial_id == EPOCHS.c.trial_id))
         .where(TRIALS.c.study_id == study_id)
         .order_by(TRIALS.c.number, EPOCHS.c.epoch)
     )
-    if numbers is not None:
-        query = query.where(TRIALS.c.number.in_(numbers))
-    rows: dict[int, list[dict[str, Any]]] = {}
+    wanted = None if numbers is None else set(numbers)
+    if wanted is not None and len(wanted) <= MOST_BOUND:
+        query, wanted = query.where(TRIALS.c.number.in_(wanted)), None
     with engine.connect() as connection:
-        for row in connection.execute(query).mappings():
-            cells = dict(row)
-            rows.setdefault(cells.pop("number"), []).append(cells)
-    return rows
+        for row in connection.execution_options(yield_per=MOST_FETCHED).execute(query).mappings():
+            if wanted is None or row["trial"] in wanted:
+                yield dict(row)
 
 
 def parameters(engine: sa.Engine, study_id: int, number: int) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""A study's report: on the console, as one HTML page, as JSON."""
+"""A study's report: on the console, as one HTML page, as JSON, as CSV."""

@@ -23,6 +23,7 @@ def report(data: StudyData) -> dict[str, Any]:
         "effects": findings.effects,
         "pareto": [row.number for row in aggregate.pareto(_complete(data))],
         "trials": [_trial(row) for row in data.rows],
+        "epochs": {row.number: data.curves[row.number] for row in data.rows if row.number in data.curves},
         "manifest": manifest(data),
     }
 

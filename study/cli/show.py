@@ -82,21 +82,29 @@ def report(
         typer.Option(metavar="FILE", help="Write one self-contained page with all figures here.", show_default=False),
     ] = None,
     to_json: Json = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv",
+            metavar="FOLDER",
+            help="Write trials.csv, epochs.csv, attempts.csv and settings.csv here.",
+            show_default=False,
+        ),
+    ] = None,
     publish: Annotated[bool, typer.Option("--publish", help="Write figures and notes for optuna-dashboard.")] = False,
 ) -> None:
-    """Show the tables of one or several studies; write their figures as a page, their numbers as JSON.
+    """Show the tables of one or several studies; write their figures as a page, their numbers as JSON or CSV.
 
     Example: study report quick --html report.html
     """
     from dashboards.reports import console
+    from dashboards.reports import csv as csv_report
     from dashboards.reports import html as html_report
     from dashboards.reports import json as json_report
     from dashboards.server.publish import publish as publish_study
     from storage.engine import open_storage
 
-    for file in (html, to_json):
-        if file is not None and file != STANDARD_OUTPUT and not file.parent.is_dir():
-            raise UserError(f"no folder {file.parent} for {file.name}; create it or name another")
+    _check_folders(html, to_json, csv)
     studies = [read_study(name, storage) for name in names]
     if STANDARD_OUTPUT not in (html, to_json):
         for study in studies:
@@ -104,6 +112,9 @@ def report(
     for file, text in ((html, html_report.page), (to_json, json_report.text)):
         if file is not None:
             _write(file, text(studies))
+    if csv is not None:
+        for file in csv_report.write(studies, csv):
+            logger.info("wrote %s", file)
     if publish:
         target = open_storage(storage_url(storage), create=False)
         for study in studies:
@@ -173,6 +184,15 @@ def presets(name: Annotated[str | None, typer.Argument(help="Show this preset's 
     width = max(map(len, preset_names()))
     for preset in preset_names():
         typer.echo(f"{preset:<{width}}  {load_config(preset).description}")
+
+
+def _check_folders(*files: Path | None) -> None:
+    """Raises:
+    UserError: no folder for one of the files.
+    """
+    for file in files:
+        if file is not None and file != STANDARD_OUTPUT and not file.parent.is_dir():
+            raise UserError(f"no folder {file.parent} for {file.name}; create it or name another")
 
 
 def _write(file: Path, text: str) -> None:

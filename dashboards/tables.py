@@ -1,0 +1,85 @@
+"""A study as flat tables, a dictionary a row: its trials, epochs, attempts and settings.
+
+What `study report --csv` writes and what the Python API returns. Accuracies are in [0, 1], times in seconds, moments in
+seconds since 1970 on the database's clock, energy in joules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from dashboards import aggregate
+from dashboards.study_data import StudyData
+from storage import queries
+from study.search.space import relevant
+
+Row = dict[str, Any]
+
+
+def trials(data: StudyData) -> list[Row]:
+    """A row a trial. Its parameters come last; those that mean nothing to its policy are None."""
+    rows = []
+    for row in data.rows:
+        parameters = {key: value if relevant(row.policy, key) else None for key, value in row.settings.items()}
+        rows.append(
+            {
+                "study": data.name,
+                "trial": row.number,
+                "state": row.state,
+                "seed": row.seed,
+                "value": row.value,
+                "test": row.test,
+                "best_epoch": row.best_epoch,
+                "epochs": row.epochs,
+                "images": row.images,
+                "seen": row.seen,
+                "seconds": row.seconds,
+                "train_seconds": row.train_seconds,
+                "validation_seconds": row.validation_seconds,
+                "selection_seconds": row.selection_seconds,
+                "joules": row.joules,
+                **{key: row.attributes.get(key) for key in ("device", "host", "peak_memory_bytes")},
+                "error": row.error,
+                **parameters,
+            }
+        )
+    return rows
+
+
+def epochs(data: StudyData) -> Iterator[Row]:
+    """A row an epoch of every trial of `trials`, in order, read from the database as it is consumed."""
+    numbers = [row.number for row in data.rows]
+    for row in queries.each_epoch(data.engine, data.id, numbers):
+        yield {"study": data.name, **row}
+
+
+def attempts(data: StudyData) -> list[Row]:
+    """A row a worker's time with one trial, by its start."""
+    rows = []
+    for attempt in data.attempts:
+        cells = asdict(attempt)
+        rows.append({"study": data.name, "trial": cells.pop("number"), **cells})
+    return rows
+
+
+def settings(data: StudyData) -> list[Row]:
+    """A row a setting: means over its complete trials with their 95 % confidence interval. Its parameters come last.
+
+    A setting without a complete trial has the mean of its pruned ones, and `complete` is 0.
+    """
+    findings = aggregate.findings(data)
+    rows = []
+    for cell in findings.cells:
+        row: Row = {
+            "study": data.name,
+            "setting": cell.label,
+            "complete": len(cell.rows),
+            "pruned": len(cell.ended) - len(cell.rows),
+        }
+        row |= {f"accuracy_{key}": value for key, value in asdict(cell.accuracy).items() if key != "n"}
+        row |= {f"test_{key}": value for key, value in (asdict(cell.test) if cell.test else {}).items() if key != "n"}
+        row |= {name: cell.mean(name) for name in ("images", "seen", "seconds")}
+        rows.append(row | cell.parameters)
+    return rows
