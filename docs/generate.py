@@ -216,8 +216,10 @@ def allowed(field: FieldInfo) -> str:
     """The rule for a setting's value."""
     for part in field.metadata:
         if isinstance(part, BeforeValidator) and not _models(field.annotation):
-            forms = "value or list" if "str" in str(field.annotation) else "value, list or range"
-            return f"{_rule(part)}; {forms}"
+            annotation = str(field.annotation)
+            if "tuple" not in annotation:
+                return _rule(part)
+            return f"{_rule(part)}; {'value or list' if 'str' in annotation else 'value, list or range'}"
     bounds = [_bound(part) for part in field.metadata if _bound(part)]
     return ", ".join(filter(None, [_kind(field.annotation), " and ".join(bounds)]))
 

@@ -294,6 +294,28 @@ class CheckpointConfig(Section):
     large networks."""
 
 
+def _kept(value: Any) -> Any:
+    number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_TRIALS
+    if not number and value not in ("best", "all", "none"):
+        raise ValueError(f"must be best, all, none or a whole number from 1 to {MOST_TRIALS:,}, got {value!r}")
+    return value
+
+
+class ArtifactsConfig(Section):
+    """Which trained models are kept, and where."""
+
+    keep: Annotated[int | str, BeforeValidator(_kept)] = "best"
+    """Of how many finished trials, those with the highest accuracy, the best epoch's network is kept: `best` (one),
+    `all`, `none`, or a number."""
+    store: str = "database"
+    """`database`, or a folder that all machines reach, as a path or an fsspec URL (`s3://…`), for large networks."""
+
+    @property
+    def count(self) -> int | None:
+        """How many trials' models are kept; None: all."""
+        return {"best": 1, "none": 0, "all": None}[self.keep] if isinstance(self.keep, str) else self.keep
+
+
 class LeaseConfig(Section):
     """When a trial is taken over, and when it is failed."""
 
@@ -315,6 +337,7 @@ class StudyConfig(Section):
     search: SearchConfig = SearchConfig()
     pruning: Annotated[Annotated[PrunerConfig, Field(discriminator="kind")], _a_bare_kind] = NoPrunerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    artifacts: ArtifactsConfig = ArtifactsConfig()
     lease: LeaseConfig = LeaseConfig()
 
     @model_validator(mode="after")
