@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from benchmarks.training import pictures
 from study.training.data import sources
 from study.training.data.placement import DeviceData
-from study.training.data.split import Split, split_dataset
+from study.training.data.split import Part, Split, split_dataset
 from study.training.device import be_deterministic, keep_freed_memory, pick_device
 from study.training.networks import CNN
 from study.training.policies import make_policy
@@ -76,16 +77,9 @@ def main() -> None:
     keep_freed_memory()
     dataset = sources.load("imagefolder" if options.data_root else "digits", options.data_root)
     whole = split_dataset(dataset, "paper", train_images=min(options.images, len(dataset.train_labels)))
-    held = np.random.default_rng(0).permutation(len(whole.validation_labels))[:5000]
-    split = Split(
-        whole.train_images,
-        whole.train_labels,
-        whole.validation_images[held],
-        whole.validation_labels[held],
-        whole.test_images,
-        whole.test_labels,
-        whole.classes,
-    )
+    held = np.sort(np.random.default_rng(0).permutation(len(whole.validation_labels))[:5000])
+    validation = Part(whole.validation.images, held, whole.validation_labels[held])
+    split = replace(whole, validation=validation)
     gaps = []
     for seed in range(options.seeds):
         ours, theirs = (run(split, seed, options.epochs, options.width, device) for run in (fast, standard))

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from study.training.cuda_graphs import SWITCH, WARM_UPS
 from study.training.data import sources
 from study.training.data.placement import DeviceData
-from study.training.data.split import Split, split_dataset
+from study.training.data.split import Part, Split, split_dataset
 from study.training.device import be_deterministic, keep_freed_memory, pick_device
 from study.training.networks import CNN
 from study.training.policies import make_policy
@@ -193,7 +193,8 @@ def ours(task: Task) -> Iterator[None]:
     keep_freed_memory()
     images, labels, classes = task.train()
     names = tuple(map(str, range(classes)))
-    split = Split(images, labels, images[:1], labels[:1], images[:1], labels[:1], names)
+    one = Part(images[:1], None, labels[:1])
+    split = Split(Part(images, None, labels), one, one, names)
     data, policy = DeviceData.from_split(split, task.device), make_policy("full", len(labels), 0)
     trainer = Trainer(data, policy, 0, epochs=10**6, batch_size=BATCH, width=task.width)
     for result in trainer.run():

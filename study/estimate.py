@@ -22,7 +22,7 @@ from study.config.models import StudyConfig
 from study.config.values import largest, middle
 from study.search import space
 from study.training.data import dataset
-from study.training.data.split import Split
+from study.training.data.split import Part, Split
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +112,8 @@ def measure(config: StudyConfig, device_name: str, threads: int = 1) -> Pace:
     draws = np.random.default_rng(0)
     images = draws.integers(0, 256, (max(size, min(validation, VALIDATION_BATCH)), 32, 32, 3), dtype=np.uint8)
     labels = draws.integers(0, 10, len(images))
-    held = images[: min(validation, VALIDATION_BATCH)], labels[: min(validation, VALIDATION_BATCH)]
-    split = Split(images[:size], labels[:size], *held, *held, tuple("0123456789"))
+    train, held = (Part(images[:n], None, labels[:n]) for n in (size, min(validation, VALIDATION_BATCH)))
+    split = Split(train, held, held, tuple("0123456789"))
     trainer = Trainer(
         DeviceData.from_split(split, device),
         make_policy("full", size, 0),
@@ -133,7 +133,7 @@ def measure(config: StudyConfig, device_name: str, threads: int = 1) -> Pace:
         measured.append(next(epochs))
     return Pace(
         statistics.median(size / (epoch.train_seconds + epoch.selection_seconds) for epoch in measured),
-        statistics.median(len(held[1]) / epoch.validation_seconds for epoch in measured),
+        statistics.median(len(held) / epoch.validation_seconds for epoch in measured),
         called(device),
         date.today().isoformat(),
     )

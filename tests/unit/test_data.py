@@ -155,6 +155,23 @@ def test_holdout_takes_no_training_image() -> None:
     assert np.bincount(part.validation_labels).tolist() == [15, 15, 15, 15]
 
 
+def test_a_split_of_a_mapped_file_copies_nothing(tmp_path: Path) -> None:
+    digits = sources.load("digits")
+    np.save(tmp_path / "images.npy", digits.train_images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    whole = Dataset(mapped, digits.train_labels, mapped, digits.train_labels, digits.classes)
+    part, plain = (split_dataset(of, "holdout", holdout=0.2, train_images=500) for of in (whole, digits))
+    assert part.train.images is part.validation.images is part.test.images is mapped
+    assert (len(part.train), len(part.validation), len(part.test)) == (500, 288, 1438)
+    assert part.train.index is not None
+    assert np.array_equal(part.train.labels, digits.train_labels[part.train.index])
+    assert np.array_equal(part.train_images, plain.train_images)
+    assert np.array_equal(part.validation_images, plain.validation_images)
+    for images in (part.train_images, part.validation_images, part.test_images):
+        assert type(images) is np.ndarray
+        assert images.flags.writeable  # else torch.from_numpy warns
+
+
 def test_splits_that_cannot_be_are_refused() -> None:
     digits = sources.load("digits")
     with pytest.raises(DataError, match="at most the 1294"):

@@ -8,7 +8,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-Images = NDArray[np.uint8]
-"""uint8 in [0, 255], shape [N, 32, 32, 3]: image, row, column, channel (red, green, blue)."""
+Images = NDArray[Any]
+"""uint8 in [0, 255], shape [N, height, width, channels]; or, of own data alone, float32, shape [N, features...].
+The array may be a read-only memory-mapped file."""
 
 
 Labels = NDArray[np.int64]

@@ -19,16 +19,28 @@ TORCHVISION = ("cifar10", "cifar100", "svhn", "fashion-mnist")
 """Data sets that torchvision downloads."""
 
 
-def load(name: str, root: str | None = None) -> Dataset:
+def load(
+    name: str,
+    root: str | None = None,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    make: Callable[[], Dataset] | None = None,
+) -> Dataset:
     """The data set `name`.
 
     Args:
         root: the folder of images (`imagefolder`), or where torchvision keeps its downloads (default: the cache).
+        size: height and width that every image gets. None: that of the source.
+        channels: 1 (grey) or 3 (red, green, blue). None: those of the source.
+        make: the function that an import path `name` stands for.
 
     Raises:
         DataError: no such data set, a folder that is missing or has no classes, an image that cannot be decoded, a
             download that failed, a cache that cannot be written.
     """
+    if size is not None or channels is not None or make is not None:
+        raise DataError("data.size, data.channels and own load functions are not supported yet; leave them out")
     if name == "digits":
         return _digits()
     if name == "imagefolder":

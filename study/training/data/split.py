@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -12,16 +13,61 @@ from study.training.data.dataset import DataError, Dataset, Images, Labels
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some images of an array, without a copy of them: the array may be memory-mapped and larger than memory."""
+
+    images: Images
+    """The array that holds them."""
+    index: NDArray[np.int64] | None
+    """Their rows in `images`, ascending, shape [N]. None: all rows."""
+    labels: Labels
+    """Of this part's images alone, shape [N]."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def in_memory(self) -> Images:
+        """The images of this part as an array in memory: a copy, unless they are all of an array in memory."""
+        if self.index is not None:
+            return self.images[self.index]
+        return np.array(self.images) if isinstance(self.images, np.memmap) else self.images
+
+
+@dataclass(frozen=True)
 class Split:
     """The images one study trains on, validates on, and (under `holdout`) leaves alone until the last word."""
 
-    train_images: Images
-    train_labels: Labels
-    validation_images: Images
-    validation_labels: Labels
-    test_images: Images
-    test_labels: Labels
+    train: Part
+    validation: Part
+    test: Part
     classes: tuple[str, ...]
+
+    @cached_property
+    def train_images(self) -> Images:
+        """The training images in memory."""
+        return self.train.in_memory()
+
+    @cached_property
+    def validation_images(self) -> Images:
+        """The validation images in memory."""
+        return self.validation.in_memory()
+
+    @cached_property
+    def test_images(self) -> Images:
+        """The test images in memory."""
+        return self.test.in_memory()
+
+    @property
+    def train_labels(self) -> Labels:
+        return self.train.labels
+
+    @property
+    def validation_labels(self) -> Labels:
+        return self.validation.labels
+
+    @property
+    def test_labels(self) -> Labels:
+        return self.test.labels
 
 
 TEST_FRACTION = 0.2
@@ -35,7 +81,7 @@ def split_dataset(
     holdout: float = 0.1,
     train_images: int | None = None,
 ) -> Split:
-    """Training, validation and test images under a protocol.
+    """Training, validation and test images under a protocol. No image is copied.
 
     Which images fall where depends on nothing but the data set and these arguments.
 
@@ -51,10 +97,11 @@ def split_dataset(
     labels = dataset.train_labels
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(labels))
     held = np.zeros(0, np.int64)
+    test = Part(dataset.test_images, None, dataset.test_labels)
     if protocol == "paper":
-        validation = dataset.test_images, dataset.test_labels
+        validation = test
     elif dataset.validation_images is not None and dataset.validation_labels is not None:
-        validation = dataset.validation_images, dataset.validation_labels
+        validation = Part(dataset.validation_images, None, dataset.validation_labels)
     else:
         held = np.sort(stratified(labels, order, round(holdout * len(labels))))
         if not 0 < len(held) < len(labels):
@@ -62,7 +109,7 @@ def split_dataset(
                 f"data.holdout leaves {len(labels) - len(held)} images to train on and {len(held)} to validate: "
                 f"got {holdout:g}"
             )
-        validation = dataset.train_images[held], labels[held]
+        validation = Part(dataset.train_images, held, labels[held])
     left = order[~np.isin(order, held)]
     if train_images is not None:
         if train_images > len(left):
@@ -71,9 +118,9 @@ def split_dataset(
             )
         left = stratified(labels, left, train_images)
     left = np.sort(left)
-    everything = len(left) == len(labels)  # no copy of the largest array where none is needed
-    train = (dataset.train_images, labels) if everything else (dataset.train_images[left], labels[left])
-    return Split(*train, *validation, dataset.test_images, dataset.test_labels, dataset.classes)
+    everything = len(left) == len(labels)
+    train = Part(dataset.train_images, None if everything else left, labels if everything else labels[left])
+    return Split(train, validation, test, dataset.classes)
 
 
 def split_notes(dataset: Dataset, split: Split, protocol: Literal["holdout", "paper"]) -> list[str]:
