@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from dashboards.formatting import budget_lines, label, percent, plain_table
-from storage import budgets, queries, retry, stop_requests
+from storage import budgets, exclusions, queries, retry, stop_requests
 from storage.queries import Attempt, Progress, Running, StudySummary
 from storage.text import command, printable
 
@@ -53,6 +53,8 @@ class Status:
     """Trials that failed for good, and why."""
     failed_attempts: tuple[Attempt, ...]
     """The last attempts that ended in an error."""
+    excluded: dict[int, str] = field(default_factory=dict)
+    """Trials that a person has left out of sampler, pruner and tables, and why."""
 
     @property
     def states(self) -> dict[str, int]:
@@ -92,6 +94,8 @@ def read(engine: sa.Engine, name: str) -> Status:
     """
     study_id, attributes = queries.find(engine, name)
     now = queries.progress(engine, study_id)
+    with engine.connect() as connection:
+        left_out = exclusions.excluded(connection, study_id)
     controls, spent = stop_requests.read_controls(engine, study_id), budgets.spending(engine, study_id)
     return Status(
         name=name,
@@ -105,6 +109,7 @@ def read(engine: sa.Engine, name: str) -> Status:
         stop=stop_requests.STOP_REQUESTED if controls.stop else spent.reason_to_stop(controls.budgets),
         failures=queries.failures(engine, study_id) if now.states["failed"] else {},
         failed_attempts=tuple(queries.attempts(engine, study_id, failed=MOST_FAILURES)),
+        excluded=left_out,
     )
 
 
@@ -141,6 +146,7 @@ def heading(status: Status) -> list[str]:
         chosen = f", {label(status.best_parameters)}" if status.best_parameters else ""
         lines.append(f"best {percent(status.progress.best)}: trial {status.progress.best_trial}{chosen}")
     lines += budget_lines(status.budgets, status.spent)
+    lines += [f"trial {number} is excluded: {why}" for number, why in status.excluded.items()]
     return lines + [f"trial {number} failed: {error}" for number, error in status.failures.items()]
 
 
@@ -221,6 +227,7 @@ def document(status: Status) -> dict[str, Any]:
         "workers": [asdict(trial) for trial in now.running],
         "interrupted": [asdict(trial) for trial in now.interrupted],
         "failures": status.failures,
+        "excluded": status.excluded,
         "tickets": now.total,  # the name of `total` in version 0.1
     }
 

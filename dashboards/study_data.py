@@ -75,6 +75,7 @@ class StudyData:
     preset: str
     config: StudyConfig
     rows: tuple[TrialRow, ...]
+    """All but those that a person has excluded, which `status` names."""
     curves: dict[int, list[dict[str, Any]]]
     """Trial number to its rows of `trial_epochs`; of more than MOST_CURVES trials, the best and a sample."""
     attempts: tuple[Attempt, ...]
@@ -115,9 +116,12 @@ def read(storage: RDBStorage, name: str) -> StudyData:
     study_id, attributes = queries.find(storage.engine, name)
     config = parse_config(attributes["config"])
     study = optuna.load_study(study_name=name, storage=CachedStorage(storage))
+    progress = status.read(storage.engine, name)
     totals = queries.epoch_totals(storage.engine, study_id)
+    totals = {number: total for number, total in totals.items() if number not in progress.excluded}
     errors = queries.last_errors(storage.engine, study_id)
     curves = queries.epoch_rows(storage.engine, study_id, _chosen(totals))
+    curves = {number: curve for number, curve in curves.items() if number in totals}
     rows = []
     for trial in study.get_trials(deepcopy=False):
         total = totals.get(trial.number, NOTHING)
@@ -146,7 +150,6 @@ def read(storage: RDBStorage, name: str) -> StudyData:
             )
         )
     attempts = tuple(queries.attempts(storage.engine, study_id))
-    progress = status.read(storage.engine, name)
     return StudyData(
         name=name, preset=progress.preset, config=config, rows=tuple(rows), curves=curves, attempts=attempts,
         study=study, status=progress,

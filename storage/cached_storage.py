@@ -23,6 +23,7 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from storage.exclusions import stored_text
 from storage.optuna_internals import OptunaCachedStorage
 from storage.schema import REPORTS, TRIAL_ATTRS, TRIAL_PARAMS, TRIAL_SYSTEM_ATTRS, TRIAL_VALUES, TRIALS
 
@@ -48,12 +49,19 @@ class _Past:
     """The largest id of a trial in a final state."""
     open: list[int] = field(default_factory=list)
     """Trials to look at again each time; those WAITING beyond `last_final` are looked at once they no longer are."""
+    excluded_text: str = "{}"
+    """The study's attribute as it was when `columns` were read."""
+    excluded: frozenset[int] = frozenset()
+    """Numbers of the trials that a person has left out."""
     columns: dict[int, array[float]] | None = None
     """Step to its reports by COMPLETE trials, in no particular order; None: nobody has asked yet."""
 
 
 class CachedStorage(OptunaCachedStorage):
     """Optuna's storage with a fast way to read; what is written goes to the database as ever.
+
+    Trials that a person has left out (`storage.exclusions`) are not among those of `get_all_trials` and `reports_at`,
+    so no sampler, pruner or table sees them; `all_trials` has them.
 
     Of reports, the trials of `get_all_trials` have their last one only, which is what samplers and successive halving
     look at. Percentile pruners look at one step of all COMPLETE trials: `reports_at`. `get_trial` has all of its trial.
@@ -78,8 +86,19 @@ class CachedStorage(OptunaCachedStorage):
         with self._turn, self._engine.connect() as connection:
             past = self._pasts[study_id]
             _refresh(connection, study_id, past, running=states is None or TrialState.RUNNING in states)
-            trials = [trial for trial in past.ordered if states is None or trial.state in states]
+            trials = [
+                trial
+                for trial in past.ordered
+                if (states is None or trial.state in states) and trial.number not in past.excluded
+            ]
         return copy.deepcopy(trials) if deepcopy else trials
+
+    def all_trials(self, study_id: int, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """By number, the excluded ones too; not copied."""
+        with self._turn, self._engine.connect() as connection:
+            past = self._pasts[study_id]
+            _refresh(connection, study_id, past, running=states is None or TrialState.RUNNING in states)
+            return [trial for trial in past.ordered if states is None or trial.state in states]
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         with self._engine.connect() as connection:
@@ -95,7 +114,11 @@ class CachedStorage(OptunaCachedStorage):
             _refresh(connection, study_id, past, running=False)
             if past.columns is None:
                 columns: dict[int, array[float]] = defaultdict(lambda: array("d"))
-                complete = [id for id, trial in past.trials.items() if trial.state == TrialState.COMPLETE]
+                complete = [
+                    id
+                    for id, trial in past.trials.items()
+                    if trial.state == TrialState.COMPLETE and trial.number not in past.excluded
+                ]
                 _add_reports(connection, complete, columns)
                 past.columns = columns
             return past.complete, np.array(past.columns.get(step, ()), dtype=float)
@@ -106,6 +129,10 @@ class CachedStorage(OptunaCachedStorage):
 
 def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: bool) -> None:
     """Bring `past` up to date; of running trials their states only, unless `running`."""
+    text = stored_text(connection, study_id)
+    if text != past.excluded_text:
+        past.excluded_text, past.excluded, past.columns = text, frozenset(map(int, json.loads(text))), None
+        past.complete = _complete(past)
     last = max(past.stamps, default=-1)
     known = {"study": study_id, "last": last, "last_final": past.last_final, "open": past.open}
     stamps: dict[int, Stamp] = {id: (state, done) for id, state, done in connection.execute(_CHANGED, known)}
@@ -123,13 +150,17 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     past.trials.update(news)
     past.stamps.update((id, (news[id].state, stamps[id][1])) for id in news)
     past.ordered = sorted(past.trials.values(), key=lambda trial: trial.number)
-    past.complete = sum(trial.state == TrialState.COMPLETE for trial in past.ordered)
+    past.complete = _complete(past)
     past.last_final = max((id for id, (state, _) in past.stamps.items() if state in FINAL), default=-1)
     past.open = [
         id
         for id, (state, _) in past.stamps.items()
         if state not in FINAL and (state != TrialState.WAITING or id < past.last_final)
     ]
+
+
+def _complete(past: _Past) -> int:
+    return sum(trial.state == TrialState.COMPLETE and trial.number not in past.excluded for trial in past.ordered)
 
 
 def _read(connection: sa.Connection, ids: Sequence[int], reported: sa.Select[Any]) -> dict[int, FrozenTrial]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from storage.schema import (
     TRIAL_VALUES,
     TRIALS,
 )
+from storage.study_attributes import PATIENCE_SECONDS
 
 QUEUE_POSITION = "queue_position"
 """User attribute of a trial that this program queued."""
@@ -82,6 +84,33 @@ def enqueue_trials(
             return stored | missing
 
     return retry(once)
+
+
+def add_trial(engine: sa.Engine, study_id: int, trial: FrozenTrial, *, seed_by_number: bool = False) -> int:
+    """Queue one more trial, which is none of those that the study's config asks for.
+
+    Args:
+        trial: WAITING, without the user attribute `queue_position`.
+        seed_by_number: add its number to its user attribute `seed`.
+
+    Returns:
+        Its number.
+    """
+
+    def once() -> int:
+        with engine.begin() as connection:
+            connection.execute(
+                sa.select(STUDIES.c.study_id).where(STUDIES.c.study_id == study_id).with_for_update()
+            ).one()
+            of_study = TRIALS.c.study_id == study_id
+            number = connection.execute(sa.select(sa.func.count()).select_from(TRIALS).where(of_study)).scalar_one()
+            queued = copy.copy(trial)
+            if seed_by_number:
+                queued.user_attrs = trial.user_attrs | {"seed": trial.user_attrs["seed"] + number}
+            _insert_trials(connection, study_id, number, [queued])
+            return int(number)
+
+    return retry(once, PATIENCE_SECONDS)
 
 
 def _insert_trials(connection: sa.Connection, study_id: int, first: int, trials: Sequence[FrozenTrial]) -> None:

@@ -23,6 +23,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.study import StudyDirection
 
 from storage.errors import UserError
+from storage.exclusions import EXCLUDED, MOST_REASON
 from storage.object_store import MOST_BYTES
 from storage.optuna_internals import models
 from storage.schema import (
@@ -92,7 +93,7 @@ RULES: dict[sa.Table, tuple[str, ...]] = {
         "k >= 0",
         "train_seconds >= 0 AND validation_seconds >= 0",
     ),
-    ATTEMPTS: ("outcome IS NULL OR outcome IN ('finished', 'settled', 'released', 'error', 'vanished')",),
+    ATTEMPTS: ("outcome IS NULL OR outcome IN ('finished', 'settled', 'released', 'error', 'vanished', 'skipped')",),
 }
 """What holds of every row beside the types of its columns."""
 NUMBERS = frozenset(
@@ -104,7 +105,7 @@ NUMBERS = frozenset(
 """User attributes of a trial that this program computes with."""
 STUDY_ATTRIBUTES: dict[str, type] = {
     "config": dict, "preset": str, "data_fingerprint": str, "images": dict, "protocol": str, "budgets": dict,
-    "stop": bool, "uid": str,
+    "stop": bool, "uid": str, EXCLUDED: dict,
 }  # fmt: skip
 
 
@@ -295,6 +296,8 @@ def _check_attributes(
     for key in ("images", "budgets"):
         if not all(_is_finite(value) and value >= 0 for value in attributes.get(key, {}).values()):
             raise _Wrong(f"its {key} are not numbers")
+    if not all(n.isdecimal() and _is_text(why, MOST_REASON) for n, why in attributes.get(EXCLUDED, {}).items()):
+        raise _Wrong(f"its {EXCLUDED} are not trial numbers with reasons")
     try:
         check_config(attributes["config"])
     except UserError as error:

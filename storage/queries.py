@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from storage.engine import database_time, incomplete_copy, live_lease
 from storage.errors import UserError
+from storage.exclusions import EXCLUDED, excluded
 from storage.schema import (
     ATTEMPTS,
     EPOCHS,
@@ -157,18 +158,11 @@ def progress(engine: sa.Engine, study_id: int) -> Progress:
         )
         .order_by(TRIALS.c.number)
     )
-    best = (
-        sa.select(TRIAL_VALUES.c.value, TRIALS.c.number)
-        .select_from(TRIALS.join(TRIAL_VALUES))
-        .where(of_study, TRIALS.c.state == TrialState.COMPLETE, TRIAL_VALUES.c.objective == 0)
-        .order_by(TRIAL_VALUES.c.value.desc(), TRIALS.c.number)
-        .limit(1)
-    )
     with engine.connect() as connection:
         counts = dict.fromkeys(STATE_NAMES.values(), 0)
         counts |= {STATE_NAMES[state]: count for state, count in connection.execute(by_state)}
         rows = connection.execute(held).all()
-        value, number = connection.execute(best).one_or_none() or (None, None)
+        value, number = best_trial(connection, study_id) or (None, None)
     begun = [
         Running(
             r.number, r.owner, r.device or "", r.epoch, r.images, r.seconds, r.accuracy, r.left or 0.0, r.age or 0.0
@@ -178,6 +172,19 @@ def progress(engine: sa.Engine, study_id: int) -> Progress:
     live = tuple(trial for trial in begun if trial.lease_seconds_left > 0)
     interrupted = tuple(trial for trial in begun if trial.lease_seconds_left <= 0)
     return Progress(counts, live, interrupted, sum(r.epoch for r in rows), sum(r.images for r in rows), value, number)
+
+
+def best_trial(connection: sa.Connection, study_id: int) -> tuple[float, int] | None:
+    """The highest value of a complete trial that is not excluded, and its number; of two the lower."""
+    best = (
+        sa.select(TRIAL_VALUES.c.value, TRIALS.c.number)
+        .select_from(TRIALS.join(TRIAL_VALUES))
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.COMPLETE, TRIAL_VALUES.c.objective == 0)
+        .order_by(TRIAL_VALUES.c.value.desc(), TRIALS.c.number)
+    )
+    left_out = excluded(connection, study_id)
+    rows = connection.execute(best.limit(len(left_out) + 1))
+    return next(((row.value, row.number) for row in rows if row.number not in left_out), None)
 
 
 @dataclass(frozen=True)
@@ -344,7 +351,7 @@ def study_summaries(engine: sa.Engine) -> list[StudySummary]:
     studies = sa.select(STUDIES.c.study_id, STUDIES.c.study_name).order_by(STUDIES.c.study_name)
     by_state = sa.select(TRIALS.c.study_id, TRIALS.c.state, sa.func.count()).group_by(TRIALS.c.study_id, TRIALS.c.state)
     attributes = sa.select(STUDY_ATTRS.c.study_id, STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(
-        STUDY_ATTRS.c.key.in_(("preset", "stop"))
+        STUDY_ATTRS.c.key.in_(("preset", "stop", EXCLUDED))
     )
     best = (
         sa.select(TRIALS.c.study_id, sa.func.max(TRIAL_VALUES.c.value))
@@ -372,7 +379,10 @@ def study_summaries(engine: sa.Engine) -> list[StudySummary]:
         for study_id, state, count in connection.execute(by_state):
             states.setdefault(study_id, {})[STATE_NAMES[state]] = count
         stored = {(study_id, key): text for study_id, key, text in connection.execute(attributes)}
-        best_values: dict[int, float] = dict(connection.execute(best).all())
+        best_values: dict[int, float | None] = dict(connection.execute(best).all())
+        for study_id, key in stored:
+            if key == EXCLUDED:
+                best_values[study_id] = (best_trial(connection, study_id) or (None,))[0]
         activity = {study_id: (int(workers or 0), at) for study_id, workers, at in connection.execute(work)}
     return [
         StudySummary(

@@ -350,6 +350,47 @@ class Queue:
         retry(once)
         remove_files(self.store, files)
 
+    def skip(self, number: int) -> None:
+        """End a trial that has begun as pruned, whoever holds it: its worker finds it finished and writes no more.
+
+        Its value is its last report, as Optuna's `tell` has it.
+
+        Raises:
+            UserError: no such trial, or one that has not begun or has finished.
+        """
+        files: list[str] = []
+
+        def once() -> None:
+            this = sa.and_(TRIALS.c.study_id == self.study_id, TRIALS.c.number == number)
+            with self.engine.begin() as connection:
+                row = connection.execute(
+                    sa.select(TRIALS.c.trial_id, TRIALS.c.state).where(this).with_for_update()
+                ).one_or_none()
+                if row is None or row.state != TrialState.RUNNING:
+                    state = "not there" if row is None else row.state.name.lower()
+                    raise UserError(f"only a trial that has begun and not finished can be skipped; {number} is {state}")
+                held = LEASES.c.trial_id == row.trial_id
+                ended = {"token": LEASES.c.token + 1, "expires_at": 0.0, "attempts": 0}
+                connection.execute(sa.update(LEASES).where(held).values(ended))
+                open_attempt = sa.and_(ATTEMPTS.c.trial_id == row.trial_id, ATTEMPTS.c.ended_at.is_(None))
+                outcome = {"ended_at": database_time(self.engine), "outcome": "skipped"}
+                connection.execute(sa.update(ATTEMPTS).where(open_attempt).values(outcome))
+                self._set_state(connection, row.trial_id, TrialState.PRUNED)
+                self._set_value(connection, row.trial_id)
+                self._set_attributes(connection, row.trial_id, {"skipped": True} | _epochs_so_far(connection, row[0]))
+                files.extend(self._delete_checkpoint(connection, row.trial_id))
+
+        retry(once)
+        remove_files(self.store, files)
+
+    def _set_value(self, connection: sa.Connection, trial_id: int) -> None:
+        """Its last report, if it has one."""
+        reports = sa.select(REPORTS.c.intermediate_value).where(REPORTS.c.trial_id == trial_id)
+        value = connection.scalar(reports.order_by(REPORTS.c.step.desc()).limit(1))
+        if value is not None:
+            row = {"objective": 0, "value": value, "value_type": VALUE_TYPE.FINITE}
+            connection.execute(sa.insert(TRIAL_VALUES).values(trial_id=trial_id, **row))
+
     def unfinished(self) -> int:
         query = sa.select(sa.func.count()).select_from(TRIALS)
         query = query.where(TRIALS.c.study_id == self.study_id, TRIALS.c.state.in_(UNFINISHED))
@@ -402,6 +443,20 @@ class Queue:
             insert = upsert(self.engine, table).values(trial_id=trial_id, key=key, value_json=json.dumps(value))
             again = {"value_json": insert.excluded.value_json}
             connection.execute(insert.on_conflict_do_update(index_elements=["trial_id", "key"], set_=again))
+
+
+def _epochs_so_far(connection: sa.Connection, trial_id: int) -> dict[str, Any]:
+    """What a worker records of a trial that has finished, as far as its epochs tell."""
+    query = sa.select(EPOCHS).where(EPOCHS.c.trial_id == trial_id).order_by(EPOCHS.c.epoch)
+    epochs = connection.execute(query).all()
+    if not epochs:
+        return {}
+    sums = ("images", "train_seconds", "validation_seconds")
+    return {
+        "best_epoch": max(epochs, key=lambda row: (row.accuracy, -row.epoch)).epoch,
+        "epochs": len(epochs),
+        **{name: round(sum(getattr(row, name) for row in epochs), 3) for name in sums},
+    }
 
 
 def _utc() -> datetime:

@@ -80,7 +80,7 @@ ATTEMPTS = sa.Table(
     sa.Column("device", sa.String(255), nullable=False, doc="What it trained on."),
     sa.Column("started_at", sa.Double, nullable=False, doc="Seconds since 1970 on the database's clock."),
     sa.Column("ended_at", sa.Double, doc="NULL: running, or vanished and not taken over yet."),
-    sa.Column("outcome", sa.String(8), doc="finished, released, error, or vanished."),
+    sa.Column("outcome", sa.String(8), doc="finished, released, error, vanished, or skipped."),
     sa.Column("error", sa.Text),
     sa.Column("images", sa.Integer, doc="Trained on in this attempt, in whole epochs."),
     sa.Column("joules", sa.Double, doc="Energy of those epochs, where the device tells."),

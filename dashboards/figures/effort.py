@@ -17,6 +17,7 @@ OUTCOMES = {
     "released": (COLOURS[4], "asked to stop"),
     "error": (COLOURS[1], "error"),
     "vanished": (COLOURS[3], "vanished"),
+    "skipped": (COLOURS[5], "skipped by hand"),
     None: (REST, "running, or vanished and not taken over yet"),
 }
 

@@ -98,7 +98,8 @@ def _section(title: str, content: str, note: str = "") -> str:
 
 def _summary(data: StudyData) -> str:
     states = ", ".join(f"{count} {name}" for name, count in data.status.states.items() if count)
-    lines = [f"<p>{len(data.rows)} trials: {escape(states)}.</p>"]
+    lines = [f"<p>{data.status.progress.total} trials: {escape(states)}.</p>"]
+    lines += [f"<p>Trial {n} is excluded: {escape(why)}</p>" for n, why in data.status.excluded.items()]
     best = data.best
     if best is not None:
         chosen = f", {label(best.parameters)}" if best.parameters else ""

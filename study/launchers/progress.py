@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from sqlalchemy.exc import DBAPIError
 
 from storage import queries, schema
+from storage.optuna_internals import storage_of
 from storage.retry import is_transient
 from study.create import OpenStudy
 from study.logs import stderr_console
@@ -80,7 +81,9 @@ class ProgressDisplay:
         return now.finished * self._trial_length + (now.images if self._by_images else now.epochs)
 
     def _finished_trials(self) -> list[FrozenTrial]:
-        return self.study.study.get_trials(deepcopy=False, states=schema.FINISHED)
+        storage: Any = storage_of(self.study.study)
+        trials: list[FrozenTrial] = storage.all_trials(self.study.id, schema.FINISHED)
+        return trials
 
     def refresh_when_due(self) -> None:
         if self._changed and time.monotonic() >= self._next_refresh:

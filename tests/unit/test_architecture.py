@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study.training": TRAINING,
     "study.create": CREATE,
     "study.confirm": CREATE,
+    "study.enqueue": CREATE,
     "study.estimate": TRIAL,
     "study.trial": TRIAL,
     "study.worker": WORKER,
