@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,15 +92,16 @@ def launch(
     opened = open_storage(url)
     is_new = create_study(opened, study_name, preset, config, data)
     study = OpenStudy(url, opened, *load_study(opened, study_name))
-    _refuse_if_copied(study, force)
-    _set_budgets(study, budgets)
-    _refuse_if_stopped(study)
-    logger.info("%s study %r in %s", "starting" if is_new else "resuming", study_name, shown(url))
-    if is_new:
-        for sentence in config_warnings(config, data):
-            logger.warning("%s", sentence)
-        _log_estimate(study, workforce, data.sizes)
-    _run(study, workforce, data_root(root), allow_failures)
+    with _resumable(study):
+        _refuse_if_copied(study, force)
+        _set_budgets(study, budgets)
+        _refuse_if_stopped(study)
+        logger.info("%s study %r in %s", "starting" if is_new else "resuming", study_name, shown(url))
+        if is_new:
+            for sentence in config_warnings(config, data):
+                logger.warning("%s", sentence)
+            _log_estimate(study, workforce, data.sizes)
+        _run(study, workforce, data_root(root), allow_failures)
 
 
 def resume(
@@ -132,13 +135,14 @@ def resume(
     )  # fmt: skip
     workforce, budgets = _launcher(options, url, budget)
     study = open_study(url, name)
-    if launcher == "local":  # elsewhere the workers check theirs
-        check_data(study, data_root(root))
-    _refuse_if_copied(study, force)
-    _set_budgets(study, budgets)
-    withdraw_stop(study.engine, study.id)
-    _refuse_if_stopped(study)
-    _run(study, workforce, data_root(root), allow_failures)
+    with _resumable(study):
+        if launcher == "local":  # elsewhere the workers check theirs
+            check_data(study, data_root(root))
+        _refuse_if_copied(study, force)
+        _set_budgets(study, budgets)
+        withdraw_stop(study.engine, study.id)
+        _refuse_if_stopped(study)
+        _run(study, workforce, data_root(root), allow_failures)
 
 
 def stop(name: Name, storage: Storage = None) -> None:
@@ -209,9 +213,10 @@ def confirm(
     confirming = new_name or f"{name}-confirmed"
     create_study(searched.storage, confirming, f"confirm {name}", config, data, origin)
     study = OpenStudy(url, searched.storage, *load_study(searched.storage, confirming))
-    _refuse_if_stopped(study)
-    logger.info("confirming %d settings of %r as %r in %s", top, name, confirming, shown(url))
-    _run(study, workforce, data_root(root), allow_failures)
+    with _resumable(study):
+        _refuse_if_stopped(study)
+        logger.info("confirming %d settings of %r as %r in %s", top, name, confirming, shown(url))
+        _run(study, workforce, data_root(root), allow_failures)
 
 
 def bench(
@@ -287,6 +292,22 @@ def _refuse_if_copied(study: OpenStudy, force: bool) -> None:
     set_attribute(study.engine, study.id, COPIED_TO, None)
 
 
+@contextmanager
+def _resumable(study: OpenStudy) -> Iterator[None]:
+    """Once its database was open, a study that cannot connect to it any more has met an outage, not bad input."""
+    from storage.errors import Unreachable
+    from storage.retry import is_transient
+
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, Unreachable) or is_transient(error)):
+            raise
+        logger.error("%s", error if isinstance(error, Unreachable) else getattr(error, "orig", None) or error)
+        logger.warning("%s", _how_to_continue(study, exit_codes.DATABASE_UNAVAILABLE))
+        raise typer.Exit(exit_codes.DATABASE_UNAVAILABLE) from None
+
+
 def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int, int]) -> None:
     """From what `study bench` has measured on this machine: measuring now would keep the study waiting."""
     from study import estimate
@@ -306,6 +327,7 @@ def _run(study: OpenStudy, workforce: Launcher, root: str | None, allow_failures
     from dashboards import study_data
     from dashboards.reports import console
     from dashboards.server.publish import publish
+    from storage.retry import retry
     from study.launchers.launcher import run_study
 
     def refresh() -> None:
@@ -325,8 +347,8 @@ def _run(study: OpenStudy, workforce: Launcher, root: str | None, allow_failures
     if code != exit_codes.OK:
         logger.warning("%s", _how_to_continue(study, code))
         raise typer.Exit(code)
+    data = retry(lambda: study_data.read(study.storage, study.name))
     refresh()
-    data = study_data.read(study.storage, study.name)
     out.print(console.report_text(data))
     failed, total = data.status.states["failed"], data.status.progress.total
     if failed > allow_failures or failed == total > 0:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import SecretStr
 from sqlalchemy.engine import URL
 
-from storage.errors import UserError
+from storage.errors import Unreachable, UserError
 from storage.url import file_of, parse, redact
 from study.create import OpenStudy
 from study.exit_codes import BAD_INPUT
@@ -218,7 +218,7 @@ def _resolved(url: URL) -> tuple[URL, bool, str]:
             local = at is None or at.is_loopback or at.is_unspecified
             which = f"{'loopback' if local else at} {info.port} {info.dbname}"
     except psycopg.Error as error:
-        raise UserError(f"cannot use the database {redact(url)}: {str(error).strip().splitlines()[0]}") from None
+        raise Unreachable(f"cannot use the database {redact(url)}: {str(error).strip().splitlines()[0]}") from None
     return resolved.difference_update_query([key for key in resolved.query if "pass" in key.lower()]), local, which
 
 

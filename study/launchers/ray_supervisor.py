@@ -231,6 +231,8 @@ class RaySupervisor:
         self.retired += 1
         if ended.code in (STOPPED, BUDGET_SPENT) and not self.closing:
             self.notes.append(ended.reason)
+        elif ended.code == DATABASE_UNAVAILABLE:
+            self.notes.append(f"a worker on {ended.host} ended: {ended.reason}")
 
     def _handle_refusal(self, ended: WorkerExit) -> None:
         """It may be this node's fault: another worker starts elsewhere, if there is such a place."""

@@ -55,7 +55,7 @@ class StopCheck(Protocol):
 
 
 class DatabaseUnavailable(Exception):
-    """The database was unavailable for longer than a worker waits; the trial's checkpoint is on this machine's disk."""
+    """The database was unavailable for longer than a worker waits. What it trained is in the fallback folder."""
 
 
 class InvalidParameters(Exception):

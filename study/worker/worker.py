@@ -22,6 +22,7 @@ from storage.errors import Unreachable, UserError
 from storage.optuna_internals import study_id_of
 from storage.queue import LeaseLost, Queue
 from storage.retry import PATIENCE_SECONDS, is_transient, retry
+from storage.text import one_line
 from storage.transfer import COPIED_TO
 from storage.url import parse, redact
 from study.config.models import StudyConfig
@@ -65,7 +66,12 @@ def work(name: str, storage_url: str, device_spec: str, data_root: str | None, *
     """
     stop = StopMonitor(launcher_ended())
     stop.handle_signals()
-    storage, study, config = _join(storage_url, name, stop)
+    try:
+        storage, study, config = _join(storage_url, name, stop)
+    except DatabaseUnavailable:
+        if stop():
+            return stop.exit_code
+        raise
     if copy := study.user_attrs.get(COPIED_TO):
         raise UserError(f"the study {name!r} was copied (to {copy}); work on the copy, or first: study resume --force")
     preload_trials(study, config)
@@ -144,15 +150,25 @@ def _work_through(
 
 
 def _join(storage_url: str, name: str, stop: StopMonitor) -> tuple[RDBStorage, optuna.Study, StudyConfig]:
-    """The study. A launcher's worker waits for a database that is unavailable when it starts; a person's does not."""
-    deadline = time.monotonic() + (PATIENCE_SECONDS if supervisor_pid() else 0.0)
+    """The study. A launcher's worker waits for a database that is unavailable when it starts: the launcher had it open.
+    A person's worker fails at once, because the URL may be wrong.
+
+    Raises:
+        UserError: no such database or study; a person's worker cannot connect.
+        DatabaseUnavailable: a launcher's worker could not connect for too long, or is to stop.
+    """
+    supervised = supervisor_pid() != 0
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             storage = open_storage(storage_url, create=False)
             return storage, *load_study(storage, name)
-        except (Unreachable, *DATABASE_ERRORS):
-            if stop() or time.monotonic() >= deadline:
+        except (Unreachable, *DATABASE_ERRORS) as error:
+            if not supervised or not (isinstance(error, Unreachable) or is_transient(error)):
                 raise
+            if stop() or time.monotonic() >= deadline:
+                waited = f"the database was unavailable for over {PATIENCE_SECONDS:.0f} s"
+                raise DatabaseUnavailable(f"{waited}: {one_line(str(error))}") from error
             _pause(1.0, stop)
 
 

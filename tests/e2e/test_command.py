@@ -7,11 +7,12 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,30 @@ def is_stopped(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def stop(process: int) -> None:
-    """SIGSTOP, and wait until all of it has come to rest."""
-    os.kill(process, signal.SIGSTOP)
-    wait_for(lambda: is_stopped(process))
+def stop(process: int, url: str) -> None:
+    """SIGSTOP, where it is in no transaction: one that is stopped within keeps its locks, which shut all others out."""
+    while True:
+        os.kill(process, signal.SIGSTOP)
+        wait_for(lambda: is_stopped(process))
+        if not within_a_transaction(opened(url)):
+            return
+        os.kill(process, signal.SIGCONT)
+        time.sleep(0.002)
+
+
+def within_a_transaction(engine: Engine) -> bool:
+    """Whether anybody else has a transaction in which something was or may be written."""
+    if engine.dialect.name == "sqlite":
+        with closing(sqlite3.connect(str(engine.url.database), timeout=0, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.rollback()
+            except sqlite3.OperationalError:
+                return True
+        return False
+    others = "datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'"
+    with engine.connect() as connection:
+        return connection.exec_driver_sql(f"SELECT count(*) FROM pg_stat_activity WHERE {others}").scalar() != 0
 
 
 def held_in_mid_trial(url: str) -> int:
@@ -105,7 +126,7 @@ def held_in_mid_trial(url: str) -> int:
     """
     worker = int(wait_for(lambda: worker_pid(url, "quick", range(4))))
     while True:
-        stop(worker)
+        stop(worker, url)
         if worker_pid(url, "quick", range(1, 4)) == worker:
             return worker
         os.kill(worker, signal.SIGCONT)
@@ -115,6 +136,30 @@ def held_in_mid_trial(url: str) -> int:
 def has_a_signal_waiting(process: int) -> bool:
     status = Path(f"/proc/{process}/status").read_text()
     return int(status.partition("ShdPnd:")[2].split()[0], 16) != 0
+
+
+def test_a_process_is_stopped_between_two_transactions(sqlite_url: str) -> None:
+    """The helper that many of these tests use; this process is in a transaction nearly all the time."""
+    storage = open_storage(sqlite_url)
+    code = (
+        "import sqlite3, sys, time\n"
+        "connection = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)\n"
+        "while True:\n"
+        "    connection.execute('BEGIN IMMEDIATE'); time.sleep(0.03); connection.commit()\n"
+        "    print('again', flush=True); time.sleep(0.005)\n"
+    )
+    command = [sys.executable, "-c", code, str(storage.engine.url.database)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            for _ in range(3):
+                stop(process.pid, sqlite_url)
+                assert is_stopped(process.pid)
+                assert not within_a_transaction(storage.engine)
+                os.kill(process.pid, signal.SIGCONT)
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +308,7 @@ def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tm
     two: list[int] = []
     while len(two) < 2:
         worker = wait_for(lambda: next((pid for pid in working(url, "quick") if pid not in two), None))
-        stop(worker)
+        stop(worker, url)
         if worker in working(url, "quick"):
             two.append(worker)
         else:

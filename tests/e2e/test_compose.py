@@ -266,7 +266,7 @@ def test_all_services_as_processes(tmp_path: Path) -> None:
         url = sa.engine.make_url(host.environment("worker-cpu")["STUDY_STORAGE"]).set(password=PASSWORDS["worker"])
         storage = url.render_as_string(hide_password=False)
         worker = wait_for(lambda: worker_pid(storage, "quick"))
-        stop(worker)  # until the other is at work too
+        stop(worker, storage)  # until the other is at work too
         second = host.up("worker-cpu", "-2")
         wait_for(lambda: {*working(storage, "quick")} - {worker})
         first.send_signal(signal.SIGTERM)  # as `docker compose stop` does

@@ -22,24 +22,28 @@ from urllib.request import urlopen
 
 import pytest
 import sqlalchemy as sa
+from pydantic import SecretStr
 
-from storage.errors import UserError
+from storage.errors import Unreachable, UserError
 from storage.queries import Running, attempts, progress
 from storage.schema import ATTEMPTS, EPOCHS
 from study import exit_codes
-from study.launchers.ray import secret_url
+from study.create import open_study
+from study.launchers.ray import RayLauncher, secret_url
 from tests.e2e.test_command import study, there
 from tests.e2e.test_command import wait_for as wait
 from tests.support.harness import Harness, config_of
 from tests.support.hosts import Database, Hosts
 from tests.support.hosts import can_be_made as hosts_can_be_made
-from tests.support.postgres import Postgres
+from tests.support.postgres import Postgres, free_port
 from tests.unit.test_data import folder
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 from ray._private.state import GlobalState  # noqa: E402
 from ray._raylet import GcsClient, GcsClientOptions  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
+
+from study.launchers.ray_supervisor import WorkerRequest  # noqa: E402
 
 DASHBOARD = find_spec("aiohttp_cors") is not None
 """Of ray[default]."""
@@ -208,6 +212,15 @@ def test_what_other_nodes_cannot_reach_is_refused(postgres: Postgres, tmp_path: 
             secret_url(url, {"10.0.0.7"})
         assert secret_url(url, set())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_database_that_was_there_is_unavailable_and_not_bad_input(sqlite_url: str) -> None:
+    """Asked for before anything of a cluster is: who it is that this machine connects as."""
+    Harness(sqlite_url, config_of())
+    request = WorkerRequest(workers=1, gpus=0.0, cpus=1.0, device="cpu")
+    launcher = RayLauncher(request, SecretStr(f"postgresql://127.0.0.1:{free_port()}/x"), detached=False)
+    with pytest.raises(Unreachable, match="cannot use the database postgresql"):
+        launcher.start(open_study(sqlite_url, "s"), None, 1)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
@@ -396,6 +409,8 @@ def test_a_database_unavailable_for_too_long_ends_a_launch_with_75(
         server.control("stop", "-m", "immediate")
         _, err = launcher.communicate(timeout=200)
         assert launcher.returncode == 75, err
+        assert "ended: the database was unavailable for over 5 s; checkpoints that it lacks are in" in err
+        assert "when it is back: study resume s" in err
         server.control("start")
         done = study(*command(cluster, url, "--workers", "2"), cwd=tmp_path)
         assert done.returncode == 0, done.stderr

@@ -6,30 +6,35 @@ import os
 import random
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage import retry as retry_module
 from storage.engine import open_storage
 from storage.queries import epoch_rows, progress
 from storage.queue import Queue
+from study import exit_codes
+from study.cli import app
 from study.create import load_study
+from study.launchers.local import LocalLauncher
+from study.launchers.progress import ProgressDisplay
 from study.training.trainer import Trainer
 from study.trial.runner import DatabaseUnavailable
-from tests.e2e.test_command import is_stopped, there, wait_for
+from study.worker.stop_monitor import STOP_SIGNALS
+from study.worker.worker import work
+from tests.e2e.test_command import is_stopped, there, wait_for, within_a_transaction
 from tests.support.harness import Harness, StopAfter, config_of, scripted_accuracies, writers_have_ended
-from tests.support.postgres import Postgres
+from tests.support.postgres import Postgres, free_port
 
 Outcome = list[tuple[Any, ...]]
 
@@ -117,6 +122,58 @@ def test_a_launch_ends_with_75_when_the_database_stays_unavailable(restartable: 
         restartable.control("start")
     assert launched.returncode == 75, err
     assert "when it is back: study resume quick" in err
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "reason"),
+    [
+        (ProgressDisplay, "__init__", "error: connection failed"),
+        (LocalLauncher, "start", "error: the database was unavailable for over 1 s: cannot use the database"),
+    ],
+    ids=["the launcher", "its worker"],
+)
+def test_who_connects_again_when_the_database_is_unavailable_ends_with_75(
+    owner: type[Any], method: str, reason: str, restartable: Postgres, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The launcher had it open before: it is not the URL that is wrong."""
+    monkeypatch.setenv("STUDY_STORAGE", restartable.new_database())
+    monkeypatch.setenv("STUDY_PATIENCE_SECONDS", "1")
+    monkeypatch.setattr(sys, "argv", ["study", "launch", "quick", "--device", "cpu", "--workers", "1"])
+    monkeypatch.chdir(tmp_path)
+    connects = getattr(owner, method)
+
+    def with_the_server_stopped(*arguments: Any) -> None:
+        restartable.control("stop", "-m", "immediate")
+        connects(*arguments)
+
+    monkeypatch.setattr(owner, method, with_the_server_stopped)
+    with signals_restored(), pytest.raises(SystemExit) as end:
+        app.main()
+    restartable.control("start")
+    err = capfd.readouterr().err
+    assert end.value.code == exit_codes.DATABASE_UNAVAILABLE, err
+    assert reason in err
+    assert "when it is back: study resume quick" in err
+
+
+def test_a_worker_that_is_to_stop_before_it_could_connect_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not refused, which on a Ray cluster would end the use of its node."""
+    monkeypatch.setenv("STUDY_SUPERVISED", str(os.getppid() + 1))  # a launcher that has ended
+    with signals_restored():
+        code = work("s", f"postgresql://postgres@127.0.0.1:{free_port()}/nothing", "cpu", None)
+    assert code == exit_codes.INTERRUPTED
+
+
+@contextmanager
+def signals_restored() -> Iterator[None]:
+    """A command that runs in this process handles them for the rest of it."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_asked_to_stop_while_the_database_is_unavailable(
@@ -239,21 +296,6 @@ def freeze(worker: subprocess.Popen[str], harness: Harness) -> None:
             return
         os.kill(worker.pid, signal.SIGCONT)
         time.sleep(0.1)
-
-
-def within_a_transaction(engine: sa.Engine) -> bool:
-    """Whether anybody else is."""
-    if engine.dialect.name == "sqlite":
-        with sqlite3.connect(str(engine.url.database), timeout=0, isolation_level=None) as connection:
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.rollback()
-            except sqlite3.OperationalError:
-                return True
-        return False
-    others = "datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'"
-    with engine.connect() as connection:
-        return connection.exec_driver_sql(f"SELECT count(*) FROM pg_stat_activity WHERE {others}").scalar() != 0
 
 
 def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) -> None:
