@@ -20,7 +20,7 @@ from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from dashboards.formatting import budget_lines, label, percent, plain_table
-from storage import budgets, exclusions, queries, retry, stop_requests
+from storage import budgets, early_end, exclusions, queries, retry, stop_requests
 from storage.queries import Attempt, Progress, Running, StudySummary
 from storage.text import command, printable
 
@@ -53,6 +53,8 @@ class Status:
     """Trials that failed for good, and why."""
     failed_attempts: tuple[Attempt, ...]
     """The last attempts that ended in an error."""
+    ended_early: str | None = None
+    """Why, if `search.target` or `search.patience` has ended the study."""
     excluded: dict[int, str] = field(default_factory=dict)
     """Trials that a person has left out of sampler, pruner and tables, and why."""
 
@@ -76,7 +78,7 @@ class Status:
         now, images = self.progress, self.config.get("training", {}).get("images")
         done = now.finished * self.trial_length + (now.images if images else now.epochs)
         worked = 3600 * self.spent["hours"]
-        if not done or not worked or not now.running or self.stop:
+        if not done or not worked or not now.running or self.stop or self.ended_early:
             return None
         return max(0.0, worked * (now.total * self.trial_length - done) / done)
 
@@ -109,6 +111,7 @@ def read(engine: sa.Engine, name: str) -> Status:
         stop=stop_requests.STOP_REQUESTED if controls.stop else spent.reason_to_stop(controls.budgets),
         failures=queries.failures(engine, study_id) if now.states["failed"] else {},
         failed_attempts=tuple(queries.attempts(engine, study_id, failed=MOST_FAILURES)),
+        ended_early=early_end.reason_to_end(engine, study_id, controls.early_end),
         excluded=left_out,
     )
 
@@ -124,7 +127,7 @@ def watch(engine: sa.Engine, name: str, console: Console, storage: str | None = 
     """
     status = read(engine, name)
     with Live(page(status, storage, console.width), console=console, auto_refresh=False, screen=False) as live:
-        while status.progress.finished < status.progress.total:
+        while status.progress.finished < status.progress.total and not status.ended_early:
             time.sleep(SECONDS)
             try:
                 status = read(engine, name)
@@ -146,6 +149,8 @@ def heading(status: Status) -> list[str]:
         chosen = f", {label(status.best_parameters)}" if status.best_parameters else ""
         lines.append(f"best {percent(status.progress.best)}: trial {status.progress.best_trial}{chosen}")
     lines += budget_lines(status.budgets, status.spent)
+    if status.ended_early:
+        lines.append(f"ended early: {status.ended_early}")
     lines += [f"trial {number} is excluded: {why}" for number, why in status.excluded.items()]
     return lines + [f"trial {number} failed: {error}" for number, error in status.failures.items()]
 
@@ -167,6 +172,8 @@ def page(status: Status, storage: str | None = None, width: int = WIDE) -> Rende
         resume = command("resume", status.name, storage=storage)
         if status.stop == stop_requests.STOP_REQUESTED:
             lines.append(f"{status.stop}; continue with: {resume}")
+        elif status.ended_early:
+            lines.append(f"continue with: {resume} --target none --patience none")
         elif status.stop:
             lines.append(f"{status.stop}; continue with: {resume} --budget …")
         elif not now.running:
@@ -223,6 +230,7 @@ def document(status: Status) -> dict[str, Any]:
         "budgets": status.budgets,
         "spent": status.spent,
         "stop": status.stop,
+        "ended_early": status.ended_early,
         "seconds_left": status.seconds_left,
         "workers": [asdict(trial) for trial in now.running],
         "interrupted": [asdict(trial) for trial in now.interrupted],

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution, json_to_distribution
 from optuna.study import StudyDirection
 
+from storage.early_end import EARLY_END
 from storage.errors import UserError
 from storage.exclusions import EXCLUDED, MOST_REASON
 from storage.object_store import MOST_BYTES
@@ -105,7 +106,7 @@ NUMBERS = frozenset(
 """User attributes of a trial that this program computes with."""
 STUDY_ATTRIBUTES: dict[str, type] = {
     "config": dict, "preset": str, "data_fingerprint": str, "images": dict, "protocol": str, "budgets": dict,
-    "stop": bool, "uid": str, EXCLUDED: dict,
+    "stop": bool, "uid": str, EXCLUDED: dict, EARLY_END: dict,
 }  # fmt: skip
 
 
@@ -293,6 +294,9 @@ def _check_attributes(
     for key in ("config", "data_fingerprint"):
         if key not in attributes:
             raise _Wrong(f"it has no {key}")
+    early_end = attributes.get(EARLY_END, {})
+    if not all(value is None or (_is_finite(value) and value > 0) for value in early_end.values()):
+        raise _Wrong(f"its {EARLY_END} are not numbers")
     for key in ("images", "budgets"):
         if not all(_is_finite(value) and value >= 0 for value in attributes.get(key, {}).values()):
             raise _Wrong(f"its {key} are not numbers")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from storage.budgets import BUDGETS, spending
+from storage.early_end import EARLY_END, Rules, rules_of
 from storage.study_attributes import read_attributes, set_attribute
 
 STOP = "stop"
@@ -32,11 +33,12 @@ class Controls:
     stop: bool
     budgets: dict[str, float]
     """Unit to limit; see `storage.budgets.UNITS`."""
+    early_end: Rules
 
 
 def read_controls(engine: sa.Engine, study_id: int) -> Controls:
-    attributes = read_attributes(engine, study_id, [STOP, BUDGETS])
-    return Controls(bool(attributes.get(STOP)), attributes.get(BUDGETS) or {})
+    attributes = read_attributes(engine, study_id, [STOP, BUDGETS, EARLY_END, "config"])
+    return Controls(bool(attributes.get(STOP)), attributes.get(BUDGETS) or {}, rules_of(attributes))
 
 
 def reason_to_stop(engine: sa.Engine, study_id: int) -> str | None:

@@ -47,6 +47,8 @@ def confirmation(study: optuna.Study, config: StudyConfig, top: int, seeds: int)
     tree["search"] |= {
         "sampler": GridSamplerConfig(),
         "trials": None,
+        "target": None,
+        "patience": None,
         "replicates": seeds,
         "seed": (config.search.seed + FAR) % 2**31,
         "objective": "accuracy",

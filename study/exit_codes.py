@@ -12,7 +12,7 @@ DATABASE_UNAVAILABLE = 75
 INTERRUPTED = 130
 
 MEANINGS = {
-    OK: "done; for a study: every trial has finished",
+    OK: "done; for a study: every trial has finished, or search.target or search.patience ended it",
     UNEXPECTED: "an unexpected error; its log file is named",
     BAD_INPUT: "bad input: one line names the rule, the value and the fix",
     TRIALS_FAILED: "the study has finished, but more trials failed than --allow-failures permits, or all of them",

@@ -72,6 +72,15 @@ AllowFailures = Annotated[
     int, typer.Option(min=0, metavar="N", help="Failed trials with which the exit code is still 0.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Continue a study although it was copied elsewhere.")]
+OnEvent = Annotated[
+    str | None,
+    typer.Option(
+        "--on-event",
+        metavar="COMMAND",
+        help="Run this when a trial has finished or failed, at a new best, and at the end: JSON on its standard input.",
+        show_default=False,
+    ),
+]
 LauncherOption = Annotated[
     Literal["local", "ray"], typer.Option("--launcher", help="Workers on this machine, or on a Ray cluster.")
 ]

@@ -24,6 +24,7 @@ from study.cli.options import (
     Gpus,
     LauncherOption,
     Name,
+    OnEvent,
     Storage,
     Threads,
     Workers,
@@ -65,6 +66,7 @@ def launch(
     gpus: Gpus = None,
     cpus: Cpus = None,
     detach: Detach = False,
+    on_event: OnEvent = None,
 ) -> None:
     """Start a study, or continue it where it stopped.
 
@@ -87,6 +89,7 @@ def launch(
         gpus_per_worker=gpus, cpus_per_worker=cpus, detach=detach, storage_option=storage,
     )  # fmt: skip
     workforce, budgets = _launcher(options, url, budget)
+    hook = _event_command(on_event, detach)
     # Everything that can be wrong is found before the database is touched.
     data = prepare(config, data_root(root))
     opened = open_storage(url)
@@ -101,13 +104,21 @@ def launch(
             for sentence in config_warnings(config, data):
                 logger.warning("%s", sentence)
             _log_estimate(study, workforce, data.sizes)
-        _run(study, workforce, data_root(root), allow_failures)
+        _run(study, workforce, data_root(root), allow_failures, hook)
 
 
 def resume(
     name: Name,
     storage: Storage = None,
     budget: Budget = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="X|none", help="In the place of search.target from now on.", show_default=False),
+    ] = None,
+    patience: Annotated[
+        str | None,
+        typer.Option(metavar="N|none", help="In the place of search.patience from now on.", show_default=False),
+    ] = None,
     device: Device = "auto",
     workers: Workers = None,
     threads: Threads = None,
@@ -119,11 +130,13 @@ def resume(
     gpus: Gpus = None,
     cpus: Cpus = None,
     detach: Detach = False,
+    on_event: OnEvent = None,
 ) -> None:
     """Continue a study; it needs nothing but its name and its database.
 
     Example: study resume quick --workers 2
     """
+    from storage import early_end
     from storage.stop_requests import withdraw_stop
     from study.create import check_data, open_study
     from study.launchers.launcher import LaunchOptions
@@ -134,15 +147,20 @@ def resume(
         gpus_per_worker=gpus, cpus_per_worker=cpus, detach=detach, storage_option=storage,
     )  # fmt: skip
     workforce, budgets = _launcher(options, url, budget)
+    hook = _event_command(on_event, detach)
     study = open_study(url, name)
     with _resumable(study):
+        present = early_end.read_rules(study.engine, study.id)
+        rules = early_end.parse_rules(present, target, patience)
         if launcher == "local":  # elsewhere the workers check theirs
             check_data(study, data_root(root))
         _refuse_if_copied(study, force)
         _set_budgets(study, budgets)
+        if rules != present:
+            early_end.set_rules(study.engine, study.id, rules)
         withdraw_stop(study.engine, study.id)
         _refuse_if_stopped(study)
-        _run(study, workforce, data_root(root), allow_failures)
+        _run(study, workforce, data_root(root), allow_failures, hook)
 
 
 def stop(name: Name, storage: Storage = None) -> None:
@@ -255,6 +273,14 @@ def _launcher(options: LaunchOptions, url: str, budget: list[str] | None) -> tup
     return launcher, budgets
 
 
+def _event_command(text: str | None, detach: bool) -> list[str] | None:
+    from study.launchers.hooks import parse_command
+
+    if text is not None and detach:
+        raise UserError("--on-event is run by the launcher, which --detach ends; give one of them")
+    return None if text is None else parse_command(text)
+
+
 def _set_budgets(study: OpenStudy, budgets: dict[str, float] | None) -> None:
     from storage.budgets import set_budgets
 
@@ -322,7 +348,9 @@ def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int, 
         logger.info("%s (pace measured by `study bench` on %s)", text, pace.on)
 
 
-def _run(study: OpenStudy, workforce: Launcher, root: str | None, allow_failures: int) -> None:
+def _run(
+    study: OpenStudy, workforce: Launcher, root: str | None, allow_failures: int, on_event: list[str] | None = None
+) -> None:
     """Run the study, then print its report, or how to continue; exits with the study's exit code."""
     from dashboards import study_data
     from dashboards.reports import console
@@ -337,7 +365,7 @@ def _run(study: OpenStudy, workforce: Launcher, root: str | None, allow_failures
             logger.warning("the dashboard's figures were not renewed: %s: %s", type(error).__name__, error)
 
     try:
-        code = run_study(workforce, study, root, refresh)
+        code = run_study(workforce, study, root, refresh, on_event)
     except KeyboardInterrupt:
         code = exit_codes.INTERRUPTED
     if code is None:
@@ -349,6 +377,9 @@ def _run(study: OpenStudy, workforce: Launcher, root: str | None, allow_failures
         raise typer.Exit(code)
     data = retry(lambda: study_data.read(study.storage, study.name))
     refresh()
+    if data.status.ended_early:
+        how = command_for(study.url, "resume", study.name, "--target", "none", "--patience", "none")
+        logger.info("ended early: %s; run the other trials with: %s", data.status.ended_early, how)
     out.print(console.report_text(data))
     failed, total = data.status.states["failed"], data.status.progress.total
     if failed > allow_failures or failed == total > 0:

@@ -181,6 +181,10 @@ class SearchConfig(Section):
     """Grid only: every cell is run with this many seeds."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the sampler, and of the first replicate or trial; each further one adds 1."""
+    target: float | None = Field(default=None, gt=0, le=1)
+    """End the study once a complete trial has this validation accuracy. None: run all trials."""
+    patience: int | None = Field(default=None, ge=1, le=MOST_COUNT)
+    """End the study once this many trials, complete or pruned, have finished after the best one. None: run all."""
     objective: Literal["accuracy", "accuracy,images"] = "accuracy"
     """`accuracy,images`: the most accuracy for the fewest images trained on, as a Pareto front."""
     cells: tuple[dict[str, int | float | str], ...] | None = None

@@ -41,9 +41,17 @@ def tolerate_outage() -> Iterator[None]:
 class ProgressDisplay:
     """Progress bars on a terminal, and everywhere a line for each trial that has finished."""
 
-    def __init__(self, study: OpenStudy, refresh: Callable[[], None] = lambda: None) -> None:
-        """`refresh`: called when something has changed, not too often."""
-        self.study = study
+    def __init__(
+        self,
+        study: OpenStudy,
+        refresh: Callable[[], None] = lambda: None,
+        finished: Callable[[FrozenTrial, queries.Progress], None] = lambda *_: None,
+    ) -> None:
+        """Args:
+        refresh: called when something has changed, not too often.
+        finished: called with each trial that has finished, and how far the study is.
+        """
+        self.study, self._on_finished = study, finished
         self.refresh, self._next_refresh = refresh, time.monotonic() + REFRESH_SECONDS
         self._by_images = study.config.training.images is not None
         self._trial_length = study.config.training.images or space.most_epochs(study.config)
@@ -71,6 +79,11 @@ class ProgressDisplay:
     def finished(self) -> bool:
         """Whether every trial had finished at the last update."""
         return self._last.finished == self._last.total
+
+    @property
+    def best(self) -> float | None:
+        """At the last update."""
+        return self._last.best
 
     @property
     def unfinished(self) -> int:
@@ -109,6 +122,7 @@ class ProgressDisplay:
                 self._shown.add(trial.number)
                 succeeded = succeeded or trial.state != TrialState.FAIL
                 logger.info(trial_line(trial, now.total))
+                self._on_finished(trial, now)
         return succeeded
 
     def _update_running(self) -> None:

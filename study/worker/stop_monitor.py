@@ -1,4 +1,6 @@
-"""Whether a worker is to stop: because of a signal, the end of its launcher, `study stop`, or a spent budget."""
+"""Whether a worker is to stop: because of a signal, the end of its launcher, `study stop`, a spent budget, or a study
+that ends early.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from contextlib import suppress
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import budgets, stop_requests
-from study.exit_codes import BUDGET_SPENT, INTERRUPTED, STOPPED
+from storage import budgets, early_end, stop_requests
+from study.exit_codes import BUDGET_SPENT, INTERRUPTED, OK, STOPPED
 
 CHECK_SECONDS = 2.0
 """Seconds between two checks for a request to stop."""
@@ -85,6 +87,8 @@ class StopMonitor:
             controls = stop_requests.read_controls(*self._study)
             if controls.stop:
                 self._stop_because(stop_requests.STOP_REQUESTED, STOPPED)
+            elif reason := early_end.reason_to_end(*self._study, controls.early_end):
+                self._stop_because(reason, OK)
             elif controls.budgets and (with_budgets or controls.budgets != self._budgets):
                 self._check_budgets(*self._study, controls.budgets)
             self.near_limit, self._budgets = self.near_limit and bool(controls.budgets), controls.budgets

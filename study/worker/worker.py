@@ -130,6 +130,7 @@ def _work_through(
             with queue.renewing(lease):
                 run_trial(study, config, data, queue, lease, stop, fallback_folder)
             errors = 0
+            stop.check(with_budgets=False)  # of a study that ends with this trial no other is begun
         except LeaseLost as lost:
             logger.warning("%s; this worker drops it", lost)
         except DATABASE_ERRORS:
