@@ -353,7 +353,7 @@ def test_each_node_decodes_its_images_once(cluster: Cluster, postgres: Postgres,
         cluster.remove_node(node)
     assert launcher.returncode == exit_codes.INTERRUPTED, err
     assert err.count(decoded) == 1  # the launcher itself, for the head's machine
-    assert len(list(cache.glob("*.npz"))) == 1
+    assert len(list(cache.glob("imagefolder-*/meta.json"))) == 1
     session = Path(cluster.head_node.get_session_dir_path())
     counts = [file.read_text(errors="replace").count(decoded) for file in session.rglob("worker-*.err")]
     assert sum(counts) == 1

@@ -117,22 +117,23 @@ def too_long(*_: object) -> None:
     raise TimeoutError(f"more than {LONGEST} s")
 
 
-def attempt(draw: random.Random, root: Path, cache: Path) -> str:
+def attempt(root: Path, cache: Path, size: int | None, channels: int | None) -> str:
     """Load the folder; what came of it."""
-    before = set(cache.glob("*.npz"))
+    before = set(cache.glob("imagefolder-*/*"))
     signal.alarm(LONGEST)
     try:
-        loaded = sources.load("imagefolder", str(root))
+        loaded = sources.load("imagefolder", str(root), size=size, channels=channels)
     except DataError as error:
         message = str(error)
         assert message.isprintable(), message
-        assert set(cache.glob("*.npz")) == before
+        assert set(cache.glob("imagefolder-*/*")) == before
         return "refused"
     finally:
         signal.alarm(0)
         assert not list(cache.glob("*.tmp"))
     for images, labels in ((loaded.train_images, loaded.train_labels), (loaded.test_images, loaded.test_labels)):
-        assert images.shape == (len(labels), 32, 32, 3)
+        assert images.shape[::3] == (len(labels), channels or 3)
+        assert size is None or images.shape[1:3] == (size, size)
         assert images.dtype == np.uint8
         assert set(labels.tolist()) <= set(range(len(loaded.classes)))
     assert all(note.isprintable() for note in loaded.notes)
@@ -151,17 +152,18 @@ def test_random_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     while True:
         draw = random.Random(seed)
         root = Path(tempfile.mkdtemp(dir=tmp_path))
+        form = draw.choice((32, 32, 1, 77, None)), draw.choice((None, None, 1, 3))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Pillow, as it saves what is odd
                 make_folder(draw, root)
                 warnings.simplefilter("error")
                 with permissions_count():
-                    first = attempt(draw, root, cache)
+                    first = attempt(root, cache, *form)
                     if first == "loaded" and draw.random() < 0.5:
-                        for path in cache.glob("*.npz"):
+                        for path in cache.glob("imagefolder-*/*"):
                             path.write_bytes(damaged(draw, path.read_bytes()))
-                        assert attempt(draw, root, cache) == "loaded"
+                        assert attempt(root, cache, *form) == "loaded"
         except BaseException as error:
             raise AssertionError(f"FUZZ_SEED={seed}") from error
         finally:

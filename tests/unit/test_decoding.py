@@ -5,9 +5,12 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,12 +18,26 @@ from PIL import Image
 
 from study.training.data import decoding
 from study.training.data.dataset import DataError
+from study.training.data.decoding import Files, Form
 
+FORM = Form(32, 32, 3)
 RAMP = np.linspace(0, 255, 32).round().astype(np.uint8)[None].repeat(32, 0)
 
 
-def decode(path: Path) -> Any:
-    return decoding.decode_files([str(path)]).images[0]
+class Decoded(NamedTuple):
+    images: Any
+    changes: Counter[str]
+    notes: list[str]
+
+
+def decoded_files(paths: Iterable[Path], form: Form = FORM) -> Decoded:
+    with tempfile.TemporaryDirectory() as folder:
+        report = decoding.fill(Path(folder), {"a": Files(list(map(str, paths)))}, form)["a"]
+        return Decoded(np.load(Path(folder) / "a_images.npy"), report.changes, report.notes(form))
+
+
+def decode(path: Path, form: Form = FORM) -> Any:
+    return decoded_files([path], form).images[0]
 
 
 def refusal(path: Path) -> str:
@@ -101,11 +118,11 @@ def test_grey_of_16_bits_becomes_what_8_bits_are(tmp_path: Path) -> None:
     Image.fromarray(wide.astype(">u2")).save(tmp_path / "d.tif")
     tiff(tmp_path / "white_is_zero.tif", 16, 0, (65535 - wide[0]).astype("<u2").tobytes())
     tiff(tmp_path / "12bits.tif", 12, 1, twelve_bits([round(int(v) * 4095 / 255) for v in RAMP[0]]))
-    paths = sorted(map(str, tmp_path.iterdir()))
-    decoded = decoding.decode_files(paths)
+    paths = sorted(tmp_path.iterdir())
+    decoded = decoded_files(paths)
     for path, image in zip(paths, decoded.images, strict=True):
         assert np.array_equal(image, RAMP[..., None].repeat(3, 2)), path
-    assert decoded.notes() == ["images scaled from 16 to 8 bits: 6"]
+    assert decoded.notes == ["images scaled from 16 to 8 bits: 6"]
     # Round, not cut: 384 / 257 is nearer to 1, 386 / 257 to 2.
     Image.fromarray(np.full((32, 32), 386, np.uint16)).save(tmp_path / "a.png")
     assert decode(tmp_path / "a.png").max() == 2
@@ -117,7 +134,7 @@ def test_floats_and_wide_integers_are_refused_by_name(tmp_path: Path) -> None:
     Image.new("LAB", (32, 32)).save(tmp_path / "lab.tif")
     Image.fromarray(RAMP).save(tmp_path / "good.png")
     with pytest.raises(DataError) as error:
-        decoding.decode_files(sorted(map(str, tmp_path.iterdir())))
+        decoded_files(sorted(tmp_path.iterdir()))
     for part in ("cannot use 3 images", "float.tif: its pixels are floating", "wide.tif: its pixels are 32", "lab.tif"):
         assert part in str(error.value)
     assert "good.png" not in str(error.value)
@@ -138,17 +155,17 @@ def test_transparency_shows_white(tmp_path: Path) -> None:
     palette = Image.fromarray(grey).convert("P")
     palette.save(tmp_path / "palette.png", transparency=77)
     palette.save(tmp_path / "palette.gif", transparency=77)
-    paths = sorted(map(str, tmp_path.iterdir()))
-    decoded = decoding.decode_files(paths)
+    paths = sorted(tmp_path.iterdir())
+    decoded = decoded_files(paths)
     for path, image in zip(paths, decoded.images, strict=True):
         assert image[0, 0].tolist() == [255, 255, 255], path
         assert image[9, 9].tolist() == [9, 9, 9], path
     assert decoded.changes["with transparency composited on white"] == 7
     rgba[..., 3] = 255  # an alpha channel that hides nothing changes nothing
     Image.fromarray(rgba).save(tmp_path / "opaque.png")
-    whole = decoding.decode_files([str(tmp_path / "opaque.png")])
+    whole = decoded_files([tmp_path / "opaque.png"])
     assert whole.images[0, 0, 0].tolist() == [50, 60, 70]
-    assert whole.notes() == []
+    assert whole.notes == []
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -186,16 +203,16 @@ def test_animations_give_their_first_picture(tmp_path: Path) -> None:
     for path in paths:
         options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
         pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
-    decoded = decoding.decode_files(list(map(str, paths)))
+    decoded = decoded_files(paths)
     assert (decoded.images == (200, 0, 0)).all()
-    assert decoded.notes() == ["images first pictures of animations or pages: 4"]
+    assert decoded.notes == ["images first pictures of animations or pages: 4"]
 
 
 def test_resizing_is_noted(tmp_path: Path) -> None:
     for i, size in enumerate([(32, 32), (48, 48), (48, 48), (20, 10)]):
         Image.new("RGB", size, (1, 2, 3)).save(tmp_path / f"{i}.png")
-    decoded = decoding.decode_files(sorted(map(str, tmp_path.iterdir())))
-    assert decoded.notes() == ["3 images resized to 32x32 (from 48x48, 20x10; 1 not square)"]
+    decoded = decoded_files(sorted(tmp_path.iterdir()))
+    assert decoded.notes == ["3 images resized to 32x32 (from 48x48, 20x10; 1 not square: the centre square is used)"]
     assert (decoded.images == (1, 2, 3)).all()
 
 
@@ -229,9 +246,12 @@ def test_the_refusal_of_a_huge_image_takes_little_memory(tmp_path: Path) -> None
     """In a process of its own, which reports the most that it had."""
     Image.new("L", (12000, 12000)).save(tmp_path / "huge.png")
     program = (
-        "import resource, sys; from study.training.data import decoding; from PIL import Image\n"
+        "import resource, sys, tempfile; from pathlib import Path; from study.training.data import decoding\n"
+        "from PIL import Image\n"
+        "pictures, form = decoding.Files(sys.argv[1:]), decoding.Form(32, 32, 3)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert 'megapixels' in decoding.decode_chunk(sys.argv[1:]).faults[0]\n"
+        "try: decoding.fill(Path(tempfile.mkdtemp(dir=Path(sys.argv[1]).parent)), {'a': pictures}, form)\n"
+        "except decoding.DataError as error: assert 'megapixels' in str(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     command = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "huge.png")]
@@ -251,7 +271,7 @@ def test_many_faults_are_counted_and_some_named(tmp_path: Path) -> None:
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"cannot use 8 images: .*0\.png: .*4\.png: .*; and 3 more;"):
-        decoding.decode_files(sorted(map(str, tmp_path.iterdir())))
+        decoded_files(sorted(tmp_path.iterdir()))
 
 
 def test_endings_of_common_images_are_accepted() -> None:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,13 +51,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def load(root: Path) -> Dataset:
-    return sources.load("imagefolder", str(root))
+def load(root: Path, **options: Any) -> Dataset:
+    return sources.load("imagefolder", str(root), **options)
 
 
-def refusal(root: Path) -> str:
+def cached(cache: Path) -> list[Path]:
+    """The folders of decoded images."""
+    return [path for path in cache.glob("imagefolder-*") if path.suffix == ""]
+
+
+def refusal(root: Path, **options: Any) -> str:
     with pytest.raises(DataError) as error:
-        load(root)
+        load(root, **options)
     message = str(error.value)
     assert message.isprintable()
     assert len(message) < 2000
@@ -129,12 +135,12 @@ def test_endings_of_images(root: Path, kind: str) -> None:
 
 def test_conversions_are_noted_also_from_the_cache(root: Path, cache: Path) -> None:
     Image.new("L", (48, 40), 99).save(root / "train" / "cat" / "large.png")
-    first = load(root)
-    assert first.notes[1] == "1 image resized to 32x32 (from 48x40; 1 not square)"
-    assert load(root).notes == first.notes
+    first = load(root, size=32)
+    assert first.notes[1] == "1 image resized to 32x32 (from 48x40; 1 not square: the centre square is used)"
+    assert load(root, size=32).notes == first.notes
     (root / "train" / "cat" / "notes.txt").write_text("new")
-    assert "1 file that is no image (.txt)" in load(root).notes[0]
-    assert len(list(cache.glob("*.npz"))) == 1
+    assert "1 file that is no image (.txt)" in load(root, size=32).notes[0]
+    assert len(cached(cache)) == 1
 
 
 # Splits
@@ -320,41 +326,65 @@ def test_names_are_shown_without_control_characters(root: Path) -> None:
 # The cache
 
 
-def cache_file(cache: Path) -> Path:
-    (path,) = cache.glob("*.npz")
-    return path
+def cache_folder(cache: Path) -> Path:
+    (folder,) = cached(cache)
+    return folder
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "garbage", "zip of nothing", "array"])
-def test_a_damaged_cache_file_is_decoded_again(
-    root: Path, cache: Path, damage: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "damage", ["empty", "truncated", "flipped", "garbage", "longer", "changed", "gone", "a folder"]
+)
+@pytest.mark.parametrize("name", ["meta.json", "train_images.npy", "test_labels.npy"])
+def test_a_damaged_cache_is_decoded_again(
+    root: Path, cache: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = load(root)
-    path = cache_file(cache)
+    folder = cache_folder(cache)
+    path = folder / name
     content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 1
+    content[len(content) // 3] ^= 128
     damaged: dict[str, bytes | bytearray] = {
-        "empty": b"", "truncated": content[:-1000], "flipped": content, "garbage": b"PK\3\4" + bytes(100),
-        "zip of nothing": b"PK\5\6" + bytes(18), "array": b"\x93NUMPY\1\0v\0",
+        "empty": b"", "truncated": content[:-10], "flipped": content, "garbage": bytes(100), "longer": content + b" ]",
+        "changed": content.replace(b"c", b"d").replace(b"\1", b"\2"),
     }  # fmt: skip
-    path.write_bytes(damaged[damage])
+    path.unlink()
+    if damage in damaged:
+        path.write_bytes(damaged[damage])
+    elif damage == "a folder":
+        path.mkdir()
     caplog.set_level(logging.INFO, "study.training.data")
     caplog.clear()
     again = load(root)
     assert np.array_equal(again.train_images, first.train_images)
     assert [message.partition(" (")[0] for message in caplog.messages] == [
-        f"the cache file {path} is damaged", f"decoding 12 images under {root}",
+        f"the cache folder {folder} is damaged", f"decoding 12 images under {root}",
     ]  # fmt: skip
     caplog.clear()
     assert load(root).fingerprint == first.fingerprint
     assert caplog.messages == []
+    assert sorted(path.suffix for path in cache.iterdir()) in (["", ".lock"], [""])
+
+
+@pytest.mark.parametrize("what", ["an empty folder", "a file", "a link to nothing"])
+def test_something_else_in_the_place_of_the_cache_is_replaced(root: Path, cache: Path, what: str) -> None:
+    first = load(root)
+    folder = cache_folder(cache)
+    shutil.rmtree(folder)
+    if what == "an empty folder":
+        folder.mkdir()
+    elif what == "a file":
+        folder.write_text("")
+    else:
+        folder.symlink_to("nothing")
+    assert load(root).fingerprint == first.fingerprint
+    assert (folder / "meta.json").is_file()
 
 
 def test_another_decoder_decodes_again(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(root)
     monkeypatch.setattr(decoding, "DECODER", decoding.DECODER + 1)
     load(root)
-    assert len(list(cache.glob("*.npz"))) == 2
+    assert len(cached(cache)) == 2
 
 
 def test_a_killed_process_leaves_nothing_that_counts(root: Path, cache: Path) -> None:
@@ -366,20 +396,22 @@ def test_a_killed_process_leaves_nothing_that_counts(root: Path, cache: Path) ->
     )
     killed = subprocess.run([sys.executable, "-c", program, str(root)])
     assert killed.returncode == -signal.SIGKILL
-    assert [path.suffix for path in cache.iterdir()].count(".npz") == 0
+    assert cached(cache) == []
     assert len(list(cache.glob("*.tmp"))) == 1
     load(root)
-    assert sorted(path.suffix for path in cache.iterdir()) in ([".lock", ".npz"], [".npz"])
+    assert sorted(path.suffix for path in cache.iterdir()) in (["", ".lock"], [""])
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_cache_files_have_the_mode_that_the_umask_gives(root: Path, cache: Path, umask: int, mode: int) -> None:
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_cache_files_have_the_mode_that_the_umask_gives(root: Path, cache: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         load(root)
     finally:
         os.umask(before)
-    assert stat.S_IMODE(cache_file(cache).stat().st_mode) == mode
+    folder = cache_folder(cache)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~umask}
 
 
 def test_several_users_share_a_cache(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,14 +426,14 @@ def test_several_users_share_a_cache(open_folder: Path, monkeypatch: pytest.Monk
     first = load(open_folder / "images")
     with another_user():
         assert load(open_folder / "images").fingerprint == first.fingerprint
-        with dataset.cache_lock(cache_file(cache).with_suffix(".lock")):
+        with dataset.cache_lock(cache_folder(cache).with_suffix(".lock")):
             pass
     Image.new("RGB", (32, 32)).save(open_folder / "images" / "cat" / "more.png")
     with another_user():
         second = load(open_folder / "images")
     assert len(second.train_labels) + len(second.test_labels) == 7
     assert load(open_folder / "images").fingerprint == second.fingerprint
-    assert len(list(cache.glob("*.npz"))) == 2
+    assert len(cached(cache)) == 2
 
 
 def test_a_cache_that_can_only_be_read_is_read(root: Path, cache: Path) -> None:

@@ -25,6 +25,10 @@ Labels = NDArray[np.int64]
 """int64, shape [N]: the index of each image's class in `Dataset.classes`."""
 
 
+HASHED = 1000
+"""Rows that are hashed at a time."""
+
+
 class DataError(Exception):
     """The data cannot be used: a sentence with the rule, the value and the fix."""
 
@@ -53,7 +57,8 @@ class Dataset:
             parts += [self.validation_images, self.validation_labels]
         for array in parts:
             digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            for start in range(0, len(array), HASHED):  # mapped files need not fit into memory
+                digest.update(np.ascontiguousarray(array[start : start + HASHED]).data)
         return digest.hexdigest()
 
 

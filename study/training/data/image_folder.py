@@ -1,4 +1,4 @@
-"""Folders of images, one folder a class, decoded once into a cached array.
+"""Folders of images, one folder a class, decoded once into cached arrays.
 
 Layouts: `train/` with `test/` (torchvision's ImageFolder layout), with `val/` in the place of `test/`, or with both; or
 one folder a class without splits, of which a stratified fifth becomes the test split. `valid/` and `validation/` are
@@ -7,21 +7,19 @@ other names of `val/`. Images in subfolders of a class belong to the class. Link
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import secrets
 import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from study.training.data import decoding
-from study.training.data.dataset import DataError, Dataset, cache_dir, cache_lock, is_control, printable
+from study.training.data.array_cache import load_cached
+from study.training.data.dataset import DataError, Dataset, is_control, printable
 from study.training.data.split import TEST_FRACTION, split_off_test
 
 logger = logging.getLogger(__name__)
@@ -36,7 +34,6 @@ SYSTEM_ENTRIES = frozenset(
 NO_DECODER = frozenset((".avif", ".heic", ".heif", ".hif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".webp"))
 """Endings of images that are counted as such where they are not among `decoding.accepted_endings()`."""
 SHOWN_CLASSES = 10
-CACHED = ("train_images", "train_labels", "validation_images", "validation_labels", "test_images", "test_labels")
 
 
 @dataclass
@@ -63,13 +60,18 @@ class Listing:
         return Counter(name for name, _, _ in self.images)
 
 
-def load_image_folder(root: Path) -> Dataset:
+def load_image_folder(root: Path, *, size: int | None = None, channels: int | None = None) -> Dataset:
     """The images below `root`, from the cache if they are as they were when they were decoded.
 
     The cache is keyed by every file's name, size and modification time and by all that changes decoding.
 
+    Args:
+        size: height and width that every image gets. None: the images' own, which must be the same for all.
+        channels: 1 or 3. None: 3.
+
     Raises:
-        DataError: a layout, a folder or files that cannot be used, or a cache that cannot be written.
+        DataError: a layout, a folder or files that cannot be used, images of different sizes, or a cache that cannot
+            be written.
     """
     if not os.path.isdir(root):
         raise DataError(f"no folder {printable(root)}: --data-root must be a folder with train/ and test/ (or val/)")
@@ -78,25 +80,14 @@ def load_image_folder(root: Path) -> Dataset:
     classes, warnings = _check_classes(listings)
     notes = (_summary(root, listings, beside), *warnings)
 
-    cached = cache_dir() / f"imagefolder-{_key(root, listings)}.npz"
-    dataset = _read(cached)
-    if dataset is None:
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with cache_lock(cached.with_suffix(".lock")):
-                dataset = _read(cached, log=False)  # another process may have decoded them meanwhile
-                if dataset is None:
-                    count = sum(len(listing.images) for listing in listings.values())
-                    logger.info("decoding %d images under %s (once)", count, printable(root))
-                    dataset = _decode(listings, classes)
-                    _write(cached, dataset)
-        except OSError as error:
-            raise DataError(
-                f"cannot cache decoded images in {printable(cached.parent)}: {error.strerror or error}; "
-                "set STUDY_CACHE to a folder that you can write to"
-            ) from None
+    def build(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        count = sum(len(listing.images) for listing in listings.values())
+        logger.info("decoding %d images under %s (once)", count, printable(root))
+        return classes, _decode(folder, listings, classes, size, channels or 3)
+
+    dataset = load_cached(f"imagefolder-{_key(root, listings, size, channels or 3)}", build)
     whole = replace(dataset, notes=(*notes, *dataset.notes))
-    whole.__dict__["fingerprint"] = dataset.fingerprint  # hashing 180 MB again would cost more than reading them
+    whole.__dict__["fingerprint"] = dataset.fingerprint  # hashing the images again would take longer than all the rest
     return whole
 
 
@@ -339,68 +330,36 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:SHOWN_CLASSES]) + more
 
 
-def _key(root: Path, listings: dict[str, Listing]) -> str:
-    """Of all that decoded images depend on: the files, and what turns them into pixels."""
-    import PIL
-
+def _key(root: Path, listings: dict[str, Listing], size: int | None, channels: int) -> str:
+    """Of all that decoded images depend on."""
     files = {split: (str(listing.folder), listing.images) for split, listing in listings.items()}
-    everything = [decoding.DECODER, PIL.__version__, decoding.SIDE, os.path.realpath(root), files]
-    return hashlib.sha256(repr(everything).encode()).hexdigest()[:24]  # repr escapes what is not UTF-8
+    return decoding.key(size, channels, os.path.realpath(root), files)
 
 
-def _decode(listings: dict[str, Listing], classes: tuple[str, ...]) -> Dataset:
-    decoded = decoding.decode_files([path for listing in listings.values() for _, path, _ in listing.images])
-    notes = tuple(decoded.notes())
-    arrays: dict[str, Any] = {}
-    start, index = 0, {name: i for i, name in enumerate(classes)}
-    for split, listing in listings.items():
-        end = start + len(listing.images)
-        arrays[f"{split}_images"] = decoded.images[start:end]
-        arrays[f"{split}_labels"] = np.array([index[name] for name, _, _ in listing.images], dtype=np.int64)
-        start = end
+def _decode(
+    folder: Path, listings: dict[str, Listing], classes: tuple[str, ...], size: int | None, channels: int
+) -> tuple[str, ...]:
+    """Write the arrays of all splits into `folder`; the notes."""
+    index = {name: i for i, name in enumerate(classes)}
+    paths = {split: [path for _, path, _ in listing.images] for split, listing in listings.items()}
+    labels = {split: np.array([index[name] for name, _, _ in of.images]) for split, of in listings.items()}
     if "all" in listings:
-        images, labels = arrays["all_images"], arrays["all_labels"]
-        test = split_off_test(labels)
-        train = np.setdiff1d(np.arange(len(labels)), test)
-        return Dataset(images[train], labels[train], images[test], labels[test], classes, notes=notes)
-    return Dataset(classes=classes, notes=notes, **arrays)
+        test = split_off_test(labels["all"])
+        train = np.setdiff1d(np.arange(len(labels["all"])), test)
+        rows = {"train": train, "test": test}
+        paths = {split: [paths["all"][i] for i in of] for split, of in rows.items()}
+        labels = {split: labels["all"][of] for split, of in rows.items()}
+    for split, of_split in labels.items():
+        np.save(folder / f"{split}_labels.npy", of_split.astype(np.int64))
+    form = _form([path for of_split in paths.values() for path in of_split], size, channels)
+    return decoding.fill_all(folder, {split: decoding.Files(of) for split, of in paths.items()}, form)
 
 
-def _read(cached: Path, *, log: bool = True) -> Dataset | None:
-    """The data set in a cache file, if it is there and whole."""
-    try:
-        with open(cached, "rb") as file, np.load(file) as stored:  # a checksum of each array is compared as it is read
-            dataset = Dataset(
-                classes=tuple(map(str, stored["classes"])),
-                notes=tuple(map(str, stored["notes"])),
-                **{name: stored[name] for name in CACHED if name in stored},
-            )
-            dataset.__dict__["fingerprint"] = str(stored["fingerprint"])
-            return dataset
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # noqa: BLE001 - a damaged archive may raise anything
-        if log:
-            reason = printable(str(error)) or type(error).__name__
-            logger.warning("the cache file %s is damaged (%s): decoding again", printable(cached), reason)
-        return None
-
-
-def _write(cached: Path, dataset: Dataset) -> None:
-    """Write the cache file whole or not at all, under the lock of `cached`."""
-    for remnant in cached.parent.glob(f"{cached.stem}.*.tmp"):  # of a process that was killed
-        remnant.unlink(missing_ok=True)
-    arrays = {name: getattr(dataset, name) for name in CACHED if getattr(dataset, name) is not None}
-    arrays["classes"] = np.array(dataset.classes, dtype=np.str_)
-    arrays["notes"] = np.array(dataset.notes, dtype=np.str_)
-    arrays["fingerprint"] = np.array(dataset.fingerprint)
-    temporary = cached.with_name(f"{cached.stem}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:  # of the mode that the umask gives: other users of the cache read it
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash of the machine may leave the name without the content
-        os.replace(temporary, cached)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _form(paths: Sequence[str], size: int | None, channels: int) -> decoding.Form:
+    if size is not None:
+        return decoding.Form(size, size, channels)
+    sizes = decoding.measure(paths)
+    if len(sizes) > 1:
+        raise decoding.differing_sizes(sizes)
+    width, height = next(iter(sizes), (1, 1))  # none where all are damaged
+    return decoding.Form(height, width, channels, resize=False)

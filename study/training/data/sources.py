@@ -1,22 +1,30 @@
-"""Named data sets as uint8 arrays."""
+"""Data sets by name: named ones, torchvision's, folders of images, and what own functions return."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from study.training.data.dataset import DataError, Dataset, Images, Labels, cache_dir, cache_lock, printable
+from study.training.data import decoding
+from study.training.data.array_cache import load_cached
+from study.training.data.dataset import DataError, Dataset, cache_dir, printable
+from study.training.data.decoding import Form, Rows
 from study.training.data.image_folder import load_image_folder
+from study.training.data.own_data import call
 from study.training.data.split import stratified
+from study.training.data.torchvision_sets import NAMED, PREFIX, load_named, load_torchvision
 
 logger = logging.getLogger(__name__)
 
-TORCHVISION = ("cifar10", "cifar100", "svhn", "fashion-mnist")
-"""Data sets that torchvision downloads."""
+SIDE = 32
+"""Height and width of the named data sets, in pixels."""
+MOST = math.isqrt(decoding.MAX_PIXELS)
+"""The largest height and width."""
 
 
 def load(
@@ -30,28 +38,41 @@ def load(
     """The data set `name`.
 
     Args:
+        name: `digits`, `imagefolder`, one of `NAMED`, `torchvision:` and one of `SETS`, or an import path that
+            `make` stands for.
         root: the folder of images (`imagefolder`), or where torchvision keeps its downloads (default: the cache).
-        size: height and width that every image gets. None: that of the source.
-        channels: 1 (grey) or 3 (red, green, blue). None: those of the source.
-        make: the function that an import path `name` stands for.
+        size: height and width that every image gets: its centre square, resized. None: 32 for the named sets, else the
+            images' own size.
+        channels: 1 (grey) or 3 (red, green, blue). None: those of the source; 3 for `imagefolder` and the named sets.
+        make: the function at the import path `name`; it returns the data set.
 
     Raises:
-        DataError: no such data set, a folder that is missing or has no classes, an image that cannot be decoded, a
-            download that failed, a cache that cannot be written.
+        DataError: no such data set, a folder that is missing or has no classes, an image that cannot be decoded, images
+            of different sizes, a download that failed, a cache that cannot be written, an own data set that breaks a
+            rule.
     """
-    if size is not None or channels is not None or make is not None:
-        raise DataError("data.size, data.channels and own load functions are not supported yet; leave them out")
+    if size is not None and not 1 <= size <= MOST:
+        raise DataError(f"data.size must be from 1 to {MOST} pixels, got {size}")
+    if make is not None and (channels is None or channels > 0):
+        return _converted(call(name, make), size, channels)
+    if channels not in (None, 1, 3):
+        raise DataError(f"data.channels of images must be 1 (grey) or 3 (red, green, blue), got {channels}")
     if name == "digits":
-        return _digits()
+        return _converted(_digits(enlarged=size in (None, SIDE)), size, channels)
     if name == "imagefolder":
         if root is None:
             raise DataError(
                 "imagefolder needs --data-root: a folder with train/ and test/ (or val/), one folder a class"
             )
-        return load_image_folder(_expanded(root))
-    if name in TORCHVISION:
-        return _torchvision(name, _expanded(root) if root else cache_dir() / "torchvision")
-    raise DataError(f"no data set {printable(name)!r}; data sets: digits, imagefolder, {', '.join(TORCHVISION)}")
+        return load_image_folder(_expanded(root), size=size, channels=channels)
+    folder = _expanded(root) if root else cache_dir() / "torchvision"
+    if name in NAMED:
+        return _converted(load_named(name, folder, padded=size in (None, SIDE)), size, channels)
+    if name.startswith(PREFIX):
+        return load_torchvision(name, folder, size, channels)
+    raise DataError(
+        f"no data set {printable(name)!r}; data sets: digits, imagefolder, {', '.join(NAMED)}, {PREFIX}NAME"
+    )
 
 
 def _expanded(root: str) -> Path:
@@ -61,11 +82,17 @@ def _expanded(root: str) -> Path:
         raise DataError(f"--data-root {printable(root)}: {error}; give the whole path") from None
 
 
-def _digits() -> Dataset:
-    """The 1,797 digits beside this file, 8x8 enlarged to 32x32; a stratified fifth of them is the test split."""
+def _digits(*, enlarged: bool = True) -> Dataset:
+    """The 1,797 digits beside this file; a stratified fifth of them is the test split.
+
+    Args:
+        enlarged: their 8x8 pixels four times as high and wide.
+    """
     table = np.loadtxt(Path(__file__).parent / "digits.csv.gz", delimiter=",")
-    small = (table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    images = np.repeat(small.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
+    images = (table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    if enlarged:
+        images = images.repeat(4, axis=1).repeat(4, axis=2)
+    images = np.repeat(images[..., None], 3, axis=3)
     labels = table[:, -1].astype(np.int64)
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(labels))
     test = np.sort(stratified(labels, order, len(labels) // 5))
@@ -73,47 +100,34 @@ def _digits() -> Dataset:
     return Dataset(images[train], labels[train], images[test], labels[test], tuple("0123456789"))
 
 
-def _torchvision(name: str, root: Path) -> Dataset:
-    from torchvision import datasets
-
-    def fetch(make: Callable[..., Any], **which: Any) -> tuple[Images, Labels, tuple[str, ...]]:
-        try:
-            archive = make(root, download=False, **which)
-        except RuntimeError:
-            logger.info("downloading %s to %s", name, printable(root))
-            try:
-                archive = make(root, download=True, **which)
-            except (OSError, RuntimeError) as error:
-                where = f"{name} is not under {printable(root)}"
-                raise DataError(f"{where} and could not be downloaded: {printable(str(error))}") from None
-        except OSError as error:
-            raise DataError(f"cannot read {name} under {printable(root)}: {error.strerror or error}") from None
-        images = np.asarray(archive.data)
-        labels = np.asarray(archive.labels if hasattr(archive, "labels") else archive.targets, dtype=np.int64)
-        if images.ndim == 3:  # fashion-mnist: 28x28 grey
-            images = np.repeat(np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None], 3, axis=3)
-        elif images.shape[1] == 3:  # svhn: channels first
-            images = images.transpose(0, 2, 3, 1)
-        names = tuple(getattr(archive, "classes", [str(label) for label in range(10)]))
-        return np.ascontiguousarray(images, dtype=np.uint8), labels, names
-
-    parts: list[dict[str, Any]] = [{"train": True}, {"train": False}]
-    make = {
-        "cifar10": datasets.CIFAR10,
-        "cifar100": datasets.CIFAR100,
-        "fashion-mnist": datasets.FashionMNIST,
-    }.get(name)
-    if make is None:
-        make, parts = datasets.SVHN, [{"split": "train"}, {"split": "test"}]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+def _converted(dataset: Dataset, size: int | None, channels: int | None) -> Dataset:
+    """The data set in another size or with other channels, by way of the cache; itself where it has them already."""
+    images = dataset.train_images
+    if size is None and channels is None:
+        return dataset
+    if images.dtype != np.uint8:
         raise DataError(
-            f"cannot keep {name} under {printable(root)}: {error.strerror}; name another folder with --data-root"
-        ) from None
-    try:
-        with cache_lock(root / f".{name}.lock"):  # several workers may start at once
-            train, test = (fetch(make, **part) for part in parts)
-    except OSError:  # a folder to read from: it is all there, or the attempt to download says what is not
-        train, test = (fetch(make, **part) for part in parts)
-    return Dataset(train[0], train[1], test[0], test[1], train[2])
+            "data.size and data.channels are for uint8 images, and the data set is float32: leave them out, or convert "
+            "the data in its load function"
+        )
+    height, width, found = images.shape[1:]
+    form = Form(size or height, size or width, channels or found)
+    if form.shape == images.shape[1:]:
+        return dataset
+    if form.channels != found and {form.channels, found} != {1, 3}:
+        raise DataError(f"{found} channels cannot become {channels}: leave data.channels out, or set it to {found}")
+
+    def build(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        labels = {"train": dataset.train_labels, "test": dataset.test_labels}
+        rows = {"train": Rows(dataset.train_images), "test": Rows(dataset.test_images)}
+        if dataset.validation_images is not None and dataset.validation_labels is not None:
+            labels["validation"], rows["validation"] = dataset.validation_labels, Rows(dataset.validation_images)
+        logger.info("converting %d images to %dx%d (once)", sum(map(len, labels.values())), form.width, form.height)
+        for split, of_split in labels.items():
+            np.save(folder / f"{split}_labels.npy", of_split)
+        return dataset.classes, decoding.fill_all(folder, rows, form, processes=False)
+
+    converted = load_cached(f"converted-{decoding.key(dataset.fingerprint, dataset.classes, form)}", build)
+    whole = replace(converted, notes=(*dataset.notes, *converted.notes))
+    whole.__dict__["fingerprint"] = converted.fingerprint
+    return whole
