@@ -143,6 +143,130 @@ def test_conversions_are_noted_also_from_the_cache(root: Path, cache: Path) -> N
     assert len(cached(cache)) == 1
 
 
+# Size and channels
+
+
+def add_sized(folder: Path, sizes: list[tuple[int, int]]) -> None:
+    """Images of random pixels, of these sizes (width, height)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draws = np.random.default_rng(0)
+    for i, (width, height) in enumerate(sizes):
+        Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"s{i}.png")
+
+
+def sized(root: Path, size: tuple[int, int]) -> Path:
+    """A folder of two classes whose images have one size."""
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            add_sized(root / part / name, [size] * 2)
+    return root
+
+
+@pytest.mark.parametrize("size", [(48, 48), (48, 40), (1, 3)])
+def test_images_keep_their_own_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    root = sized(tmp_path / "images", size)
+    loaded = load(root)
+    assert loaded.train_images.shape == (4, size[1], size[0], 3)
+    with Image.open(root / "train" / "dog" / "s1.png") as image:
+        assert np.array_equal(loaded.train_images[3], np.asarray(image))
+    assert len(loaded.notes) == 1
+
+
+def test_images_are_mapped_not_read(root: Path) -> None:
+    for loaded in (load(root), load(root)):  # decoded, and from the cache
+        for images in (loaded.train_images, loaded.test_images):
+            assert isinstance(images, np.memmap)
+            assert not images.flags.writeable
+
+
+def test_differing_sizes_are_refused_with_a_proposal(tmp_path: Path, cache: Path) -> None:
+    root = sized(tmp_path / "images", (500, 400))
+    add_sized(root / "test" / "dog", [(500, 400), (500, 400), (300, 301), (30, 30), (31, 31), (32, 33)])
+    message = refusal(root)
+    assert "5 different sizes (500x400, 300x301, 30x30 and 2 other sizes), and all must have one" in message
+    assert "set data.size, for example data.size=224" in message
+    assert [path.suffix for path in cache.iterdir()] in ([], [".lock"])
+    loaded = load(root, size=20)
+    assert loaded.train_images.shape == (4, 20, 20, 3)
+    assert loaded.notes[1] == (
+        "12 images resized to 20x20 (from 500x400, 300x301, 30x30 and 2 other sizes; "
+        "10 not square: the centre square is used)"
+    )
+
+
+def test_the_shorter_side_is_resized_and_the_centre_kept(tmp_path: Path) -> None:
+    root = sized(tmp_path / "images", (60, 20))
+    add_sized(root / "train" / "dog", [(60, 20), (20, 60)])
+    loaded = load(root, size=10)
+    for i, (columns, rows) in ((0, (30, 10)), (3, (10, 30))):
+        with Image.open(root / "train" / ("cat", "dog")[i // 2] / f"s{i % 2}.png") as image:
+            whole = np.asarray(image.resize((columns, rows), Image.Resampling.BILINEAR))
+        top, left = (rows - 10) // 2, (columns - 10) // 2
+        assert np.array_equal(loaded.train_images[i], whole[top : top + 10, left : left + 10])
+
+
+def test_the_size_that_the_images_have_changes_nothing(tmp_path: Path, cache: Path) -> None:
+    root = sized(tmp_path / "images", (24, 24))
+    plain, same, other = load(root), load(root, size=24), load(root, size=12)
+    assert same.fingerprint == plain.fingerprint != other.fingerprint
+    assert same.notes == plain.notes
+    assert len(cached(cache)) == 3
+
+
+def test_grey_is_the_luma_of_the_colours(tmp_path: Path) -> None:
+    root = sized(tmp_path / "images", (16, 16))
+    for size in (None, 8):
+        loaded = load(root, channels=1, size=size)
+        with Image.open(root / "train" / "cat" / "s0.png") as image:
+            resized = image.resize((8, 8), Image.Resampling.BILINEAR) if size else image
+            assert np.array_equal(loaded.train_images[0, ..., 0], np.asarray(resized.convert("L")))
+    assert load(root, channels=3).fingerprint == load(root).fingerprint
+    with pytest.raises(DataError, match="must be 1"):
+        load(root, channels=4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", "tif", "jpg"])
+def test_turned_images_have_the_size_of_the_upright_picture(tmp_path: Path, kind: str, orientation: int) -> None:
+    root = sized(tmp_path / "images", (32, 16))
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :8] = 250  # top left
+    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+            7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+    stored = Image.fromarray(upright)
+    if orientation > 1:
+        stored = stored.transpose(Image.Transpose[undo[orientation]])
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    options: dict[str, Any] = {"quality": 100} if kind == "jpg" else {}
+    stored.save(root / "train" / "cat" / f"a.{kind}", exif=exif, **options)
+    assert np.abs(load(root).train_images[0].astype(int) - upright)[::4, ::4].max() <= 3
+    smaller = load(root, size=8).train_images[0].astype(int)  # of columns 8 to 24: all black but for the resampling
+    assert smaller[:, 1:].max() <= 40
+    assert smaller[:3, 0].min() > smaller[5:, 0].max()
+
+
+def test_very_long_images_take_no_memory(tmp_path: Path) -> None:
+    """Enlarged as a whole to 224 pixels on its shorter side, this one would take 5 GB."""
+    root = sized(tmp_path / "images", (1, 40_000))
+    assert load(root, size=224).train_images.shape == (4, 224, 224, 3)
+
+
+def test_a_disk_without_room_is_one_line_and_nothing_is_left(root: Path, cache: Path) -> None:
+    """With the system's own limit on the length of files."""
+    program = (
+        "import resource, sys; from study.training.data import sources\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: sources.load('imagefolder', sys.argv[1], size=200)\n"
+        "except sources.DataError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(root)], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        f"cannot cache decoded images in {cache}: File too large; set STUDY_CACHE to a folder that you can write to\n"
+    )
+    assert [path.suffix for path in cache.iterdir()] in ([], [".lock"])
+
+
 # Splits
 
 

@@ -6,7 +6,6 @@ import difflib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def load_named(name: str, root: Path, *, padded: bool = True) -> Dataset:
     return Dataset(*arrays(train), *arrays(test), classes)
 
 
-def _fetched(name: str, make: Callable[..., Any], root: Path, parts: dict[str, Options]) -> dict[str, Any]:
+def _fetched(name: str, make: type[Any], root: Path, parts: dict[str, Options]) -> dict[str, Any]:
     """torchvision's data sets, by split; downloaded where they are missing.
 
     Raises:
@@ -108,7 +107,8 @@ def _fetched(name: str, make: Callable[..., Any], root: Path, parts: dict[str, O
             reason = (isinstance(error, OSError) and error.strerror) or printable(str(error)) or type(error).__name__
             raise DataError(f"cannot read {name} under {printable(root)}: {reason}") from None
 
-    offline = {"download": False} if "download" in inspect.signature(make).parameters else {}
+    can_download = any("download" in inspect.signature(of).parameters for of in make.__mro__)
+    offline = {"download": False} if can_download else {}
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -174,7 +174,7 @@ def load_torchvision(name: str, root: Path, size: int | None, channels: int | No
         names = {each.lower(): each for each in SETS}
         close = difflib.get_close_matches(known.lower(), names, n=1)
         there = f"did you mean {PREFIX}{names[close[0]]}?" if close else f"there are: {', '.join(SETS)}"
-        raise DataError(f"no classification set {printable(known)!r} of torchvision; {there}")
+        raise DataError(f"no classification set {known!r} of torchvision; {there}")
     archives = _fetched(name, getattr(torchvision.datasets, known), root, SETS[known])
 
     def build(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
