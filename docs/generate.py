@@ -50,6 +50,8 @@ UNITS = {
 TABLES = {
     "trial_leases": "Who may work on a trial, and until when.",
     "trial_checkpoints": "The last checkpoint of each unfinished trial.",
+    "trial_artifacts": "The trained models of the best finished trials, as Optuna artifacts.",
+    "trial_artifact_chunks": "Their content, where the study keeps it in the database.",
     "trial_epochs": "A row for each epoch of each trial.",
     "trial_attempts": "A row for each claim of a trial: by whom, on what, and how it ended.",
     "study_spending": "What a study has spent of its budgets, added up by one worker for all.",

@@ -7,22 +7,18 @@ leaves a file too many, which `collect_garbage` removes, and never one too few.
 from __future__ import annotations
 
 import hashlib
-import re
-import secrets
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from storage import object_store
 from storage.engine import live_lease, upsert
-from storage.queue import Lease, Queue, remove_files
+from storage.queue import Lease, Queue
 from storage.retry import retry
-from storage.schema import CHECKPOINTS, LEASES, STUDY_ATTRS
-from storage.study_attributes import read_attributes, set_attribute
+from storage.schema import CHECKPOINTS, LEASES
+from storage.study_attributes import store_key
 
 DATABASE = object_store.DATABASE
-STORE_KEY = "checkpoint_key"
-"""Key of the user attribute that marks the files of one study in one database; a copy of the study gets its own."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,10 @@ def save(queue: Queue, lease: Lease, epoch: int, payload: bytes) -> None:
         superseded = retry(once)
     except BaseException:
         if name is not None:
-            remove_files(queue.store, [name])
+            object_store.remove_files(queue.store, [name])
         raise
     if superseded not in (None, name):
-        remove_files(queue.store, [superseded])
+        object_store.remove_files(queue.store, [superseded])
 
 
 def load(queue: Queue, lease: Lease) -> StoredCheckpoint | None:
@@ -93,26 +89,6 @@ def load(queue: Queue, lease: Lease) -> StoredCheckpoint | None:
     return retry(once)
 
 
-def store_key(engine: sa.Engine, study_id: int) -> str:
-    """What the names of the study's checkpoint files begin with; made once."""
-    stored = read_attributes(engine, study_id, [STORE_KEY]).get(STORE_KEY)
-    if stored is None:
-
-        def once() -> None:
-            insert = upsert(engine, STUDY_ATTRS).values(
-                study_id=study_id, key=STORE_KEY, value_json=f'"{secrets.token_hex(8)}"'
-            )
-            with engine.begin() as connection:
-                connection.execute(insert.on_conflict_do_nothing(index_elements=["study_id", "key"]))
-
-        retry(once)
-        stored = read_attributes(engine, study_id, [STORE_KEY]).get(STORE_KEY)
-    if not isinstance(stored, str) or not re.fullmatch("[0-9a-f]{16}", stored):
-        stored = secrets.token_hex(8)  # it was altered: files with the old key are left to people
-        set_attribute(engine, study_id, STORE_KEY, stored)
-    return stored
-
-
 def collect_garbage(engine: sa.Engine, study_id: int, store: str) -> list[str]:
     """Remove the checkpoint files of this study that its database no longer names: what crashes and refused removals
     left. Files of other studies, of the same study in another database and of trials under a live lease stay.
@@ -134,7 +110,7 @@ def collect_garbage(engine: sa.Engine, study_id: int, store: str) -> list[str]:
     with engine.execution_options(reading=True).connect() as connection:
         named = set(connection.scalars(sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.location.is_not(None))))
         held = set(connection.scalars(sa.select(LEASES.c.trial_id).where(live_lease(engine))))
-    return remove_files(
+    return object_store.remove_files(
         store,
         [
             name

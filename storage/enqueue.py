@@ -13,6 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage.retry import retry
 from storage.schema import (
+    ARTIFACT_CHUNKS,
+    ARTIFACTS,
     ATTEMPTS,
     CHECKPOINTS,
     EPOCHS,
@@ -122,7 +124,8 @@ def _insert_trials(connection: sa.Connection, study_id: int, first: int, trials:
     # SQLite gives a deleted study's trial ids again, and its workers may have written since. (These ids are ours alone
     # and in a row there; PostgreSQL's never return.)
     if connection.dialect.name == "sqlite":
-        for table in (LEASES, ATTEMPTS, CHECKPOINTS, EPOCHS, REPORTS, TRIAL_VALUES, TRIAL_SYSTEM_ATTRS):
+        ours = (LEASES, ATTEMPTS, CHECKPOINTS, EPOCHS, ARTIFACTS, ARTIFACT_CHUNKS)
+        for table in (*ours, REPORTS, TRIAL_VALUES, TRIAL_SYSTEM_ATTRS):
             connection.execute(sa.delete(table).where(table.c.trial_id.between(min(ids), max(ids))))
     params = [
         {

@@ -22,12 +22,15 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution, json_to_distribution
 from optuna.study import StudyDirection
 
+from storage.artifacts import CHUNK_BYTES
 from storage.early_end import EARLY_END
 from storage.errors import UserError
 from storage.exclusions import EXCLUDED, MOST_REASON
 from storage.object_store import MOST_BYTES
 from storage.optuna_internals import models
 from storage.schema import (
+    ARTIFACT_CHUNKS,
+    ARTIFACTS,
     ATTEMPTS,
     CHECKPOINTS,
     EPOCHS,
@@ -62,8 +65,8 @@ REQUIRED = (
     STUDIES, DIRECTIONS, STUDY_ATTRS, STUDY_SYSTEM_ATTRS, TRIALS, TRIAL_PARAMS, TRIAL_VALUES, REPORTS, TRIAL_ATTRS,
     TRIAL_SYSTEM_ATTRS, LEASES, CHECKPOINTS, EPOCHS,
 )  # fmt: skip
-OPTIONAL = (ATTEMPTS, SPENDING)
-"""Version 0.1.0 and older may lack them."""
+OPTIONAL = (ATTEMPTS, SPENDING, ARTIFACTS, ARTIFACT_CHUNKS)
+"""Older versions may lack them."""
 NULLABLE = frozenset(
     (
         *(column for table in METADATA.sorted_tables for column in table.c if column.nullable),
@@ -87,6 +90,12 @@ RULES: dict[sa.Table, tuple[str, ...]] = {
         "epoch >= 0",
         "length(sha256) = 64 AND sha256 NOT GLOB '*[^0-9a-f]*'",
     ),
+    ARTIFACTS: (
+        "location IS NULL",
+        f"size BETWEEN 0 AND {MOST_BYTES}",
+        "length(sha256) = 64 AND sha256 NOT GLOB '*[^0-9a-f]*'",
+    ),
+    ARTIFACT_CHUNKS: (f"length(content) <= {CHUNK_BYTES}", "position >= 0"),
     EPOCHS: (
         "epoch >= 1",
         "accuracy BETWEEN 0 AND 1",
@@ -106,7 +115,7 @@ NUMBERS = frozenset(
 """User attributes of a trial that this program computes with."""
 STUDY_ATTRIBUTES: dict[str, type] = {
     "config": dict, "preset": str, "data_fingerprint": str, "images": dict, "protocol": str, "budgets": dict,
-    "stop": bool, "uid": str, EXCLUDED: dict, EARLY_END: dict,
+    "stop": bool, "uid": str, "classes": list, EXCLUDED: dict, EARLY_END: dict,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint files in a study's store: a folder, or an object store that fsspec reaches.
+"""Files of checkpoints and models in a study's store: a folder, or an object store that fsspec reaches.
 
 A study's config says where its store is, and the database holds file names only. A name must have the form that this
 program gives its files, so whoever can write to the database can make nobody read, write or delete any other file.
@@ -6,11 +6,12 @@ program gives its files, so whoever can write to the database can make nobody re
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,37 @@ import fsspec
 
 from storage.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 DATABASE = "database"
-"""The value of `checkpoint.store` that means: no files, the database itself."""
+"""The value of `checkpoint.store` and `artifacts.store` that means: no files, the database itself."""
 LOCAL = ("file", "local")
 PROTOCOLS = (*LOCAL, "s3", "s3a", "gs", "gcs", "az", "abfs", "sftp", "ssh")
 """Stores that only hold what was put there. Others that fsspec knows run code, follow references, unpack archives,
 fetch web pages, or are gone with the process."""
-NAME = re.compile(r"(?:(?P<key>[0-9a-f]{16})-)?trial-(?P<trial>\d{1,19})-(?P<token>\d{1,19})-[0-9a-f]{8}\.checkpoint")
-"""Of a checkpoint's file: the key of its study in its database (none in version 0.1.0), the ids of trial and lease."""
+CHECKPOINT, MODEL = "checkpoint", "safetensors"
+"""Endings of the files."""
+NAME = re.compile(
+    r"(?:(?P<key>[0-9a-f]{16})-)?trial-(?P<trial>\d{1,19})-(?P<token>\d{1,19})-[0-9a-f]{8}"
+    rf"\.(?P<ending>{CHECKPOINT}|{MODEL})"
+)
+"""Of a file: the key of its study in its database (none in version 0.1.0), the ids of trial and lease."""
 MOST_BYTES = 2**30
-"""Of a checkpoint; PostgreSQL takes no more in one value either."""
+"""Of a file; PostgreSQL takes no more in one value either."""
 
 
-def file_name(key: str, trial_id: int, token: int) -> str:
-    """A new name for a checkpoint."""
-    return f"{key}-trial-{trial_id}-{token}-{secrets.token_hex(4)}.checkpoint"
+def file_name(key: str, trial_id: int, token: int, ending: str = CHECKPOINT) -> str:
+    """A new name for a file."""
+    return f"{key}-trial-{trial_id}-{token}-{secrets.token_hex(4)}.{ending}"
 
 
-def check(folder: str) -> None:
+def check(folder: str, setting: str = "checkpoint.store") -> None:
     """Raises:
     UserError: not a whole path and not a URL of an object store, or what fsspec needs for it is missing.
     """
     protocol, scheme, rest = folder.partition("://")
     rule = (
-        f"checkpoint.store must be 'database', the whole path of a folder, or a URL such as s3://BUCKET/FOLDER "
+        f"{setting} must be 'database', the whole path of a folder, or a URL such as s3://BUCKET/FOLDER "
         f"({', '.join(PROTOCOLS[2:])}), got {folder!r}"
     )
     if not scheme and not Path(folder).is_absolute():
@@ -58,13 +66,13 @@ def check(folder: str) -> None:
             raise UserError(f"{rule}: {error}") from None
 
 
-def probe(folder: str) -> None:
-    """Write, read and delete a small file, so that a store that cannot take checkpoints is known before the launch.
+def probe(folder: str, setting: str = "checkpoint.store") -> None:
+    """Write, read and delete a small file, so that a store that cannot take files is known before the launch.
 
     Raises:
         UserError: it cannot, and why.
     """
-    check(folder)
+    check(folder, setting)
     name = file_name(secrets.token_hex(8), 0, 0)
     content = secrets.token_bytes(32)
     try:
@@ -76,8 +84,8 @@ def probe(folder: str) -> None:
         with suppress(OSError):
             remove(folder, name)
         raise UserError(
-            f"checkpoint.store must be a store in which this machine can write, read and delete, got {folder!r}: "
-            f"{error}; name another, or leave it out to keep checkpoints in the database"
+            f"{setting} must be a store in which this machine can write, read and delete, got {folder!r}: "
+            f"{error}; name another, or leave it out to use the database"
         ) from None
 
 
@@ -86,7 +94,7 @@ def write(folder: str, name: str, content: bytes) -> None:
     OSError: the store did not take it, for whatever reason; or more than MOST_BYTES.
     """
     if len(content) > MOST_BYTES:
-        raise OSError(f"the checkpoint has {len(content):,} bytes, more than {MOST_BYTES:,}")
+        raise OSError(f"the file has {len(content):,} bytes, more than {MOST_BYTES:,}")
     if (path := _local(folder, name)) is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -130,8 +138,23 @@ def remove(folder: str, name: str) -> None:
         fs.rm_file(path_in_store)
 
 
-def names(folder: str) -> list[str]:
-    """The checkpoint files that are there.
+def remove_files(folder: str, files: Iterable[str]) -> list[str]:
+    """Remove files that no committed row names any more; those that were removed.
+
+    A store that refuses costs a warning: a trial's result does not depend on it.
+    """
+    removed: list[str] = []
+    for name in files if folder != DATABASE else ():
+        try:
+            remove(folder, name)
+            removed.append(name)
+        except (OSError, UserError) as error:
+            logger.warning("the file %r was not removed (%s); `study gc` removes it later", name, error)
+    return removed
+
+
+def names(folder: str, ending: str = CHECKPOINT) -> list[str]:
+    """The files with this ending that are there.
 
     Raises:
         OSError: the store cannot be listed.
@@ -142,7 +165,7 @@ def names(folder: str) -> list[str]:
     else:
         with _remote(folder) as (fs, path_in_store):
             entries = [str(entry).rpartition("/")[2] for entry in fs.ls(path_in_store, detail=False)]
-    return sorted(name for name in entries if NAME.fullmatch(name))
+    return sorted(name for name in entries if (match := NAME.fullmatch(name)) and match["ending"] == ending)
 
 
 def _local(folder: str, name: str | None = None) -> Path | None:
@@ -169,7 +192,7 @@ def _remote(folder: str, name: str | None = None) -> Iterator[tuple[Any, str]]:
 
 def _checked(name: str) -> str:
     if NAME.fullmatch(name) is None:
-        raise OSError(f"{name!r} is not the name of a checkpoint file")
+        raise OSError(f"{name!r} is not the name of a checkpoint's or a model's file")
     return name
 
 

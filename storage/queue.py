@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import object_store
+from storage import artifacts, object_store
 from storage.engine import database_time, live_lease, upsert
 from storage.errors import UserError
 from storage.retry import retry
@@ -120,7 +120,7 @@ class Queue:
         while True:
             files: list[str] = []
             outcome = retry(lambda files=files: self._claim_one(files), stopping=self.stopping)  # type: ignore[misc]
-            remove_files(self.store, files)
+            object_store.remove_files(self.store, files)
             if not isinstance(outcome, bool):
                 return outcome
             if not outcome:
@@ -287,16 +287,23 @@ class Queue:
         state: TrialState,
         values: Sequence[float],
         attributes: Mapping[str, Any] | None = None,
+        artifact: artifacts.NewArtifact | None = None,
     ) -> None:
         """Finish the trial: its values (one an objective), attributes and state; its checkpoint goes.
+
+        Args:
+            artifact: its model, stored under this lease; named now, unless better ones have taken its place.
 
         Raises:
             LeaseLost: nothing was stored.
         """
         files: list[str] = []
+        outclassed: list[str] = []
 
         def once() -> None:
             with self.engine.begin() as connection:
+                if artifact is not None:
+                    artifacts.lock_study(connection, self.study_id)  # before any lease, as `transfer.delete` does
                 self.fence(connection, lease, expires_at=0.0, attempts=0)
                 files.extend(self._delete_checkpoint(connection, lease.trial_id))
                 if not self._set_state(connection, lease.trial_id, state):
@@ -311,9 +318,18 @@ class Queue:
                     connection.execute(sa.insert(TRIAL_VALUES).values(trial_id=lease.trial_id, **row))
                 self._end(connection, lease, "finished")
                 self._set_attributes(connection, lease.trial_id, attributes or {})
+                if artifact is not None:
+                    outclassed.extend(artifacts.name(connection, self.study_id, lease, artifact))
 
-        retry(once)
-        remove_files(self.store, files)
+        try:
+            retry(once)
+        except LeaseLost:
+            if artifact is not None and artifact.location is not None:
+                object_store.remove_files(artifact.store, [artifact.location])
+            raise
+        object_store.remove_files(self.store, files)
+        if artifact is not None:
+            object_store.remove_files(artifact.store, outclassed)
 
     def release(self, lease: Lease, error: str | None = None) -> None:
         """Release the trial into the queue, claimable at once. With an `error` the attempt counts as failed, and the
@@ -335,7 +351,7 @@ class Queue:
                     files.extend(self._fail(connection, lease.trial_id, error))
 
         retry(once)
-        remove_files(self.store, files)
+        object_store.remove_files(self.store, files)
 
     def fail(self, lease: Lease, error: str) -> None:
         """Fail the trial for good: an error that another attempt would only repeat."""
@@ -348,7 +364,7 @@ class Queue:
                 files.extend(self._fail(connection, lease.trial_id, error))
 
         retry(once)
-        remove_files(self.store, files)
+        object_store.remove_files(self.store, files)
 
     def skip(self, number: int) -> None:
         """End a trial that has begun as pruned, whoever holds it: its worker finds it finished and writes no more.
@@ -381,7 +397,7 @@ class Queue:
                 files.extend(self._delete_checkpoint(connection, row.trial_id))
 
         retry(once)
-        remove_files(self.store, files)
+        object_store.remove_files(self.store, files)
 
     def _set_value(self, connection: sa.Connection, trial_id: int) -> None:
         """Its last report, if it has one."""
@@ -462,18 +478,3 @@ def _epochs_so_far(connection: sa.Connection, trial_id: int) -> dict[str, Any]:
 def _utc() -> datetime:
     """Optuna's way of storing a time: UTC without saying so."""
     return datetime.now(UTC).replace(tzinfo=None)
-
-
-def remove_files(store: str, names: Iterable[str]) -> list[str]:
-    """Remove checkpoint files that no committed row names any more; those that were removed.
-
-    A store that refuses costs a warning: the trial's result does not depend on it.
-    """
-    removed: list[str] = []
-    for name in names if store != object_store.DATABASE else ():
-        try:
-            object_store.remove(store, name)
-            removed.append(name)
-        except (OSError, UserError) as error:
-            logger.warning("the checkpoint file %r was not removed (%s); `study gc` removes it later", name, error)
-    return removed

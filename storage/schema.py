@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from storage.optuna_internals import models
 
-SCHEMA_VERSION = "0002"
+SCHEMA_VERSION = "0003"
 """Of our tables; the newest of `storage/migrations/versions`."""
 BASELINE = "0001"
 """Of tables without a version: program version 0.1.0."""
@@ -45,6 +45,26 @@ CHECKPOINTS = sa.Table(
     sa.Column("sha256", sa.String(64), nullable=False),
     sa.Column("payload", sa.LargeBinary, doc="The checkpoint, if it is stored here."),
     sa.Column("location", sa.Text, doc="Else the name of its file in the study's checkpoint store."),
+)
+
+ARTIFACTS = sa.Table(
+    "trial_artifacts",
+    METADATA,
+    sa.Column("artifact_id", sa.String(36), primary_key=True, doc="Optuna's: a UUID, which `artifacts:ID` describes."),
+    sa.Column("trial_id", sa.Integer, nullable=False, index=True),
+    sa.Column("token", sa.Integer, nullable=False, doc="Of the lease under which it was stored."),
+    sa.Column("size", sa.Integer, nullable=False, doc="Bytes."),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("location", sa.Text, doc="The name of its file in the study's artifact store; NULL: it is in chunks."),
+)
+
+ARTIFACT_CHUNKS = sa.Table(
+    "trial_artifact_chunks",
+    METADATA,
+    sa.Column("trial_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("artifact_id", sa.String(36), primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True, autoincrement=False, doc="From 0."),
+    sa.Column("content", sa.LargeBinary, nullable=False, doc="1 MiB; the last may be shorter."),
 )
 
 EPOCHS = sa.Table(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
+from storage import object_store
 from storage.engine import upsert
 from storage.retry import retry
 from storage.schema import STUDY_ATTRS
 
+STORE_KEY = "checkpoint_key"
+"""Key of the user attribute that marks the files of one study in one database; a copy of the study gets its own."""
 PATIENCE_SECONDS = 30.0
 """How long to wait for an unavailable database: somebody is waiting at a terminal."""
 
@@ -34,3 +39,33 @@ def set_attribute(engine: sa.Engine, study_id: int, key: str, value: Any) -> Non
             connection.execute(insert.on_conflict_do_update(index_elements=["study_id", "key"], set_=again))
 
     retry(once, PATIENCE_SECONDS)
+
+
+def store_key(engine: sa.Engine, study_id: int) -> str:
+    """What the names of the study's files in its stores begin with; made once."""
+    stored = read_attributes(engine, study_id, [STORE_KEY]).get(STORE_KEY)
+    if stored is None:
+
+        def once() -> None:
+            insert = upsert(engine, STUDY_ATTRS).values(
+                study_id=study_id, key=STORE_KEY, value_json=f'"{secrets.token_hex(8)}"'
+            )
+            with engine.begin() as connection:
+                connection.execute(insert.on_conflict_do_nothing(index_elements=["study_id", "key"]))
+
+        retry(once)
+        stored = read_attributes(engine, study_id, [STORE_KEY]).get(STORE_KEY)
+    if not isinstance(stored, str) or not re.fullmatch("[0-9a-f]{16}", stored):
+        stored = secrets.token_hex(8)  # it was altered: files with the old key are left to people
+        set_attribute(engine, study_id, STORE_KEY, stored)
+    return stored
+
+
+def store_of(connection: sa.Connection, study_id: int, section: str) -> str:
+    """Where a study keeps its files: `store` of the `section` of its config (`checkpoint` or `artifacts`)."""
+    query = sa.select(STUDY_ATTRS.c.value_json).where(STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key == "config")
+    try:
+        store = json.loads(connection.scalar(query) or "{}")[section]["store"]
+    except (ValueError, TypeError, LookupError):
+        return object_store.DATABASE
+    return store if isinstance(store, str) else object_store.DATABASE

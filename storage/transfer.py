@@ -19,16 +19,16 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from storage import object_store
-from storage.checkpoints import STORE_KEY
+from storage import artifacts, object_store
 from storage.engine import live_lease, open_storage, upsert
 from storage.errors import UserError
 from storage.import_check import check_export
 from storage.optuna_internals import DASHBOARD_NOTE, models
 from storage.queries import STATE_NAMES
-from storage.queue import remove_files
 from storage.retry import retry
 from storage.schema import (
+    ARTIFACT_CHUNKS,
+    ARTIFACTS,
     CHECKPOINTS,
     EPOCHS,
     LEASES,
@@ -42,6 +42,7 @@ from storage.schema import (
     TRIAL_VALUES,
     TRIALS,
 )
+from storage.study_attributes import STORE_KEY, store_of
 from storage.study_name import check_study_name
 from storage.url import file_of, sqlite_url
 
@@ -59,6 +60,8 @@ COPIED_TO = "copied_to"
 """Key of a source's user attribute: where its copy is, as it may be shown."""
 BATCH = 100
 """Trials that are read and written at a time: 20,000 rows of 200 epochs each."""
+IN_DATABASE = {"checkpoint": object_store.DATABASE, "artifacts": object_store.DATABASE}
+"""Section of a config to its `store`."""
 PATIENCE_SECONDS = 30.0
 """How long to wait for an unavailable database: less than a worker, because somebody waits at a terminal."""
 
@@ -67,9 +70,9 @@ def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None
     """Copy a study between two databases of one's own, or within one under another name. An export is this too.
 
     Everything is as in the source except the ids and the leases, which are released: whoever claims an unfinished trial
-    of the copy resumes it from its checkpoint. Checkpoint files are read from the study's store before the target is
-    locked, and go into the target's database. A source is best opened with `reading=True`, which lets others write to
-    it meanwhile.
+    of the copy resumes it from its checkpoint. Files of checkpoints and models are read from the study's stores before
+    the target is locked, and go into the target's database. A source is best opened with `reading=True`, which lets
+    others write to it meanwhile.
 
     Returns:
         The number of trials.
@@ -78,7 +81,7 @@ def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None
         UserError: no such study, one of that name in the target, or trials that are being worked on.
     """
     with tempfile.TemporaryDirectory(prefix="study-copy-") as folder:
-        return _copy(source, target, name, new_name or name, _files_of(source, name, Path(folder)), None)
+        return _copy(source, target, name, new_name or name, _files_of(source, name, Path(folder)), {})
 
 
 def import_study(
@@ -86,7 +89,7 @@ def import_study(
     target: str,
     new_name: str | None = None,
     *,
-    store: str = object_store.DATABASE,
+    stores: Mapping[str, str] = IN_DATABASE,
     check_config: Callable[[dict[str, Any]], object] = lambda config: None,
 ) -> tuple[str, int]:
     """Bring the study of a file that `study export` wrote into a database. Nobody vouches for such a file: all of it is
@@ -94,7 +97,7 @@ def import_study(
 
     Args:
         target: database URL.
-        store: the imported study's `checkpoint.store`, whatever the file says.
+        stores: the imported study's `checkpoint.store` and `artifacts.store`, by section, whatever the file says.
         check_config: raises UserError if the study's config is not one.
 
     Returns:
@@ -106,18 +109,24 @@ def import_study(
     name = check_export(file, check_config)
     check_study_name(new_name or name)
     source = open_storage(sqlite_url(file), create=False, reading=True)
+    own = IN_DATABASE | dict(stores)
     try:
-        return new_name or name, _copy(source, open_storage(target), name, new_name or name, {}, store)
+        return new_name or name, _copy(source, open_storage(target), name, new_name or name, {}, own)
     finally:
         source.engine.dispose()
 
 
 def _copy(
-    source: RDBStorage, target: RDBStorage, name: str, new_name: str, files: Mapping[str, Path], store: str | None
+    source: RDBStorage,
+    target: RDBStorage,
+    name: str,
+    new_name: str,
+    files: Mapping[str, Path],
+    stores: Mapping[str, str],
 ) -> int:
     """Args:
-    files: location to content, for checkpoints that are not in the source's database.
-    store: the copy's `checkpoint.store`; None: as in the source.
+    files: location to content, for checkpoints and models that are not in the source's database.
+    stores: the copy's stores, by section of its config; a section that is not named is as in the source.
     """
     check_study_name(new_name)
 
@@ -142,7 +151,7 @@ def _copy(
                 if table is STUDY_SYSTEM_ATTRS:
                     rows = _with_new_ids(rows, ids)
                 if table is STUDY_ATTRS:
-                    rows = _with_original_name(_with_own_store(rows, store), old, name, new_name)
+                    rows = _with_original_name(_with_own_stores(rows, stores), old, name, new_name)
                 _put(into, table, "study_id", {old: new}, rows)
             return len(ids)
 
@@ -150,32 +159,25 @@ def _copy(
 
 
 def _files_of(source: RDBStorage, name: str, folder: Path) -> dict[str, Path]:
-    """The study's checkpoint files, read into `folder`: location to content."""
+    """The files of the study's checkpoints and models, read into `folder`: location to content."""
     of_study = sa.select(TRIALS.c.trial_id).join(STUDIES).where(STUDIES.c.study_name == name)
-    query = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id.in_(of_study))
+    places: list[tuple[str, str]] = []
     with source.engine.connect() as connection:
-        locations = connection.scalars(query.where(CHECKPOINTS.c.location.is_not(None))).all()
-        store = _store_of(connection, _study_id(connection, name)) if locations else object_store.DATABASE
+        for section, table in (("checkpoint", CHECKPOINTS), ("artifacts", ARTIFACTS)):
+            query = sa.select(table.c.location).where(table.c.trial_id.in_(of_study), table.c.location.is_not(None))
+            if locations := connection.scalars(query).all():
+                store = store_of(connection, _study_id(connection, name), section)
+                places += [(store, location) for location in locations if store != object_store.DATABASE]
     files = {}
-    for number, location in enumerate(locations if store != object_store.DATABASE else ()):
+    for number, (store, location) in enumerate(places):
         try:
             content = object_store.read(store, location)
         except OSError as error:
-            raise UserError(f"cannot read the checkpoints of {name!r} from {store!r}: {error}") from None
+            raise UserError(f"cannot read the files of {name!r} from {store!r}: {error}") from None
         if content is not None:
             files[location] = folder / str(number)
             files[location].write_bytes(content)
     return files
-
-
-def _store_of(connection: sa.Connection, study_id: int) -> str:
-    """A study's `checkpoint.store`."""
-    query = sa.select(STUDY_ATTRS.c.value_json).where(STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key == "config")
-    try:
-        store = json.loads(connection.scalar(query) or "{}")["checkpoint"]["store"]
-    except (ValueError, TypeError, LookupError):
-        return object_store.DATABASE
-    return store if isinstance(store, str) else object_store.DATABASE
 
 
 def requeue(storage: RDBStorage, name: str, *, trials: Collection[int] | None) -> list[int]:
@@ -207,15 +209,15 @@ def requeue(storage: RDBStorage, name: str, *, trials: Collection[int] | None) -
             files: list[str] = []
             for ids in _batches([rows[number].trial_id for number in chosen], BATCH):
                 files += _start_over(connection, ids)
-            return chosen, _store_of(connection, study_id), files
+            return chosen, store_of(connection, study_id, "checkpoint"), files
 
     numbers, store, files = retry(once, PATIENCE_SECONDS)
-    remove_files(store, files)
+    object_store.remove_files(store, files)
     return numbers
 
 
 def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
-    """Delete a study and everything of it, in Optuna's tables, in ours, and in its checkpoint store.
+    """Delete a study and everything of it, in Optuna's tables, in ours, and in its stores.
 
     Args:
         force: even while trials are being worked on; their workers find their leases gone and write no more.
@@ -224,7 +226,7 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
         UserError: no such study, or trials that are being worked on.
     """
 
-    def once() -> tuple[str, Sequence[str]]:
+    def once() -> list[tuple[str, Sequence[str]]]:
         with storage.engine.begin() as connection:
             study_id = _study_id(connection, name, lock=True)
             trials = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)
@@ -233,16 +235,18 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
                 connection.execute(locked.with_for_update()).all()
             if not force:
                 _refuse_live(connection, study_id, name, "deleting", "stop those workers first, or --force")
-            stored = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id.in_(trials))
-            files = connection.scalars(stored.where(CHECKPOINTS.c.location.is_not(None))).all()
-            store = _store_of(connection, study_id)
+            files = []
+            for section, table in (("checkpoint", CHECKPOINTS), ("artifacts", ARTIFACTS)):
+                stored = sa.select(table.c.location).where(table.c.trial_id.in_(trials), table.c.location.is_not(None))
+                files.append((store_of(connection, study_id, section), connection.scalars(stored).all()))
             for table in OF_TRIAL:
                 connection.execute(sa.delete(table).where(table.c.trial_id.in_(trials)))
             for table in (TRIALS, *OF_STUDY, STUDIES):
                 connection.execute(sa.delete(table).where(table.c.study_id == study_id))
-            return store, files
+            return files
 
-    remove_files(*retry(once, PATIENCE_SECONDS))
+    for store, names in retry(once, PATIENCE_SECONDS):
+        object_store.remove_files(store, names)
 
 
 @contextmanager
@@ -291,7 +295,7 @@ def _copy_trials(
     for table in OF_TRIAL:
         # SQLite may give a deleted study's trial ids again.
         into.execute(sa.delete(table).where(table.c.trial_id.in_(of_copy)))
-        if table is HEARTBEATS:
+        if table in (HEARTBEATS, ARTIFACTS, ARTIFACT_CHUNKS):
             continue
         size, having = BATCH, old_ids
         if table is CHECKPOINTS:  # up to hundreds of megabytes each
@@ -301,9 +305,33 @@ def _copy_trials(
             rows = _rows(out_of, table, "trial_id", batch)
             if table is CHECKPOINTS:
                 rows = [row for row in (_whole(row, files) for row in rows) if row is not None]
+            if table is TRIAL_SYSTEM_ATTRS:  # artifacts get new ids
+                rows = [row for row in rows if not row["key"].startswith(artifacts.ATTRIBUTE)]
             _put(into, table, "trial_id", ids, rows)
     into.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(of_copy)).values(expires_at=0.0))
+    _copy_artifacts(out_of, into, old, ids, files)
     return ids
+
+
+def _copy_artifacts(
+    out_of: sa.Connection, into: sa.Connection, old: int, ids: Mapping[int, int], files: Mapping[str, Path]
+) -> None:
+    """The models of a study, under new ids, as far as they are whole."""
+    query = sa.select(ARTIFACTS, TRIALS.c.number).join(TRIALS, TRIALS.c.trial_id == ARTIFACTS.c.trial_id)
+    for row in out_of.execute(query.where(TRIALS.c.study_id == old).order_by(TRIALS.c.number)).all():
+        if row.location is None:
+            parts = artifacts.chunks(out_of, row.trial_id, row.artifact_id, row.size)
+        else:
+            parts = _file_parts(files.get(row.location))
+        if not artifacts.copy_content(into, ids[row.trial_id], row.number, row, parts):
+            logger.warning("the model of trial %d is missing or damaged and was not copied", row.number)
+
+
+def _file_parts(file: Path | None) -> Iterator[bytes]:
+    if file is not None:
+        with file.open("rb") as content:
+            while part := content.read(artifacts.CHUNK_BYTES):
+                yield part
 
 
 def _whole(row: dict[str, Any], files: Mapping[str, Path]) -> dict[str, Any] | None:
@@ -346,13 +374,14 @@ def _with_new_ids(attributes: list[dict[str, Any]], ids: Mapping[int, int]) -> l
     return kept
 
 
-def _with_own_store(attributes: list[dict[str, Any]], store: str | None) -> list[dict[str, Any]]:
-    """The copy names files in a store by a key of its own; and it has another store, if `store` says so."""
+def _with_own_stores(attributes: list[dict[str, Any]], stores: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The copy names files in its stores by a key of its own; and it has other stores, if `stores` says so."""
     rows = [row for row in attributes if row["key"] != STORE_KEY]
     for row in rows:
-        if row["key"] == "config" and store is not None:
+        if row["key"] == "config" and stores:
             config = json.loads(row["value_json"])
-            config["checkpoint"] = config.get("checkpoint", {}) | {"store": store}
+            for section, store in stores.items():
+                config[section] = config.get(section, {}) | {"store": store}
             row["value_json"] = json.dumps(config)
     return rows
 
@@ -375,7 +404,7 @@ def _start_over(connection: sa.Connection, ids: Sequence[int]) -> list[str]:
     connection.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(ids)).values(released))
     stored = sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.trial_id.in_(ids))
     files = list(connection.scalars(stored.where(CHECKPOINTS.c.location.is_not(None))))
-    for table in (TRIAL_VALUES, REPORTS, EPOCHS, CHECKPOINTS):
+    for table in (TRIAL_VALUES, REPORTS, EPOCHS, CHECKPOINTS, ARTIFACT_CHUNKS):
         connection.execute(sa.delete(table).where(table.c.trial_id.in_(ids)))
     connection.execute(sa.delete(TRIAL_ATTRS).where(TRIAL_ATTRS.c.trial_id.in_(ids), TRIAL_ATTRS.c.key == "error"))
     # How far successive halving had let the failed attempt come.

@@ -34,6 +34,8 @@ from study.training.data.split import split_dataset, split_notes
 
 logger = logging.getLogger(__name__)
 
+CLASSES = "classes"
+"""Key of the study's user attribute: the names of the data's classes, in the order of their labels."""
 CONFIG_FORMAT = 1
 """Of the config that a study stores; a later one is for later versions of this program."""
 
@@ -98,6 +100,8 @@ class PreparedData:
     """As the study splits them: train, validation, test."""
     sizes: tuple[int, int, int]
     """The same numbers, in that order."""
+    classes: tuple[str, ...] = ()
+    """Their names."""
 
 
 def prepare(config: StudyConfig, root: str | None) -> PreparedData:
@@ -108,6 +112,8 @@ def prepare(config: StudyConfig, root: str | None) -> PreparedData:
     """
     if config.checkpoint.store != DATABASE:
         object_store.probe(config.checkpoint.store)
+    if config.artifacts.store != DATABASE and config.artifacts.count != 0:
+        object_store.probe(config.artifacts.store, "artifacts.store")
     options = config.data
     images = sources.load(options.name, root)
     split = split_dataset(images, options.protocol, holdout=options.holdout, train_images=options.train_images)
@@ -116,7 +122,8 @@ def prepare(config: StudyConfig, root: str | None) -> PreparedData:
     space.check_alpha(config, len(split.train_labels))
     labels = {"train": split.train_labels, "validation": split.validation_labels, "test": split.test_labels}
     counts = {name: len(part) for name, part in labels.items()}
-    return PreparedData(images.fingerprint, counts, (counts["train"], counts["validation"], counts["test"]))
+    sizes = (counts["train"], counts["validation"], counts["test"])
+    return PreparedData(images.fingerprint, counts, sizes, images.classes)
 
 
 def create_study(
@@ -162,6 +169,8 @@ def create_study(
     }
     if not existed:
         attributes |= {"uid": uuid.uuid4().hex, "program_version": __version__, "config_format": CONFIG_FORMAT}
+    if CLASSES not in stored:  # a study of an earlier version gets them; else their names are as they were
+        attributes[CLASSES] = list(data.classes)
     old = stored.get("config")
     replaced = {"config": old} if old is not None and _grows(parse_config(old), config) else None
     stored = enqueue_trials(storage.engine, study_id_of(study), attributes, space.queued_trials(config), replaced)

@@ -47,7 +47,7 @@ def copy(
 def export(
     name: Name, file: Annotated[Path, typer.Argument(help="A file that is not there yet.")], storage: Storage = None
 ) -> None:
-    """Write a study with its checkpoints into one file, to take elsewhere or to keep.
+    """Write a study with its checkpoints and models into one file, to take elsewhere or to keep.
 
     Example: study export quick quick.study
     """
@@ -73,9 +73,11 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A file that `study export` wrote.")],
     storage: Storage = None,
     new_name: NewName = None,
-    store: Annotated[
-        str,
-        typer.Option("--checkpoint-store", help="Where its checkpoints go from now on; a folder, a URL or database."),
+    checkpoint_store: Annotated[
+        str, typer.Option(help="Where its checkpoints go from now on; a folder, a URL or database.")
+    ] = "database",
+    artifact_store: Annotated[
+        str, typer.Option(help="Where its models go from now on; a folder, a URL or database.")
     ] = "database",
 ) -> None:
     """Import an exported study into a storage. The file is checked first; nothing that it names outside is read.
@@ -86,10 +88,12 @@ def import_(
     from storage.transfer import import_study
     from study.config.loading import parse_config
 
-    if store != object_store.DATABASE:
-        object_store.probe(store)
+    stores = {"checkpoint": checkpoint_store, "artifacts": artifact_store}
+    for section, store in stores.items():
+        if store != object_store.DATABASE:
+            object_store.probe(store, f"{section}.store")
     url = storage_url(storage)
-    name, count = import_study(file, url, new_name, store=store, check_config=parse_config)
+    name, count = import_study(file, url, new_name, stores=stores, check_config=parse_config)
     resume = command_for(url, "resume", name)
     logger.info("imported %d trials of %r into %s; continue with: %s", count, name, shown(url), resume)
 
@@ -164,16 +168,19 @@ def upgrade(storage: Storage = None) -> None:
 
 
 def gc(name: Name, storage: Storage = None) -> None:
-    """Remove the checkpoint files of a study that nothing needs any more: what crashes left in its store.
+    """Remove the checkpoints and models of a study that nothing needs any more: what crashes left in its stores.
 
     Example: study gc quick
     """
-    from storage.checkpoints import collect_garbage
+    from storage import artifacts, checkpoints
     from study.create import open_study
 
     study = open_study(storage_url(storage), name)
+    store = study.config.checkpoint.store
     try:
-        removed = collect_garbage(study.engine, study.id, study.config.checkpoint.store)
+        files = checkpoints.collect_garbage(study.engine, study.id, store)
+        store = study.config.artifacts.store
+        contents, models = artifacts.collect_garbage(study.engine, study.id, store)
     except OSError as error:
-        raise UserError(f"cannot list {study.config.checkpoint.store!r}: {error}") from None
-    logger.info("removed %d checkpoint files of %r", len(removed), name)
+        raise UserError(f"cannot list {store!r}: {error}") from None
+    logger.info("removed %d checkpoint files and %d models of %r", len(files), contents + len(models), name)

@@ -17,7 +17,8 @@ import torch
 
 from study import __version__
 from study.config.models import StudyConfig
-from study.search.space import Parameters
+from study.model_file import ModelDescription
+from study.search.space import Parameters, settings
 from study.training.trainer import EpochResult, Trainer
 
 TRAINING_SECTIONS = ("data", "network", "policy", "training")
@@ -57,6 +58,45 @@ def checkpoint_identity(
         "seed": seed,
         "data": study.user_attrs.get("data_fingerprint"),
     }
+
+
+def model_description(
+    study: optuna.Study,
+    config: StudyConfig,
+    number: int,
+    trainer: Trainer,
+    top: EpochResult,
+    chosen: Parameters,
+    seed: int,
+) -> ModelDescription:
+    """What the file of a trial's model says of it.
+
+    Args:
+        number: the trial's.
+        top: the epoch after which the weights were taken.
+        chosen: the trial's searched parameters.
+    """
+    data, attributes = trainer.data, study.user_attrs
+    names = attributes.get("classes", [])
+    return ModelDescription(
+        classes=tuple(names) if len(names) == data.classes else tuple(map(str, range(data.classes))),
+        shape=tuple(data.train_images.shape[1:]),
+        mean=tuple(data.mean.tolist()),
+        std=tuple(data.std.tolist()),
+        network="paper",
+        arguments=config.network.model_dump(),
+        precision=trainer.precision,
+        seed=seed,
+        study=study.study_name,
+        trial=number,
+        epoch=top.epoch,
+        accuracy=top.accuracy,
+        parameters=settings(config, chosen),
+        config=config.model_dump(mode="json"),
+        data_fingerprint=str(attributes.get("data_fingerprint", "")),
+        protocol=str(attributes.get("protocol", "")),
+        versions=versions(),
+    )
 
 
 def _digest(value: Any) -> str:

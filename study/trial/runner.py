@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,17 +23,21 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
+from storage import artifacts
+from storage.artifacts import NewArtifact
 from storage.optuna_internals import forget_cached_trials, storage_of
 from storage.queue import Lease, LeaseLost, Queue
 from storage.retry import is_transient, retry
 from study.config.models import POLICY_PARAMETERS, StudyConfig
+from study.model_file import ModelDescription
+from study.model_file import to_bytes as model_bytes
 from study.search import space
 from study.search.samplers import make_sampler
 from study.training.data.placement import DeviceData
 from study.training.policies import make_policy
 from study.training.trainer import Diverged, EpochResult, Trainer
 from study.trial.checkpoint import Identity, on_host, restore, to_bytes, write_fallback
-from study.trial.metadata import checkpoint_identity, trial_attributes
+from study.trial.metadata import checkpoint_identity, model_description, trial_attributes
 from study.trial.writer import TrialWriter
 
 logger = logging.getLogger(__name__)
@@ -134,7 +139,7 @@ def run_trial(
         return
     history = trainer.history if writer.pruned_at is None else trainer.history[: writer.pruned_at]
     state = TrialState.COMPLETE if writer.pruned_at is None else TrialState.PRUNED
-    _finish(study, config, queue, lease, state, trainer, history)
+    _finish(study, config, queue, lease, state, trainer, history, chosen, seed)
     fallback.unlink(missing_ok=True)
 
 
@@ -251,6 +256,8 @@ def _finish(
     state: TrialState,
     trainer: Trainer,
     history: list[EpochResult],
+    chosen: space.Parameters,
+    seed: int,
 ) -> None:
     top = best(history)
     attributes: dict[str, Any] = {"best_epoch": top.epoch} | trial_attributes(trainer, history)
@@ -259,7 +266,33 @@ def _finish(
     retry(lambda: study.sampler.after_trial(study, frozen, state, values))  # as study.tell does
     if state == TrialState.COMPLETE and config.data.test:
         attributes["test_accuracy"] = trainer.test()
-    queue.finish(lease, state, values, attributes)
+    artifact = None
+    if state == TrialState.COMPLETE and trainer.best_network is not None:
+        description = model_description(study, config, lease.number, trainer, top, chosen, seed)
+        artifact = _keep_model(config, queue, lease, trainer.best_network, description)
+    queue.finish(lease, state, values, attributes, artifact)
+
+
+def _keep_model(
+    config: StudyConfig, queue: Queue, lease: Lease, state: Mapping[str, torch.Tensor], description: ModelDescription
+) -> NewArtifact | None:
+    """Store the best epoch's network, if it is among the best of the study. A trial has finished without it too:
+    whatever prevents it costs a warning.
+
+    Raises:
+        LeaseLost: another worker has the trial.
+    """
+    keep = config.artifacts.count
+    try:
+        if not artifacts.is_wanted(queue, lease, description.accuracy, keep):
+            return None
+        content = model_bytes(state, description)
+        return artifacts.save(queue, lease, content, store=config.artifacts.store, keep=keep)
+    except LeaseLost:
+        raise
+    except Exception as error:  # noqa: BLE001 — a network of any kind, and a store of any kind
+        logger.warning("trial %d: its model is not kept: %s", lease.number, error)
+        return None
 
 
 def synchronize(device: torch.device) -> None:

@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState, create_trial
 
-from storage import checkpoints, object_store, transfer
+from storage import checkpoints, object_store, study_attributes, transfer
 from storage.engine import open_storage
 from storage.enqueue import enqueue_trials
 from storage.errors import UserError
@@ -256,8 +256,8 @@ def test_garbage_is_what_no_database_names(shelf: Shelf, folder: Path, tmp_path:
     copying.release(lease)
     needed = {file.name for file in folder.iterdir()}
     assert len(needed) == 3
-    key = checkpoints.store_key(shelf.storage.engine, shelf.study_id)
-    assert key != checkpoints.store_key(elsewhere.engine, copied._study_id)
+    key = study_attributes.store_key(shelf.storage.engine, shelf.study_id)
+    assert key != study_attributes.store_key(elsewhere.engine, copied._study_id)
     orphan, fresh = object_store.file_name(key, 1, 7), object_store.file_name(key, shelf.lease.trial_id + 1, 1)
     foreign = ("notes.txt", "trial-1-1-01234567.checkpoint", f"{key}-trial-1-1-01234567.checkpoint.part")
     for name in (orphan, fresh, *foreign):
@@ -275,7 +275,7 @@ def test_garbage_is_what_no_database_names(shelf: Shelf, folder: Path, tmp_path:
 
 def test_an_altered_key_names_no_file_outside(shelf: Shelf, folder: Path) -> None:
     with shelf.storage.engine.begin() as connection:
-        key = {"study_id": shelf.study_id, "key": checkpoints.STORE_KEY, "value_json": '"../../victim"'}
+        key = {"study_id": shelf.study_id, "key": study_attributes.STORE_KEY, "value_json": '"../../victim"'}
         connection.execute(sa.insert(STUDY_ATTRS).values(key))
     checkpoints.save(shelf.worker, shelf.lease, 1, PAYLOAD)
     assert [file.name for file in folder.iterdir()] == [shelf.location()]

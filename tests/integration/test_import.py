@@ -102,17 +102,16 @@ def test_an_export_comes_back_on_both_databases(file: Path, url: str) -> None:
 
 
 def test_the_store_of_an_imported_study_is_the_importers(file: Path, tmp_path: Path) -> None:
-    change(file, "UPDATE study_user_attributes SET value_json = json_set(value_json, '$.checkpoint.store', '/etc') "
-           "WHERE key = 'config'")  # fmt: skip
+    for section in ("checkpoint", "artifacts"):
+        change(file, "UPDATE study_user_attributes SET value_json = "
+               f"json_set(value_json, '$.{section}.store', '/etc') WHERE key = 'config'")  # fmt: skip
     url = sqlite_url(tmp_path / "target.db")
     import_(file, url)
-    import_(file, url, new_name="t", store=str(tmp_path))
+    import_(file, url, new_name="t", stores={"checkpoint": str(tmp_path)})
     storage = open_storage(url)
-    stores = [
-        optuna.load_study(study_name=name, storage=storage).user_attrs["config"]["checkpoint"]["store"]
-        for name in ("s", "t")
-    ]
-    assert stores == [object_store.DATABASE, str(tmp_path)]
+    configs = [optuna.load_study(study_name=name, storage=storage).user_attrs["config"] for name in ("s", "t")]
+    assert [config["checkpoint"]["store"] for config in configs] == [object_store.DATABASE, str(tmp_path)]
+    assert [config["artifacts"]["store"] for config in configs] == [object_store.DATABASE, object_store.DATABASE]
 
 
 def test_a_damaged_checkpoint_is_left_out(file: Path, tmp_path: Path) -> None:

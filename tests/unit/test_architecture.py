@@ -18,7 +18,7 @@ TRAINING = ("study.training",)
 CONFIG = ("study.config", "storage.errors")
 SEARCH = ("study.search", "storage.optuna_internals", *CONFIG)
 CREATE = ("study.create", *SEARCH, "study.training.data", "storage")
-TRIAL = ("study.trial", *SEARCH, *TRAINING, "storage")
+TRIAL = ("study.trial", "study.model_file", *SEARCH, *TRAINING, "storage")
 WORKER = ("study.worker", "study.exit_codes", *TRIAL, *CREATE)
 LAUNCH = ("study.launchers", "study.logs", *WORKER)
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study.confirm": CREATE,
     "study.enqueue": CREATE,
     "study.estimate": TRIAL,
+    "study.model_file": ("study.model_file", *CONFIG, *TRAINING, "storage"),
     "study.trial": TRIAL,
     "study.worker": WORKER,
     "study.launchers": LAUNCH,
