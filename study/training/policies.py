@@ -1,4 +1,4 @@
-"""Which images the next epoch trains on: `full`, `static`, `fresh`, `infobatch` and the paper's `dynamic` policy."""
+"""Which images the next epoch trains on: the paper's `dynamic` policy, its controls, or a policy from own code."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from study.training.data.dataset import DataError
 from study.training.rng import generator
 
 # Accuracies are multiples of 1/V for V validation images: differences closer than this are rounding, not images.
 ROUNDING = 1e-9
 
-Kind = Literal["type1", "type2", "fresh", "soft", "keep"]
+Kind = Literal["type1", "type2", "fresh", "soft", "keep", "own"]
 
 
 @dataclass(frozen=True)
 class Resampling:
     """What was done to the active set after an epoch: k images exchanged, with the beta that gave k.
 
-    For `soft` (infobatch): k images left out of the next epoch, a part beta of those below the mean loss.
+    For `soft` (infobatch): k images left out of the next epoch, a part beta of those below the mean loss. `own` is for
+    policies from own code.
     """
 
     kind: Kind
@@ -33,7 +35,15 @@ KEEP = Resampling("keep")
 
 
 class Policy(Protocol):
-    """A data policy. State has an owner: everything that later draws depend on is in `state_dict`."""
+    """A data policy. State has an owner: everything that later draws depend on is in `state_dict`, as tensors, numbers,
+    text, lists and dicts (what `torch.load(weights_only=True)` reads).
+
+    One from own code is a class that is called with the number of training images, the trial's seed and its own
+    parameters by keyword; `Static` is a base with an active set and a generator.
+    """
+
+    observes: Literal["loss", "error"]
+    """What `observe` gets: the cross entropy, or the length of the error vector softmax(logits) - onehot(label)."""
 
     @property
     def active(self) -> Tensor:
@@ -43,10 +53,10 @@ class Policy(Protocol):
     def weights(self) -> Tensor | None:
         """What each image of `active` counts in the loss, float32, shape [alpha]; None: all the same."""
 
-    def observe(self, index: Tensor, losses: Tensor) -> None:
-        """Take note of the losses (shape [batch]) of the images `index`; called each step if there are weights.
+    def observe(self, index: Tensor, values: Tensor) -> None:
+        """Take note of what the images `index` gave in a step, shape [batch]; called each step if there are weights.
 
-        Both tensors may be overwritten afterwards.
+        Both tensors are on the training device and may be overwritten afterwards.
         """
 
     def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
@@ -91,8 +101,9 @@ def decide(accuracy: float, previous: float, delta: float) -> Literal["type1", "
 
 class _Unweighted:
     weights: Tensor | None = None
+    observes: Literal["loss", "error"] = "loss"
 
-    def observe(self, index: Tensor, losses: Tensor) -> None:
+    def observe(self, index: Tensor, values: Tensor) -> None:
         pass
 
 
@@ -189,39 +200,49 @@ class Dynamic(Static):
         self.previous, self.best, self.best_active = state["previous"], state["best"], state["best_active"]
 
 
-class InfoBatch:
+class _Observer:
+    """Keeps what the images of an epoch gave on the device until the epoch is over."""
+
+    def __init__(self, total: int) -> None:
+        self.values = torch.ones(total)
+        """The last value of each image: float32, shape [total]."""
+        self._observed: list[tuple[Tensor, Tensor]] = []
+
+    def observe(self, index: Tensor, values: Tensor) -> None:
+        self._observed.append((index.clone(), values.detach().float().clone()))
+
+    def _note_observed(self) -> None:
+        if self._observed:
+            index, values = (torch.cat(parts).cpu() for parts in zip(*self._observed, strict=True))
+            self.values[index] = values
+            self._observed.clear()
+
+
+class InfoBatch(_Observer):
     """Soft pruning (Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning", ICLR 2024).
 
     Of the images whose last loss is below the mean of all last losses, a random `ratio` is left out of the next epoch;
     those that stay in count 1 / (1 - ratio) in the loss, so that the expected gradient is the full one. From the part
-    `anneal` of the run on, all images are trained on, unweighted. Losses stay on the device until the epoch is over.
+    `anneal` of the run on, all images are trained on, unweighted.
     """
 
+    observes: Literal["loss", "error"] = "loss"
+
     def __init__(self, total: int, seed: int, *, ratio: float = 0.5, anneal: float = 0.875) -> None:
+        super().__init__(total)
         self.total, self.ratio, self.anneal = total, ratio, anneal
         self.draws = generator(seed, "policy")
-        self.losses = torch.ones(total)
-        self._observed: list[tuple[Tensor, Tensor]] = []
         self._all()
 
     def _all(self) -> None:
         self.active, self.weights = torch.arange(self.total), torch.ones(self.total)
-
-    def observe(self, index: Tensor, losses: Tensor) -> None:
-        self._observed.append((index.clone(), losses.detach().float().clone()))
-
-    def _note_observed(self) -> None:
-        if self._observed:
-            index, losses = (torch.cat(parts).cpu() for parts in zip(*self._observed, strict=True))
-            self.losses[index] = losses
-            self._observed.clear()
 
     def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
         self._note_observed()
         if done >= self.anneal:
             self._all()
             return KEEP
-        losses = self.losses
+        losses = self.values
         easy = losses < losses.mean()
         candidates = easy.nonzero().squeeze(1)
         k = round(self.ratio * len(candidates))
@@ -237,14 +258,49 @@ class InfoBatch:
         return {
             "active": self.active,
             "weights": self.weights,
-            "losses": self.losses,
+            "losses": self.values,
             "draws": self.draws.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.active, self.weights, self.losses = state["active"], state["weights"], state["losses"]
+        self.active, self.weights, self.values = state["active"], state["weights"], state["losses"]
         self._observed.clear()
         self.draws.set_state(state["draws"])
+
+
+class El2n(_Observer):
+    """A static coreset scored early (Paul, Ganguli and Dziugaite, "Deep Learning on a Data Diet", NeurIPS 2021).
+
+    Trains on all images for `score_epochs` epochs, then to the end on the alpha images whose error vector
+    softmax(logits) - onehot(label) was longest in the last of them. The paper averages the scores of ten networks after
+    20 epochs and trains another one; here the trial's own network scores, and its epochs count as trained on.
+    """
+
+    observes: Literal["loss", "error"] = "error"
+
+    def __init__(self, total: int, seed: int, *, alpha: int, score_epochs: int = 20) -> None:
+        if not 1 <= alpha <= total:
+            raise ValueError(f"alpha must be from 1 to the {total} training images, got {alpha}")
+        super().__init__(total)
+        self.alpha, self.score_epochs, self.total = alpha, score_epochs, total
+        self.active, self.weights = torch.arange(total), torch.ones(total)
+
+    def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
+        self._note_observed()
+        if epoch != self.score_epochs:
+            return KEEP
+        hardest = torch.argsort(self.values, descending=True, stable=True)[: self.alpha]
+        self.active = hardest.sort().values
+        self.weights = torch.ones(self.alpha)
+        return Resampling("soft", self.total - self.alpha, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._note_observed()
+        return {"active": self.active, "weights": self.weights, "errors": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.active, self.weights, self.values = state["active"], state["weights"], state["errors"]
+        self._observed.clear()
 
 
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -253,16 +309,51 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "full": Full,
     "fresh": Fresh,
     "infobatch": InfoBatch,
+    "el2n": El2n,
 }
 """Each is called with the number of training images, the seed, and its own parameters by keyword."""
 
 
-def make_policy(name: str, total: int, seed: int, **parameters: Any) -> Policy:
+def make_policy(
+    name: str, total: int, seed: int, *, make: Callable[..., Policy] | None = None, **parameters: Any
+) -> Policy:
     """The policy `name` over `total` training images.
+
+    Args:
+        make: own code whose import path `name` is, in the place of the table.
 
     Raises:
         ValueError: an unknown name, or an alpha outside 1..total.
+        DataError: own code that fails or has no such active set.
     """
-    if name not in POLICIES:
-        raise ValueError(f"no policy {name!r}; policies: {', '.join(POLICIES)}")
-    return POLICIES[name](total, seed, **parameters)
+    if make is None:
+        if name not in POLICIES:
+            raise ValueError(f"no policy {name!r}; policies: {', '.join(POLICIES)}")
+        return POLICIES[name](total, seed, **parameters)
+    try:
+        policy = make(total, seed, **parameters)
+        fault = active_fault(policy, total)
+    except Exception as error:
+        raise DataError(f"policy {name!r} cannot be made: {type(error).__name__}: {error}") from error
+    if fault:
+        raise DataError(f"policy {name!r}: {fault}")
+    return policy
+
+
+def active_fault(policy: Policy, total: int) -> str:
+    """What is wrong with a policy's active set and weights; empty: nothing."""
+    index, weights = policy.active, policy.weights
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1 or index.device.type != "cpu":
+        return "active must be a tensor of int64 indices of shape [n] in the processor's memory"
+    if not 1 <= len(index) <= total or bool((index < 0).any()) or bool((index >= total).any()):
+        return f"active must hold 1 to {total} indices from 0 to {total - 1}"
+    if len(torch.unique(index)) != len(index):
+        return "active must hold no index twice"
+    if weights is not None and not (
+        isinstance(weights, Tensor)
+        and weights.dtype == torch.float32
+        and weights.shape == index.shape
+        and bool((torch.isfinite(weights) & (weights > 0)).all())
+    ):
+        return "weights must be None or a float32 tensor above 0 of the shape of active"
+    return ""

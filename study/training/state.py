@@ -6,6 +6,7 @@ NaN in the history would otherwise fail attempt after attempt (issue 14).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from study.training.augment import SHIFT
-from study.training.policies import Kind, Resampling
+from study.training.policies import Kind, Policy, Resampling, active_fault
 from study.training.trainer import VALIDATION_BATCH, EpochResult, Trainer
 
 INDICES = ("active", "best_active")
-"""Keys of a policy's state that hold indices of training images."""
-GENERATORS = ("shuffles", "augmentation", "policy.draws")
+"""Keys of the state of our policies that hold indices of training images."""
+GENERATORS = ("shuffles", "augmentation", "policy.draws", "random.0")
 LARGEST_AMOUNT = 1e12
 """Seconds or joules: the sum of a trial's epochs stays finite."""
 
@@ -37,15 +38,17 @@ def validate_state(state: Any, trainer: Trainer) -> None:
     _require(isinstance(state, Mapping), "it is no mapping")
     _require(state.keys() == expected.keys(), "its keys differ")
     total = len(trainer.data.train_labels)
-    for key in ("network", "optimizer", "shuffles", "augmentation", "seen", "loss_sum", "correct", "invalid"):
+    same = ("network", "average", "optimizer", "random", "shuffles", "augmentation", "seen", "loss_sum")
+    for key in (*same, "validation_loss", "hits", "answers", "invalid"):
         _same_form(state[key], expected[key], key)
     validation_images = len(trainer.data.validation_labels)
-    for key in ("correct", "invalid"):
-        _require(0 <= int(state[key]) <= validation_images, f"{key} is no count of validation images")
-    _policy(state["policy"], expected["policy"], total)
+    for key in ("hits", "answers", "invalid"):
+        counts = bool((state[key] >= 0).all()) and int(state[key].sum()) <= validation_images
+        _require(counts, f"{key} is no count of validation images")
+    policy = _policy(state["policy"], expected["policy"], trainer)
     _history(state["history"], trainer)
-    _best(state, expected["network"], keeps_network=trainer.data.test_labels is not None)
-    _plan(state, trainer)
+    _best(state, expected["network"], trainer)
+    _plan(state, trainer, policy)
     _require(state["precision"] in ("bf16", "fp32"), "its precision is unknown")
     for key in ("train_seconds", "validation_seconds", "selection_seconds"):
         _require(_is_amount(state[key]), f"{key} is no amount")
@@ -85,6 +88,12 @@ def _same_form(value: Any, expected: Any, where: str) -> None:
         _require(bool(torch.isfinite(value).all()), f"{where} has values that are not finite")
         if where in GENERATORS:
             _generator(value, where)
+    elif isinstance(expected, list):
+        _require(isinstance(value, list) and len(value) == len(expected), f"{where} has another length")
+        for number, (one, other) in enumerate(zip(value, expected, strict=True)):
+            _same_form(one, other, f"{where}.{number}")
+    elif expected is None:
+        _require(value is None, f"{where} is not of this trial")
 
 
 def _generator(state: Tensor, where: str) -> None:
@@ -101,8 +110,23 @@ def _is_subset(index: Any, total: int) -> bool:
     return bool((index >= 0).all()) and bool((index < total).all()) and len(torch.unique(index)) == len(index)
 
 
-def _policy(state: Any, expected: Mapping[str, Any], total: int) -> None:
+def _policy(state: Any, expected: Mapping[str, Any], trainer: Trainer) -> Policy:
+    """The trial's policy in this state."""
+    total = len(trainer.data.train_labels)
     _require(isinstance(state, Mapping) and state.keys() == expected.keys(), "the keys of the policy differ")
+    if type(trainer.policy).__module__ == Policy.__module__:  # the form of other policies' state is their own business
+        _known_policy(state, expected, total)
+    policy = copy.deepcopy(trainer.policy)
+    try:
+        policy.load_state_dict(copy.deepcopy(dict(state)))
+        fault = active_fault(policy, total)
+    except Exception as error:  # noqa: BLE001 - own code may raise anything
+        raise ValueError(f"the policy does not load its state ({type(error).__name__})") from None
+    _require(not fault, f"the policy's {fault}")
+    return policy
+
+
+def _known_policy(state: Mapping[str, Any], expected: Mapping[str, Any], total: int) -> None:
     for key, value in expected.items():
         if key in INDICES:
             _require(_is_subset(state[key], total), f"policy.{key} is no set of training images")
@@ -123,17 +147,18 @@ def _weights(weights: Any, index: Tensor, fault: str) -> None:
     _require(fits and bool((torch.isfinite(weights) & (weights > 0)).all()), fault)
 
 
-def _best(state: Mapping[str, Any], network: Mapping[str, Any], *, keeps_network: bool) -> None:
-    accuracies = [row["accuracy"] for row in state["history"]]
+def _best(state: Mapping[str, Any], network: Mapping[str, Any], trainer: Trainer) -> None:
+    scores = [row[trainer.options.metric] for row in state["history"]]
+    keeps_network = trainer.options.keep_best or trainer.data.test_labels is not None
     is_number = isinstance(state["best"], float)
-    _require(is_number and state["best"] == max(accuracies, default=-1.0), "its best accuracy is not its history's")
-    if keeps_network and accuracies:
+    _require(is_number and state["best"] == max(scores, default=-1.0), "its best accuracy is not its history's")
+    if keeps_network and scores:
         _same_form(state["best_network"], network, "best_network")
     else:
         _require(state["best_network"] is None, "it has a best network before any epoch or without a test split")
 
 
-def _plan(state: Mapping[str, Any], trainer: Trainer) -> None:
+def _plan(state: Mapping[str, Any], trainer: Trainer, policy: Policy) -> None:
     """The images of the epoch that is being trained, in their order; none between two epochs."""
     order, weights, jitter, step = state["order"], state["weights"], state["jitter"], state["step"]
     total = len(trainer.data.train_labels)
@@ -142,7 +167,7 @@ def _plan(state: Mapping[str, Any], trainer: Trainer) -> None:
         _require(between, "it is within an epoch without a plan")
         return
     _require(_is_subset(order, total), "its plan is no set of training images")
-    active = state["policy"].get("active", trainer.policy.active)
+    active = policy.active
     length = len(active)
     if trainer.images is not None:
         length = min(length, trainer.images - sum(row["images"] for row in state["history"]))
@@ -151,10 +176,10 @@ def _plan(state: Mapping[str, Any], trainer: Trainer) -> None:
     steps = math.ceil(length / trainer.batch_size)
     steps += math.ceil(len(trainer.data.validation_labels) / VALIDATION_BATCH)
     _require(_is_count(step, most=steps - 1), "its step is outside the epoch")
-    _require((weights is None) == (trainer.policy.weights is None), "the weights of its plan are not its policy's")
+    _require((weights is None) == (policy.weights is None), "the weights of its plan are not its policy's")
     if weights is not None:
         _weights(weights, order, "the weights do not fit the plan")
-    _require((jitter is None) == (not trainer.augment), "its augmentation is not the trial's")
+    _require((jitter is None) == (not trainer.options.augmentation.jitters), "its augmentation is not the trial's")
     if jitter is not None:
         fits = _is_tensor(jitter, torch.int8) and jitter.shape == (len(order), 3)
         _require(fits and bool((jitter.abs() <= SHIFT).all()), "the augmentation does not fit the plan")
@@ -168,9 +193,11 @@ def _history(history: Any, trainer: Trainer) -> None:
         where = f"epoch {number} of its history"
         _require(isinstance(row, Mapping) and row.keys() == names, f"the keys of {where} differ")
         _require(_is_count(row["epoch"], number, number), f"{where} has another number")
-        accuracy, loss = row["accuracy"], row["loss"]
-        _require(isinstance(accuracy, float) and 0.0 <= accuracy <= 1.0, f"the accuracy of {where} is outside [0, 1]")
-        _require(isinstance(loss, float) and math.isfinite(loss), f"the loss of {where} is not finite")
+        for key in ("accuracy", "balanced_accuracy", "macro_f1"):
+            score = row[key]
+            _require(isinstance(score, float) and 0.0 <= score <= 1.0, f"the {key} of {where} is outside [0, 1]")
+        for key in ("loss", "validation_loss"):
+            _require(isinstance(row[key], float) and math.isfinite(row[key]), f"the {key} of {where} is not finite")
         counts = _is_count(row["images"], total, least=1) and _is_count(row["seen"], total, least=1)
         _require(counts, f"the images of {where} are no counts")
         for key in ("train_seconds", "validation_seconds", "selection_seconds"):

@@ -2,33 +2,82 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from study.training.augment import Jitter, gather
+from study.training.augment import Augmentation, gather
 from study.training.cuda_graphs import Step, recorder
-from study.training.data.placement import DeviceData
+from study.training.data.placement import DeviceData, HostImages, Stored, batches
 from study.training.device import pick_precision
 from study.training.energy import EnergyMeter
-from study.training.networks import CNN
-from study.training.optimizers import Adam
-from study.training.policies import Policy, Resampling
-from study.training.rng import generator
+from study.training.networks import CNN, draws_random_numbers
+from study.training.optimizers import OptimizerOptions, make_optimizer
+from study.training.policies import Policy, Resampling, active_fault
+from study.training.rng import generator, global_generators, seeded_state
+from study.training.schedules import Schedule
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_BATCH = 1000
-FORMAT = 3
+FORMAT = 4
 """Of `state_dict`; grows when what it holds changes."""
 
 
 class Diverged(Exception):
     """The training loss or the network's output on validation images is no longer a finite number."""
+
+
+Metric = Literal["accuracy", "balanced_accuracy", "macro_f1"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a trial trains."""
+
+    epochs: int = 200
+    """How long to train; without effect if `images` is given."""
+    images: int | None = None
+    """Train until exactly this many images have been trained on, counted with repetition; the last epoch ends short
+    where they are used up."""
+    batch_size: int = 512
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: Schedule = Schedule()
+    label_smoothing: float = 0.0
+    clip: float = 0.0
+    """Largest norm of all gradients together; 0: no limit."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is validated; 0: none."""
+    augmentation: Augmentation = Augmentation()
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
+    """Train through `torch.compile`."""
+    metric: Metric = "accuracy"
+    """What the policy and the choice of the best epoch go by."""
+    keep_best: bool = False
+    """Keep the best epoch's network also where there is no test split to evaluate it on."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a network reaches on validation or test images."""
+
+    accuracy: float
+    balanced_accuracy: float
+    """Mean of the accuracies of the classes that there are images of."""
+    macro_f1: float
+    """Mean of the F1 scores of those classes."""
+    loss: float
+    """Mean cross entropy, nats."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +88,12 @@ class EpochResult:
     """From 1."""
     accuracy: float
     """Validation accuracy after the epoch, in [0, 1]."""
+    balanced_accuracy: float
+    """Mean validation accuracy of the classes, in [0, 1]."""
+    macro_f1: float
+    """Mean F1 score of the classes on the validation images, in [0, 1]."""
+    validation_loss: float
+    """Mean cross entropy of the validation images, in nats."""
     loss: float
     """Mean training loss over the epoch's images, in nats."""
     images: int
@@ -54,44 +109,45 @@ class EpochResult:
     resampling: Resampling
     """What the policy did after this epoch."""
 
+    def score(self, metric: Metric) -> float:
+        """The value of a metric, in [0, 1]."""
+        return {
+            "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+            "macro_f1": self.macro_f1,
+        }[metric]
+
 
 class Trainer:
-    """Trains the CNN under a policy with Adam.
+    """Trains a network under a policy.
 
     `run` yields after every step (None) and after every epoch (its EpochResult); whoever iterates decides when to stop.
     Between two yields `state_dict` is everything there is to know: a Trainer made with the same arguments that loads it
-    continues with the very numbers that this one would have produced.
+    continues with the very numbers that this one would have produced, also where the network or the augmentation
+    draws from PyTorch's global generators. Those of Python and numpy are left alone.
 
     Args:
-        epochs: how long to train; without effect if `images` is given.
-        images: train until exactly this many images have been trained on, counted with repetition; the last epoch ends
-            short where they are used up.
+        network: images of `data` to logits; moved to the device of the data.
+        policy: chooses each epoch's images.
+        seed: of everything that is drawn.
+        options: how to train.
     """
 
     def __init__(
-        self,
-        data: DeviceData,
-        policy: Policy,
-        seed: int,
-        *,
-        epochs: int = 200,
-        images: int | None = None,
-        batch_size: int = 512,
-        lr: float = 0.001,
-        weight_decay: float = 0.0,
-        width: float = 1.0,
-        norm: Literal["batch", "none"] = "batch",
-        augment: bool = False,
-        precision: Literal["auto", "bf16", "fp32"] = "auto",
+        self, data: DeviceData, network: nn.Module, policy: Policy, seed: int, options: TrainingOptions
     ) -> None:
-        self.data, self.policy = data, policy
-        self.epochs, self.images, self.batch_size, self.augment = epochs, images, batch_size, augment
-        self.device = data.train_images.device
-        self.precision = pick_precision(precision, self.device)
-        network = CNN(data.classes, generator(seed, "weights"), width=width, norm=norm)
+        self.data, self.policy, self.options = data, policy, options
+        self.epochs, self.images, self.batch_size = options.epochs, options.images, options.batch_size
+        self.device = data.device
+        self.precision = pick_precision(options.precision, self.device)
         # Channels last is the layout of the images (one gather, no transpose) and of the fast kernels.
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = Adam(self.network.parameters(), lr=lr, weight_decay=weight_decay)
+        self.evaluated: nn.Module = copy.deepcopy(self.network) if options.ema else self.network
+        """The network that is validated: the one that is trained, or the average of its weights."""
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if options.compile else self.network
+        self.optimizer = make_optimizer(
+            self.network.parameters(), options.optimizer, scheduled=not options.schedule.is_constant
+        )
         self.shuffles, self.augmentation = generator(seed, "shuffle"), generator(seed, "augment")
         self.history: list[EpochResult] = []
         self.seen = torch.zeros(len(data.train_labels), dtype=torch.bool)
@@ -99,13 +155,32 @@ class Trainer:
         self.best_network: dict[str, Tensor] | None = None
         self.meter = EnergyMeter(self.device)
         self.loss_sum = torch.zeros((), device=self.device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.invalid = torch.zeros_like(self.correct)  # validation images with outputs that are not finite
-        recording, adam = recorder(self.device), self.optimizer
-        changed = [*self.network.parameters(), *self.network.buffers(), *adam.steps, *adam.means, *adam.squares]
-        self._training_step = Step(recording, [*changed, self.loss_sum])
-        self._validation_step = Step(recording, [self.correct, self.invalid])
+        self.validation_loss = torch.zeros((), device=self.device)
+        self.hits = torch.zeros(data.classes, dtype=torch.int64, device=self.device)  # right answers, by class
+        self.answers = torch.zeros_like(self.hits)  # all answers, by class
+        self.invalid = torch.zeros((), dtype=torch.int64, device=self.device)  # images with outputs that are not finite
+        self.random = self._random_state(seed)
+        """Of PyTorch's global generators during a step, where it draws from them."""
+        recording = recorder(self.device)
+        if recording is not None and self.random is not None and not options.augmentation.transforms:
+            logger.info("the network draws random numbers: its steps are not recorded as CUDA graphs")
+        changed = [*self.network.parameters(), *self.network.buffers(), *self.optimizer.state, self.loss_sum]
+        if options.ema:
+            changed += [*self.evaluated.parameters(), *self.evaluated.buffers()]
+        self._training_step = Step(recording if self.random is None else None, changed)
+        self._validation_step = Step(recording, [self.hits, self.answers, self.invalid, self.validation_loss])
         self._rest()
+
+    def _random_state(self, seed: int) -> list[Tensor] | None:
+        if isinstance(self.network, CNN) and not self.options.augmentation.transforms:
+            return None  # known not to draw: nothing is tried and no generator is exchanged in each step
+        state = seeded_state(seed, "network", self.device)
+        if self.options.augmentation.transforms:
+            return state
+        kind = torch.float32
+        images = torch.zeros((4, *self.data.shape), dtype=kind, device=self.device)
+        with self._autocast():
+            return state if draws_random_numbers(self.network, self._normalised(images)) else None
 
     def _rest(self) -> None:
         """Between epochs: no plan, nothing counted."""
@@ -114,11 +189,14 @@ class Trainer:
         self.jitter: Tensor | None = None
         self.step = 0
         self.loss_sum.zero_()
-        self.correct.zero_()
-        self.invalid.zero_()
+        self._forget_scores()
         self.train_seconds = self.validation_seconds = self.selection_seconds = 0.0
         self.joules: float | None = 0.0
         self._metered = self.meter.joules()
+
+    def _forget_scores(self) -> None:
+        for count in (self.hits, self.answers, self.invalid, self.validation_loss):
+            count.zero_()
 
     @property
     def trained(self) -> int:
@@ -142,10 +220,12 @@ class Trainer:
             validation_steps = math.ceil(len(self.data.validation_labels) / VALIDATION_BATCH)
 
             self.network.train()
+            ahead = self._gathered(self.data.train_images, self.order, self.batch_size, self.step)
             while self.step < train_steps:
                 batch = slice(self.step * self.batch_size, (self.step + 1) * self.batch_size)
                 self._train(
                     order[batch],
+                    next(ahead),
                     weights[batch] if weights is not None else None,
                     jitter[batch] if jitter is not None else None,
                 )
@@ -154,7 +234,8 @@ class Trainer:
                 yield None
                 started = time.perf_counter()
 
-            self.network.eval()
+            self.evaluated.eval()
+            ahead = self._gathered(self.data.validation_images, None, VALIDATION_BATCH, self.step - train_steps)
             while self.step < train_steps + validation_steps:
                 if self.step == train_steps:
                     if not math.isfinite(self.loss_sum.item()):  # the one wait for the device that training needs
@@ -163,42 +244,63 @@ class Trainer:
                     started = time.perf_counter()
                 done = (self.step - train_steps) * VALIDATION_BATCH
                 part = slice(done, done + VALIDATION_BATCH)
-                self._validate(self.data.validation_images[part], self.data.validation_labels[part])
+                images = next(ahead)
+                if images is None:
+                    assert isinstance(self.data.validation_images, Tensor)
+                    images = self.data.validation_images[part]
+                self._validation_step(self._count, images, self.data.validation_labels[part])
                 self.step += 1
                 if self.step < train_steps + validation_steps:
                     self.validation_seconds += time.perf_counter() - started
                     yield None
                     started = time.perf_counter()
 
-            accuracy = self._accuracy(len(self.data.validation_labels))
+            scores = self._scores(self.data.validation_labels)
             self.validation_seconds += time.perf_counter() - started
             started = time.perf_counter()
-            yield self._ended(accuracy, started)
+            yield self._ended(scores, started)
 
-    def _accuracy(self, images: int) -> float:
+    def _gathered(self, images: Stored, order: Tensor | None, size: int, first: int) -> Iterator[Tensor | None]:
+        """The batches from number `first` on of images on the host, on the device; None for those that are there."""
+        total = len(images) if order is None else len(order)
+        count = math.ceil(total / size)
+        if not isinstance(images, HostImages):
+            yield from [None] * (count - first)
+            return
+        index = torch.arange(total) if order is None else order
+        yield from batches(images, [index[n * size : (n + 1) * size] for n in range(first, count)], self.device)
+
+    def _scores(self, labels: Tensor) -> Scores:
         """Of the images counted since the last epoch's end.
 
         Raises:
             Diverged: the network's output on some of them is not finite; argmax would count those as class 0.
         """
-        correct, invalid = torch.stack([self.correct, self.invalid]).tolist()
+        invalid, loss = self.invalid.item(), self.validation_loss.item()
         if invalid:
             epoch = len(self.history) + 1
-            raise Diverged(f"the network's output is not finite on {invalid} of {images} images in epoch {epoch}")
-        return float(correct / images)
+            raise Diverged(f"the network's output is not finite on {invalid} of {len(labels)} images in epoch {epoch}")
+        images = torch.bincount(labels.cpu(), minlength=self.data.classes)
+        return scores_of(self.hits.cpu(), self.answers.cpu(), images, loss / len(labels))
 
-    def _ended(self, accuracy: float, started: float) -> EpochResult:
+    def _ended(self, scores: Scores, started: float) -> EpochResult:
         assert self.order is not None
         epoch, images = len(self.history) + 1, len(self.order)
         done = epoch / self.epochs if self.images is None else (self.trained + images) / self.images
         self.seen[self.order] = True
-        resampling = self.policy.update(epoch, accuracy, done)
-        if self.data.test_labels is not None and accuracy > self.best:
-            self.best_network = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-        self.best = max(self.best, accuracy)
+        score: float = getattr(scores, self.options.metric)
+        resampling = self.policy.update(epoch, score, done)
+        if fault := active_fault(self.policy, len(self.seen)):
+            raise ValueError(f"the policy after epoch {epoch}: {fault}")
+        if (self.options.keep_best or self.data.test_labels is not None) and score > self.best:
+            self.best_network = {name: tensor.clone() for name, tensor in self.evaluated.state_dict().items()}
+        self.best = max(self.best, score)
         result = EpochResult(
             epoch=epoch,
-            accuracy=accuracy,
+            accuracy=scores.accuracy,
+            balanced_accuracy=scores.balanced_accuracy,
+            macro_f1=scores.macro_f1,
+            validation_loss=scores.loss,
             loss=self.loss_sum.item() / images,
             images=images,
             train_seconds=self.train_seconds,
@@ -219,19 +321,21 @@ class Trainer:
             return None
         return self.joules + now - self._metered
 
-    def test(self) -> float:
-        """Accuracy of the best epoch's network on the test split, in [0, 1]: the last word, asked for once."""
+    def test(self) -> Scores:
+        """Of the best epoch's network on the test split: the last word, asked for once."""
         assert self.data.test_images is not None and self.data.test_labels is not None  # noqa: PT018
         assert self.best_network is not None
-        self.network.load_state_dict(self.best_network)
-        self.network.eval()
-        total = len(self.data.test_labels)
-        self.correct.zero_()
-        self.invalid.zero_()
-        for start in range(0, total, VALIDATION_BATCH):
-            part = slice(start, start + VALIDATION_BATCH)
-            self._validate(self.data.test_images[part], self.data.test_labels[part])
-        return self._accuracy(total)
+        self.evaluated.load_state_dict(self.best_network)
+        self.evaluated.eval()
+        self._forget_scores()
+        labels, images = self.data.test_labels, self.data.test_images
+        for number, batch in enumerate(self._gathered(images, None, VALIDATION_BATCH, 0)):
+            part = slice(number * VALIDATION_BATCH, (number + 1) * VALIDATION_BATCH)
+            if batch is None:
+                assert isinstance(images, Tensor)
+                batch = images[part]
+            self._validation_step(self._count, batch, labels[part])
+        return self._scores(labels)
 
     def _plan(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The epoch's images in their order, their weights and jitters: drawn once, kept for who resumes in it."""
@@ -242,52 +346,90 @@ class Trainer:
                 drawn = drawn[: self.images - self.trained]
             self.order = active[drawn]
             self.weights = weights[drawn] if weights is not None else None
-            self.jitter = Jitter.draw(len(drawn), self.augmentation).draws if self.augment else None
+            self.jitter = self.options.augmentation.draw(len(drawn), self.augmentation)
         plan = self.order, self.weights, self.jitter
         order, weights, jitter = (x.to(self.device, non_blocking=True) if x is not None else None for x in plan)
         assert order is not None
         return order, weights, jitter
 
-    def _train(self, index: Tensor, weights: Tensor | None, jitter: Tensor | None) -> None:
-        if weights is None:
-            self._training_step(self._learn, index, None, jitter)
-            return
-        # A last batch whose size will not come again is not worth recording.
-        step = self._training_step if len(index) == self.batch_size else self._training_step.plainly
-        losses = step(self._learn, index, weights, jitter)
-        assert losses is not None
-        self.policy.observe(index, losses)
+    def _train(self, index: Tensor, images: Tensor | None, weights: Tensor | None, jitter: Tensor | None) -> None:
+        if not self.options.schedule.is_constant:
+            self.optimizer.scale_rate(self.options.schedule.factor(self._done()))
+        with nullcontext() if self.random is None else global_generators(self.random, self.device):
+            if images is not None and jitter is not None:
+                images, jitter = gather(images, torch.arange(len(index), device=self.device), jitter), None
+            if self.options.augmentation.transforms:
+                if images is None:
+                    assert isinstance(self.data.train_images, Tensor)
+                    images, jitter = gather(self.data.train_images, index, jitter), None
+                images = self.options.augmentation.transform(images)
+            # With weights, a last batch whose size will not come again is not worth recording.
+            plain = weights is not None and len(index) != self.batch_size
+            step = self._training_step.plainly if plain else self._training_step
+            values = step(self._learn, index, images, weights, jitter)
+        if weights is not None:
+            assert values is not None
+            self.policy.observe(index, values)
 
-    def _learn(self, index: Tensor, weights: Tensor | None, jitter: Tensor | None) -> Tensor | None:
-        """One step of Adam; with weights the images' losses, shape [batch]."""
-        images = gather(self.data.train_images, index, jitter)
-        labels = self.data.train_labels[index]
+    def _done(self) -> float:
+        """The part of the run that is over when the next step starts, in [0, 1]."""
+        assert self.order is not None
+        if self.images is not None:
+            return (self.trained + self.step * self.batch_size) / self.images
+        return (len(self.history) + self.step * self.batch_size / len(self.order)) / self.epochs
+
+    def _learn(
+        self, index: Tensor, images: Tensor | None, weights: Tensor | None, jitter: Tensor | None
+    ) -> Tensor | None:
+        """One step of the optimizer; with weights what the policy observes of the images, shape [batch]."""
+        if images is None:
+            assert isinstance(self.data.train_images, Tensor)
+            images = gather(self.data.train_images, index, jitter)
+        labels, smoothing = self.data.train_labels[index], self.options.label_smoothing
         losses = None
         with self._autocast():
-            logits = self.network(self._normalised(images))
+            logits = self._forward(self._normalised(images))
             if weights is None:
-                loss = plain = functional.cross_entropy(logits, labels)
+                loss = plain = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
             else:
-                losses = functional.cross_entropy(logits, labels, reduction="none")
+                losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
                 loss, plain = (losses * weights).mean(), losses.mean()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if self.options.clip:
+            nn.utils.clip_grad_norm_(self.optimizer.parameters, self.options.clip)
         self.optimizer.step()
+        if self.options.ema:
+            self._average()
         self.loss_sum += plain.detach() * len(index)
-        return losses.detach() if losses is not None else None
+        if losses is None or self.policy.observes == "loss":
+            return losses.detach() if losses is not None else None
+        with torch.no_grad():
+            errors = functional.softmax(logits.float(), 1) - functional.one_hot(labels, self.data.classes)
+            return errors.norm(dim=1)
 
-    def _validate(self, images: Tensor, labels: Tensor) -> None:
-        self._validation_step(self._count, images, labels)
+    @torch.no_grad()
+    def _average(self) -> None:
+        ours, theirs = list(self.evaluated.parameters()), list(self.network.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - self.options.ema)
+        for mean, buffer in zip(self.evaluated.buffers(), self.network.buffers(), strict=True):
+            mean.copy_(buffer)
 
     @torch.no_grad()
     def _count(self, images: Tensor, labels: Tensor) -> None:
         with self._autocast():
-            logits = self.network(self._normalised(images))
-        self.correct += (logits.argmax(1) == labels).sum()
+            logits = self.evaluated(self._normalised(images))
+            self.validation_loss += functional.cross_entropy(logits, labels, reduction="sum")
+        answers = logits.argmax(1, keepdim=True)
+        classes = torch.arange(self.data.classes, device=self.device)
+        answered = answers == classes
+        self.answers += answered.sum(0)
+        self.hits += (answered & (labels[:, None] == classes)).sum(0)
         self.invalid += (~torch.isfinite(logits)).any(1).sum()
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return ((images - self.data.mean) / self.data.std).permute(0, 3, 1, 2)
+        normalised = (images - self.data.mean) / self.data.std
+        return normalised.permute(0, 3, 1, 2) if normalised.ndim == 4 else normalised
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
@@ -297,6 +439,8 @@ class Trainer:
         return {
             "format": FORMAT,
             "network": self.network.state_dict(),
+            "average": self.evaluated.state_dict() if self.options.ema else None,
+            "random": self.random,
             "optimizer": self.optimizer.state_dict(),
             "policy": self.policy.state_dict(),
             "shuffles": self.shuffles.get_state(),
@@ -309,7 +453,9 @@ class Trainer:
             "best_network": self.best_network,
             "step": self.step,
             "loss_sum": self.loss_sum,
-            "correct": self.correct,
+            "validation_loss": self.validation_loss,
+            "hits": self.hits,
+            "answers": self.answers,
             "invalid": self.invalid,
             "train_seconds": self.train_seconds,
             "validation_seconds": self.validation_seconds,
@@ -323,6 +469,10 @@ class Trainer:
         # One trial, one arithmetic: `auto` may mean another on the machine that takes over.
         self.precision = state["precision"]
         self.network.load_state_dict(state["network"])
+        if self.options.ema:
+            self.evaluated.load_state_dict(state["average"])
+        if self.random is not None:
+            self.random = [each.clone() for each in state["random"]]
         self.optimizer.load_state_dict(state["optimizer"])
         self.policy.load_state_dict(state["policy"])
         self.shuffles.set_state(state["shuffles"])
@@ -331,7 +481,8 @@ class Trainer:
         self.step, self.seen, self.best = state["step"], state["seen"], state["best"]
         self.best_network = state["best_network"]
         self.loss_sum.copy_(state["loss_sum"])
-        self.correct.copy_(state["correct"])
+        for name in ("validation_loss", "hits", "answers"):
+            getattr(self, name).copy_(state[name])
         self.invalid.copy_(state["invalid"])
         self.train_seconds, self.validation_seconds = state["train_seconds"], state["validation_seconds"]
         self.selection_seconds, self.joules = state["selection_seconds"], state["joules"]
@@ -339,3 +490,16 @@ class Trainer:
         self.history = [
             EpochResult(**(row | {"resampling": Resampling(**row["resampling"])})) for row in state["history"]
         ]
+
+
+def scores_of(hits: Tensor, answers: Tensor, images: Tensor, loss: float) -> Scores:
+    """From counts by class, int64, shape [classes]: right answers, all answers, and images that there are."""
+    there = images > 0
+    hits, answers, images = (count[there].double() for count in (hits, answers, images))
+    return Scores(
+        # A division of whole numbers: the same bits wherever it is made.
+        accuracy=float(int(hits.sum()) / int(images.sum())),
+        balanced_accuracy=float((hits / images).mean()),
+        macro_f1=float((2 * hits / (answers + images)).mean()),
+        loss=loss,
+    )

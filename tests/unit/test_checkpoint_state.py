@@ -50,7 +50,7 @@ def data() -> DeviceData:
 
 def make(data: DeviceData, policy: str = "dynamic", **options: Any) -> Trainer:
     given = make_policy(policy, IMAGES, 3, **POLICIES[policy])
-    return Trainer(data, given, 3, **{"epochs": 6, "batch_size": 10, "width": 0.05, "augment": True} | options)
+    return make_trainer(data, given, 3, **{"epochs": 6, "batch_size": 10, "width": 0.05, "augment": True} | options)
 
 
 def state_after(trainer: Trainer, steps: int) -> State:

@@ -24,6 +24,7 @@ from study.training.optimizers import Adam
 from study.training.policies import make_policy
 from study.training.rng import generator
 from study.training.trainer import Diverged, EpochResult, Trainer
+from tests.support.training import make_trainer
 
 DEVICE = torch.device(os.environ.get("STUDY_TEST_DEVICE", "cpu"))
 
@@ -37,7 +38,7 @@ def digits() -> DeviceData:
 def trainer(digits: DeviceData, policy: str = "dynamic", seed: int = 0, **options: Any) -> Trainer:
     settings: dict[str, Any] = {"epochs": 4, "batch_size": 64, "lr": 0.002, "width": 0.25} | options
     parameters = {"alpha": 300} if "alpha" in POLICY_PARAMETERS[policy] else {}
-    return Trainer(digits, make_policy(policy, len(digits.train_labels), seed, **parameters), seed, **settings)
+    return make_trainer(digits, make_policy(policy, len(digits.train_labels), seed, **parameters), seed, **settings)
 
 
 def epochs(trainer: Trainer) -> list[EpochResult]:
@@ -291,7 +292,7 @@ def test_a_diverged_trial_raises(digits: DeviceData) -> None:
 
 
 def test_a_last_batch_of_one_image_trains(digits: DeviceData) -> None:
-    lonely = Trainer(digits, make_policy("static", 1000, 0, alpha=65), 0, epochs=1, batch_size=64, width=0.125)
+    lonely = make_trainer(digits, make_policy("static", 1000, 0, alpha=65), 0, epochs=1, batch_size=64, width=0.125)
     assert epochs(lonely)[0].images == 65
 
 
@@ -348,7 +349,7 @@ def test_it_trains_on_real_images() -> None:
 
     def fresh() -> Trainer:
         policy = make_policy("dynamic", 2000, 0, alpha=256)
-        return Trainer(data, policy, 0, epochs=3, batch_size=64, augment=True, width=0.5)
+        return make_trainer(data, policy, 0, epochs=3, batch_size=64, augment=True, width=0.5)
 
     whole, stopped, resumed = fresh(), fresh(), fresh()
     results = epochs(whole)
