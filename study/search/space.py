@@ -11,19 +11,27 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from storage.errors import UserError
-from study.config.models import POLICY_PARAMETERS, StudyConfig
-from study.config.values import Range, largest, smallest
+from study.config import constraints
+from study.config.models import CHOICES, POLICY_PARAMETERS, StudyConfig, means_something
+from study.config.values import Range, is_searched, largest, smallest
 
-WHOLE = ("alpha", "epochs", "batch_size")
-POLICY_SPECIFIC = frozenset(name for names in POLICY_PARAMETERS.values() for name in names)
-"""Parameters that mean something to some policies only."""
+WHOLE = ("alpha", "epochs", "batch_size", "score_epochs")
 
 Parameters = dict[str, Any]
 
 
-def relevant(policy: str, name: str) -> bool:
-    """Whether the parameter `name` means something to the policy."""
-    return name not in POLICY_SPECIFIC or name in POLICY_PARAMETERS[policy]
+def relevant(config: StudyConfig, chosen: Parameters, name: str) -> bool:
+    """Whether the parameter `name` means something to a trial with these parameters."""
+    fixed = config.searchable()
+    return means_something(name, {choice: chosen.get(choice, fixed[choice]) for choice in CHOICES})
+
+
+def broken_constraints(config: StudyConfig, chosen: Parameters) -> list[str]:
+    """Those of `search.constraints` that a trial with these parameters does not satisfy."""
+    if not config.search.constraints:
+        return []
+    values = {name: value for name, value in settings(config, chosen).items() if relevant(config, chosen, name)}
+    return [text for text in config.search.constraints if not constraints.holds(text, values)]
 
 
 def cells(config: StudyConfig) -> list[Parameters]:
@@ -37,9 +45,11 @@ def cells(config: StudyConfig) -> list[Parameters]:
         fixed = config.searchable()
         listed = ({name: cell.get(name, fixed[name]) for name in searched} for cell in config.search.cells)
     for cell in listed:
-        policy = cell.get("policy", config.policy.name)
-        cell = {name: value for name, value in cell.items() if relevant(policy, name)}
-        distinct.setdefault(tuple(cell.items()), cell)
+        cell = {name: value for name, value in cell.items() if relevant(config, cell, name)}
+        if not broken_constraints(config, cell):
+            distinct.setdefault(tuple(cell.items()), cell)
+    if not distinct:
+        raise UserError("search.constraints leave no cell of the grid: loosen one, or list other values")
     return list(distinct.values())
 
 
@@ -81,11 +91,15 @@ def distribution(config: StudyConfig, name: str) -> BaseDistribution:
     """
     value = config.searched()[name]
     whole = name in WHOLE
+    if "." in name:
+        values = () if isinstance(value, Range) else value
+        whole = value.is_whole if isinstance(value, Range) else all(type(each) is int for each in values)
     if isinstance(value, Range):
         if whole:
             return IntDistribution(int(value.low), int(value.high), log=value.log, step=int(value.step or 1))
-        return FloatDistribution(value.low, value.high, log=value.log, step=value.step)
-    if isinstance(value[0], str) or config.search.sampler.kind != "grid":
+        step = None if value.step is None else float(value.step)
+        return FloatDistribution(float(value.low), float(value.high), log=value.log, step=step)
+    if any(isinstance(each, str | bool) for each in value) or config.search.sampler.kind != "grid":
         return CategoricalDistribution(value)
     low, high = float(min(value)), float(max(value))
     return IntDistribution(int(low), int(high)) if whole else FloatDistribution(low, high)
@@ -94,8 +108,9 @@ def distribution(config: StudyConfig, name: str) -> BaseDistribution:
 def suggest(trial: optuna.Trial, config: StudyConfig) -> Parameters:
     """The trial's searched parameters: those it has stay, the others are drawn by the study's sampler."""
     chosen: Parameters = {}
-    for name in config.searched():
-        if not relevant(chosen.get("policy", config.policy.name), name):
+    # Choices first: they decide which others mean something.
+    for name in sorted(config.searched(), key=lambda name: name not in CHOICES):
+        if not relevant(config, chosen, name):
             continue
         if name in trial.params:
             chosen[name] = trial.params[name]
@@ -116,6 +131,28 @@ def settings(config: StudyConfig, chosen: Parameters) -> Parameters:
     return fixed | chosen
 
 
+def trial_config(config: StudyConfig, chosen: Parameters, seed: int) -> StudyConfig:
+    """A study of one trial with these parameters and this seed: no lists, ranges, pruning or constraints."""
+    tree = config.model_dump()
+    values = {name: value for name, value in settings(config, chosen).items() if relevant(config, chosen, name)}
+    for name, value in config.searchable().items():  # what means nothing to the trial is as its section has it
+        if name not in values and not is_searched(value):
+            values[name] = value
+    for section in ("data", "network", "policy", "training"):
+        fields = type(getattr(config, section)).model_fields
+        placed = config.placed(values).get(section, {})
+        tree[section] = {
+            key: placed.get(key, value)
+            for key, value in tree[section].items()
+            if key in placed or not is_searched(getattr(getattr(config, section), key)) or key not in fields
+        }
+    tree["network"]["arguments"] = config.placed(values).get("network", {}).get("arguments", {})
+    tree["policy"]["arguments"] = config.placed(values).get("policy", {}).get("arguments", {})
+    tree["search"] = {"metric": config.search.metric, "seed": seed}
+    tree["pruning"] = {"kind": "none"}
+    return type(config).model_validate(tree)
+
+
 def step_images(config: StudyConfig) -> int | None:
     """Images a step of a pruner: the smallest alpha; None: a step is an epoch."""
     alpha = config.policy.alpha
@@ -131,7 +168,7 @@ def most_steps(config: StudyConfig, train_images: int) -> int:
         return most_epochs(config)
     if config.training.images is not None:
         return config.training.images // unit
-    whole = any("alpha" not in POLICY_PARAMETERS[name] for name in config.policies())
+    whole = any("alpha" not in POLICY_PARAMETERS.get(name, ()) for name in config.policies())
     return most_epochs(config) * (train_images if whole else largest_alpha(config)) // unit
 
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -50,14 +50,14 @@ class TrainingOptions:
     """Train until exactly this many images have been trained on, counted with repetition; the last epoch ends short
     where they are used up."""
     batch_size: int = 512
-    optimizer: OptimizerOptions = OptimizerOptions()
-    schedule: Schedule = Schedule()
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    schedule: Schedule = field(default_factory=Schedule)
     label_smoothing: float = 0.0
     clip: float = 0.0
     """Largest norm of all gradients together; 0: no limit."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is validated; 0: none."""
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
     """Train through `torch.compile`."""

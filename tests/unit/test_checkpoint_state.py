@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from study.training.data.placement import DeviceData
 from study.training.policies import make_policy
 from study.training.trainer import FORMAT, Diverged, Trainer
+from tests.support.training import make_trainer
 from study.trial.checkpoint import State, from_bytes, on_host, to_bytes
 
 IDENTITY = {"study": "u", "config": "c", "parameters": "p", "seed": 3, "data": "d"}

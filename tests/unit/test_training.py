@@ -20,7 +20,7 @@ from study.training.data.placement import DeviceData
 from study.training.data.split import split_dataset
 from study.training.device import be_deterministic, pick_precision
 from study.training.networks import CNN
-from study.training.optimizers import Adam
+from study.training.optimizers import Adam, OptimizerOptions
 from study.training.policies import make_policy
 from study.training.rng import generator
 from study.training.trainer import Diverged, EpochResult, Trainer
@@ -154,7 +154,7 @@ def test_adam_is_pytorchs() -> None:
     for decay in (0.0, 0.1):
         ours, theirs = (CNN(10, generator(0, "weights"), width=0.125) for _ in range(2))
         stock = torch.optim.Adam(theirs.parameters(), lr=0.01, weight_decay=decay, fused=True)
-        adam = Adam(ours.parameters(), lr=0.01, weight_decay=decay)
+        adam = Adam(ours.parameters(), OptimizerOptions(lr=0.01, weight_decay=decay))
         images = torch.randn(16, 3, 32, 32, generator=generator(0, "images"))
         for step in range(4):
             for network in (ours, theirs):
@@ -165,7 +165,7 @@ def test_adam_is_pytorchs() -> None:
             stock.zero_grad()
             if step == 1:
                 state = copy.deepcopy(stock.state_dict())  # also what earlier versions of this program stored
-                adam = Adam(ours.parameters(), lr=0.01, weight_decay=decay)
+                adam = Adam(ours.parameters(), OptimizerOptions(lr=0.01, weight_decay=decay))
                 adam.load_state_dict(state)
         assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
         states = zip(adam.state_dict()["state"].values(), stock.state_dict()["state"].values(), strict=True)

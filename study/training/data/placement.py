@@ -126,7 +126,8 @@ def _fitting(size: int, device: torch.device) -> Placement:
 
 def _on_device(images: HostImages, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return torch.from_numpy(images.rows(slice(None)))
+        in_memory = images.index is None and not isinstance(images.array, np.memmap)
+        return torch.from_numpy(images.array if in_memory else images.rows(slice(None)))
     whole = torch.empty(images.shape, dtype=torch.from_numpy(images.array[:0]).dtype, device=device)
     for start in range(0, len(images), CHUNK):  # a memory-mapped file larger than the host's memory passes through
         part = slice(start, start + CHUNK)
