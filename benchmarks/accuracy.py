@@ -24,10 +24,11 @@ from study.training.data import sources
 from study.training.data.placement import DeviceData
 from study.training.data.split import Part, Split, split_dataset
 from study.training.device import be_deterministic, keep_freed_memory, pick_device
-from study.training.networks import CNN
+from study.training.networks import CNN, make_network
+from study.training.optimizers import OptimizerOptions
 from study.training.policies import make_policy
 from study.training.rng import generator
-from study.training.trainer import Trainer
+from study.training.trainer import Trainer, TrainingOptions
 
 BATCH, RATE = 128, 0.001
 
@@ -57,9 +58,10 @@ def standard(split: Split, seed: int, epochs: int, width: float, device: torch.d
 
 def fast(split: Split, seed: int, epochs: int, width: float, device: torch.device) -> float:
     policy = make_policy("full", len(split.train_labels), seed)
-    trainer = Trainer(
-        DeviceData.from_split(split, device), policy, seed, epochs=epochs, batch_size=BATCH, lr=RATE, width=width
-    )
+    data = DeviceData.from_split(split, device)
+    network = make_network("paper", {"width": width}, classes=data.classes, channels=3, size=32, seed=seed)
+    options = TrainingOptions(epochs=epochs, batch_size=BATCH, optimizer=OptimizerOptions(lr=RATE))
+    trainer = Trainer(data, network, policy, seed, options)
     return [result.accuracy for result in trainer.run() if result is not None][-1]
 
 

@@ -35,10 +35,10 @@ from study.training.data import sources
 from study.training.data.placement import DeviceData
 from study.training.data.split import Part, Split, split_dataset
 from study.training.device import be_deterministic, keep_freed_memory, pick_device
-from study.training.networks import CNN
+from study.training.networks import CNN, make_network
 from study.training.policies import make_policy
 from study.training.rng import generator
-from study.training.trainer import Trainer
+from study.training.trainer import Trainer, TrainingOptions
 
 BATCH = 512
 FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -196,7 +196,8 @@ def ours(task: Task) -> Iterator[None]:
     one = Part(images[:1], None, labels[:1])
     split = Split(Part(images, None, labels), one, one, names)
     data, policy = DeviceData.from_split(split, task.device), make_policy("full", len(labels), 0)
-    trainer = Trainer(data, policy, 0, epochs=10**6, batch_size=BATCH, width=task.width)
+    network = make_network("paper", {"width": task.width}, classes=data.classes, channels=3, size=32, seed=0)
+    trainer = Trainer(data, network, policy, 0, TrainingOptions(epochs=10**6, batch_size=BATCH))
     for result in trainer.run():
         if result is not None:
             yield

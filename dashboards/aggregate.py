@@ -21,7 +21,7 @@ from dashboards.statistics import (
 )
 from dashboards.study_data import StudyData, TrialRow
 from study.search import space
-from study.search.space import POLICY_SPECIFIC
+from study.config.models import POLICY_SPECIFIC
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def papers(data: StudyData, cell: Cell) -> paper.Printed | None:
     alpha = cell.ended[0].alpha
     theirs = None if alpha is None else round(paper.IMAGES * alpha / total)
     beta = settings["beta"] if cell.policy == "dynamic" else None
-    return paper.printed(cell.policy, theirs, beta, augment=data.config.data.augment)
+    return paper.printed(cell.policy, theirs, beta, augment=data.config.data.augment is True)
 
 
 def noise(data: StudyData) -> float | None:

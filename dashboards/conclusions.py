@@ -92,7 +92,7 @@ def _explained(comparisons: list[Comparison]) -> list[str]:
 
 
 def _timed(data: StudyData, findings: Findings) -> list[str]:
-    augment = data.config.data.augment
+    augment = data.config.data.augment is True
     table = "Table 5" if augment else "Table 4"
     beside = f" (the paper's {table}, with half of the images: {100 * paper.time_ratio(augment=augment):.1f} %)"
     if data.config.training.images is not None:  # the paper's runs have equally many epochs

@@ -18,8 +18,8 @@ from storage.cached_storage import CachedStorage
 from storage.optuna_internals import storage_of, study_id_of
 from storage.queries import Attempt
 from study.config.loading import parse_config
-from study.config.models import StudyConfig
-from study.search.space import relevant, settings
+from study.config.models import StudyConfig, means_something
+from study.search.space import settings
 
 MOST_CURVES = 400
 NOTHING = queries.Totals(0, 0.0, 0, 0, 0.0, 0.0, 0.0, None)
@@ -60,7 +60,7 @@ class TrialRow:
     @property
     def alpha(self) -> int | None:
         """Images an epoch, for the policies that have a fixed number."""
-        return self.settings["alpha"] if relevant(self.policy, "alpha") else None
+        return self.settings["alpha"] if means_something("alpha", self.settings) else None
 
     @property
     def seconds(self) -> float:
@@ -95,8 +95,7 @@ class StudyData:
     @property
     def parameters(self) -> tuple[str, ...]:
         """What its trials differ in, in the config's order."""
-        policies = self.config.policies()
-        return tuple(name for name in self.config.searched() if any(relevant(policy, name) for policy in policies))
+        return tuple(self.config.searched())
 
     @cached_property
     def counts(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 from dashboards import aggregate
 from dashboards.study_data import StudyData
 from storage import queries
-from study.search.space import relevant
+from study.config.models import means_something
 
 Row = dict[str, Any]
 
@@ -22,7 +22,7 @@ def trials(data: StudyData) -> list[Row]:
     """A row a trial. Its parameters come last; those that mean nothing to its policy are None."""
     rows = []
     for row in data.rows:
-        parameters = {key: value if relevant(row.policy, key) else None for key, value in row.settings.items()}
+        parameters = {key: value if means_something(key, row.settings) else None for key, value in row.settings.items()}
         rows.append(
             {
                 "study": data.name,

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage.errors import UserError
 from study.config.models import GridSamplerConfig, NoPrunerConfig, StudyConfig
-from study.config.values import first, is_searched
+from study.config.values import first
 from study.search import space
 
 FAR = 1_000_000
@@ -27,8 +27,7 @@ def confirmation(study: optuna.Study, config: StudyConfig, top: int, seeds: int)
     """
     by_setting: dict[tuple[tuple[str, Any], ...], list[FrozenTrial]] = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        policy = trial.params.get("policy", config.policy.name)
-        chosen = {name: value for name, value in trial.params.items() if space.relevant(policy, name)}
+        chosen = {name: value for name, value in trial.params.items() if space.relevant(config, trial.params, name)}
         by_setting.setdefault(tuple(chosen.items()), []).append(trial)
     if len(by_setting) < top:
         count = len(by_setting)
@@ -38,12 +37,10 @@ def confirmation(study: optuna.Study, config: StudyConfig, top: int, seeds: int)
     means = {cell: statistics.fmean(trial.values[0] for trial in trials) for cell, trials in by_setting.items()}
     best = sorted(by_setting, key=lambda cell: (-means[cell], min(trial.number for trial in by_setting[cell])))[:top]
     tree = config.model_dump()
-    best_cell = dict(best[0])
-    for section in ("policy", "training"):
-        for name, value in getattr(config, section):
-            if is_searched(value):  # a placeholder: every cell brings its own
-                parameter = "policy" if (section, name) == ("policy", "name") else name
-                tree[section][name] = best_cell.get(parameter, first(value))
+    # Placeholders: every cell brings its own.
+    placeholders = {name: first(value) for name, value in config.searchable().items()} | dict(best[0])
+    for section, keys in config.placed(placeholders).items():
+        tree[section] |= keys
     tree["search"] |= {
         "sampler": GridSamplerConfig(),
         "trials": None,
@@ -52,6 +49,7 @@ def confirmation(study: optuna.Study, config: StudyConfig, top: int, seeds: int)
         "replicates": seeds,
         "seed": (config.search.seed + FAR) % 2**31,
         "objective": "accuracy",
+        "constraints": (),
         "cells": [dict(cell) for cell in best],
     }
     tree["pruning"] = NoPrunerConfig()

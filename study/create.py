@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import optuna
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
@@ -25,9 +26,11 @@ from storage.queries import find
 from storage.study_name import check_study_name
 from storage.url import parse, redact
 from study import __version__
+from study.config import extensions
+from study.config.extensions import is_import_path
 from study.config.loading import differences, parse_config
 from study.config.models import PROTOCOLS, StudyConfig
-from study.config.values import smallest
+from study.config.values import first, smallest
 from study.search import space
 from study.training.data import dataset, sources
 from study.training.data.split import split_dataset, split_notes
@@ -100,8 +103,15 @@ class PreparedData:
     """As the study splits them: train, validation, test."""
     sizes: tuple[int, int, int]
     """The same numbers, in that order."""
-    classes: tuple[str, ...] = ()
-    """Their names."""
+    config: StudyConfig
+    """The study's, with alpha as a count where it was a part of the training images."""
+    classes: tuple[str, ...]
+    shape: tuple[int, ...]
+    """Of one image: (height, width, channels), or (features,)."""
+    largest_class: float
+    """The part of the validation images that the largest class has."""
+    code: str | None
+    """SHA-256 of the own code that the study names; None: it names none."""
 
 
 def prepare(config: StudyConfig, root: str | None) -> PreparedData:
@@ -115,15 +125,59 @@ def prepare(config: StudyConfig, root: str | None) -> PreparedData:
     if config.artifacts.store != DATABASE and config.artifacts.count != 0:
         object_store.probe(config.artifacts.store, "artifacts.store")
     options = config.data
-    images = sources.load(options.name, root)
+    code = extensions.source_digest(config.own_code())
+    images = load_images(config, root)
     split = split_dataset(images, options.protocol, holdout=options.holdout, train_images=options.train_images)
+    config = config.with_counts(len(split.train))
     for note in (*images.notes, *split_notes(images, split, options.protocol)):
         logger.info("%s", note)
     space.check_alpha(config, len(split.train_labels))
-    labels = {"train": split.train_labels, "validation": split.validation_labels, "test": split.test_labels}
-    counts = {name: len(part) for name, part in labels.items()}
-    sizes = (counts["train"], counts["validation"], counts["test"])
-    return PreparedData(images.fingerprint, counts, sizes, images.classes)
+    counts = {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)}
+    data = PreparedData(
+        images.fingerprint,
+        counts,
+        (counts["train"], counts["validation"], counts["test"]),
+        config,
+        split.classes,
+        tuple(images.train_images.shape[1:]),
+        float(np.bincount(split.validation.labels).max() / counts["validation"]),
+        code,
+    )
+    _check_trials(config, data)
+    return data
+
+
+def load_images(config: StudyConfig, root: str | None) -> dataset.Dataset:
+    """The study's data set on this machine.
+
+    Raises:
+        UserError, DataError: it is not here or cannot be used.
+    """
+    options = config.data
+    make = extensions.load(options.name) if is_import_path(options.name) else None
+    return sources.load(options.name, root, size=options.size, channels=options.channels, make=make)
+
+
+def _check_trials(config: StudyConfig, data: PreparedData) -> None:
+    """Make each network and policy that is not ours once, so that a fault in it is found before the launch."""
+    parameters = config.searchable()
+    values = {name: first(value) for name, value in parameters.items()}
+    named = {
+        choice: parameters[choice] if isinstance(parameters[choice], tuple) else (parameters[choice],)
+        for choice in ("network", "policy")
+    }
+    is_image = len(data.shape) == 3
+    if not is_image and config.data.augment:
+        raise UserError(f"data.augment is for images; those of {config.data.name!r} have the shape {data.shape}")
+    networks = [name for name in named["network"] if name != "paper" or not is_image or data.shape[-1] != 3]
+    policies = [name for name in named["policy"] if is_import_path(name)]
+    if networks or policies:
+        from study.trial import components  # loads torch, which the launcher of our own network does without
+
+        for name in networks:
+            components.check_network(config, values | {"network": name}, data.shape, len(data.classes))
+        for name in policies:
+            components.make_policy(values | {"policy": name}, data.images["train"], config.search.seed)
 
 
 def create_study(
@@ -164,10 +218,13 @@ def create_study(
         "preset": preset,
         "data_fingerprint": data.fingerprint,
         "images": data.images,
+        "shape": list(data.shape),
+        "largest_class": data.largest_class,
         "protocol": PROTOCOLS[config.data.protocol],
         **(more or {}),
     }
     if not existed:
+        attributes |= {"code_sha256": data.code} if data.code else {}
         attributes |= {"uid": uuid.uuid4().hex, "program_version": __version__, "config_format": CONFIG_FORMAT}
     if CLASSES not in stored:  # a study of an earlier version gets them; else their names are as they were
         attributes[CLASSES] = list(data.classes)
@@ -181,6 +238,7 @@ def create_study(
             f"the study {name!r} exists with another config (asked != stored): {changed}; choose another --name"
         )
     check_fingerprint(study, data)
+    check_code(study, config)
     return not existed
 
 
@@ -200,7 +258,23 @@ def check_data(study: OpenStudy, root: str | None) -> None:
     Raises:
         UserError, DataError: it has not.
     """
-    check_fingerprint(study.study, sources.load(study.config.data.name, root))
+    check_code(study.study, study.config)
+    check_fingerprint(study.study, load_images(study.config, root))
+
+
+def check_code(study: optuna.Study, config: StudyConfig) -> None:
+    """Whether this process may and can run the own code that the study names.
+
+    Raises:
+        UserError: it is in no allowed folder, or is not the code that the study was created with.
+    """
+    digest = extensions.source_digest(config.own_code())
+    expected = study.user_attrs.get("code_sha256")
+    if digest is not None and digest != expected:
+        raise UserError(
+            f"the own code here (SHA-256 {digest[:16]}) is not that of the study {study.study_name!r} "
+            f"({str(expected)[:16]}): {', '.join(config.own_code())}; use the same files (--code)"
+        )
 
 
 def check_fingerprint(study: optuna.Study, data: dataset.Dataset | PreparedData) -> None:

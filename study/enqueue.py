@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 
 from storage.enqueue import add_trial
 from storage.errors import UserError
-from study.config.models import StudyConfig
+from study.config.models import CHOICES, StudyConfig, means_something
 from study.create import OpenStudy
 from study.search import space
 
@@ -72,16 +72,20 @@ def _faults(config: StudyConfig, chosen: space.Parameters, train_images: int | N
     faults = [f"{name} is not searched (searched: {', '.join(searched)})" for name in chosen if name not in searched]
     if faults:
         return faults
-    policy = chosen.get("policy", config.policy.name)
-    if isinstance(policy, str) and policy in config.policies():
-        faults += [f"{name} means nothing to {policy}" for name in chosen if not space.relevant(policy, name)]
+    fixed = config.searchable()
+    choices = {name: chosen.get(name, fixed[name]) for name in CHOICES}
+    if all(isinstance(value, str) for value in choices.values()):
+        decides = [str(value) for name, value in choices.items() if name in searched] or [str(choices["policy"])]
+        faults += [
+            f"{name} means nothing to {', '.join(decides)}" for name in chosen if not means_something(name, choices)
+        ]
     faults += config.faults_of(chosen) or [
         f"{name} must be within {_shown(searched[name])}, got {value!r}"
         for name, value in chosen.items()
         if not _contains(config, name, value)
     ]
     if config.search.sampler.kind == "grid":
-        missing = [name for name in searched if name not in chosen and space.relevant(str(policy), name)]
+        missing = [name for name in searched if name not in chosen and means_something(name, choices)]
         faults += [f"a grid has no sampler that could fill in {', '.join(missing)}"] if missing else []
     alpha = chosen.get("alpha")
     if train_images is not None and isinstance(alpha, int) and alpha > train_images:

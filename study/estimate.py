@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from study.config.models import StudyConfig
-from study.config.values import largest, middle
+from study.config.models import StudyConfig, means_something
+from study.config.values import first, largest, middle
 from study.search import space
 from study.training.data import dataset
 from study.training.data.split import Part, Split
@@ -58,7 +58,7 @@ class Load:
 
 def split_sizes(config: StudyConfig) -> tuple[int, int, int]:
     """Images that train, that validate, and of the test split, as `split_dataset` would have it."""
-    train, test = SIZES[config.data.name]
+    train, test = SIZES.get(config.data.name, SIZES["imagefolder"])
     validation = test
     if config.data.protocol == "holdout":
         validation = round(config.data.holdout * train)
@@ -74,10 +74,11 @@ def trial_loads(config: StudyConfig, sizes: tuple[int, int, int] | None = None) 
     """
     everything, validation, test = sizes or split_sizes(config)
     loads = []
+    config = config.with_counts(everything)
     for trial in space.queued_trials(config):
         chosen = {name: middle(value) for name, value in (config.searchable() | trial.params).items()}
         alpha = everything
-        if space.relevant(chosen["policy"], "alpha"):
+        if means_something("alpha", chosen) and chosen["alpha"] is not None:
             alpha = min(everything, int(chosen["alpha"]))
         train = config.training.images or int(chosen["epochs"]) * alpha
         loads.append(Load(train, math.ceil(train / alpha) * validation + (test if config.data.test else 0)))
@@ -98,6 +99,7 @@ def measure(config: StudyConfig, device_name: str, threads: int = 1) -> Pace:
     from study.training.device import be_deterministic, keep_freed_memory
     from study.training.policies import make_policy
     from study.training.trainer import VALIDATION_BATCH, Trainer
+    from study.trial.components import make_network, training_options
     from study.trial.metadata import device_name as called
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -107,23 +109,24 @@ def measure(config: StudyConfig, device_name: str, threads: int = 1) -> Pace:
     if device.type == "cpu":  # as a worker has
         torch.set_num_threads(threads)
     everything, validation, _ = split_sizes(config)
+    config = config.with_counts(everything)
+    side = config.data.size or 32
+    shape = (side, side, config.data.channels or 3)
     batch = largest(config.training.batch_size)
     size = min(space.largest_alpha(config) or everything, (2 if device.type == "cpu" else 16) * batch)
     draws = np.random.default_rng(0)
-    images = draws.integers(0, 256, (max(size, min(validation, VALIDATION_BATCH)), 32, 32, 3), dtype=np.uint8)
+    images = draws.integers(0, 256, (max(size, min(validation, VALIDATION_BATCH)), *shape), dtype=np.uint8)
     labels = draws.integers(0, 10, len(images))
     train, held = (Part(images[:n], None, labels[:n]) for n in (size, min(validation, VALIDATION_BATCH)))
     split = Split(train, held, held, tuple("0123456789"))
+    chosen = {name: first(value) for name, value in config.searchable().items()}
+    chosen |= {"width": largest(config.network.width), "epochs": 10**6, "batch_size": batch}
     trainer = Trainer(
         DeviceData.from_split(split, device),
+        make_network(config, chosen, shape, len(split.classes), 0),
         make_policy("full", size, 0),
         0,
-        epochs=10**6,
-        batch_size=batch,
-        width=config.network.width,
-        norm=config.network.norm,
-        augment=config.data.augment,
-        precision=config.training.precision,
+        replace(training_options(config, chosen), images=None),
     )
     epochs = (result for result in trainer.run() if result is not None)
     next(epochs)
@@ -180,10 +183,12 @@ def recall(config: StudyConfig, kind: str) -> Pace | None:
 
 def key(config: StudyConfig) -> tuple[Any, ...]:
     """All of a config that its pace depends on: configs of one key need one measurement."""
+    config = config.with_counts(split_sizes(config)[0])
     size = min(largest(config.training.batch_size), space.largest_alpha(config) or split_sizes(config)[0])
     training = config.training
-    return (*config.network.model_dump().values(), size, training.precision, training.deterministic,
-            config.data.augment)  # fmt: skip
+    network = json.dumps(config.network.model_dump(mode="json"), sort_keys=True)
+    return (network, size, training.precision, training.deterministic, training.optimizer, training.ema,
+            training.compile, config.data.augment, config.data.size, config.data.channels)  # fmt: skip
 
 
 def _file(config: StudyConfig, kind: str) -> Path:

@@ -88,7 +88,7 @@ def times(data: StudyData, findings: Findings) -> go.Figure | None:
         )
     )
     if data.config.training.images is None:  # the paper's runs have equally many epochs
-        printed = 100 * paper.time_ratio(augment=data.config.data.augment)
+        printed = 100 * paper.time_ratio(augment=data.config.data.augment is True)
         figure.add_vline(
             x=printed, line={"color": COLOURS[1], "dash": "dash"}, annotation_text=f"the paper: {printed:.1f} %"
         )

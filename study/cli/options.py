@@ -31,6 +31,16 @@ DataRoot = Annotated[
         show_default=False,
     ),
 ]
+Code = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--code",
+        metavar="FOLDER",
+        help="A folder whose Python code the study may run (networks, data, policies named module:name); repeatable. "
+        "Default: $STUDY_CODE, and for a config file its folder.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
@@ -59,7 +69,7 @@ Threads = Annotated[
 ]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override the preset: --set training.epochs=5. Repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override the config: --set training.epochs=5. Repeatable."),
 ]
 Budget = Annotated[
     list[str] | None,

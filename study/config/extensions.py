@@ -72,8 +72,8 @@ def load(spec: str) -> Callable[..., Any]:
         raise UserError(f"{spec!r}: {file} cannot be imported: {type(error).__name__}: {error}") from error
     if Path(str(module.__file__)).resolve() != file:
         raise UserError(f"{spec!r}: the module {match['module']!r} is {module.__file__} already; rename {file}")
-    target = getattr(module, match["name"], None)
-    if not callable(target):
+    target: Callable[..., Any] | None = getattr(module, match["name"], None)
+    if target is None or not callable(target):
         raise UserError(f"{spec!r}: {file} has no function or class {match['name']!r}")
     defined = getattr(sys.modules.get(str(getattr(target, "__module__", ""))), "__file__", None)
     if defined is None or not any(Path(defined).resolve().is_relative_to(each) for each in allowed_folders()):

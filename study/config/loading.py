@@ -1,11 +1,13 @@
-"""Reads a config: presets, `--set section.key=value`, and every fault as part of one sentence."""
+"""Reads a config: presets, files that extend others, `--set section.key=value`; every fault in one sentence."""
 
 from __future__ import annotations
 
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -44,16 +46,128 @@ def preset_text(name: str) -> str:
     return (resources.files("study.config.presets") / f"{name}.toml").read_text()
 
 
-def load_config(preset: str, assignments: Iterable[str] = ()) -> StudyConfig:
-    """A preset with `section.key=value` assignments laid over it.
+MOST_FILES = 10
+"""That extend one another."""
+MOST_BYTES = 1_000_000
+"""Of a config file."""
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A config, and what its file says that is not part of the study."""
+
+    config: StudyConfig
+    name: str
+    """Of the study, unless another is given: the preset's, or the file's without its ending."""
+    folder: Path | None = None
+    """The file's, which may hold own code; None: a preset."""
+    data_root: str | None = None
+    """`data.root` of the file, as a whole path."""
+
+
+def is_file(source: str) -> bool:
+    """Whether a preset's name or a path is a path."""
+    return source.endswith(".toml") or "/" in source or "\\" in source
+
+
+def load(source: str, assignments: Iterable[str] = ()) -> LoadedConfig:
+    """A preset or a TOML file, with `section.key=value` assignments laid over it.
+
+    A file may extend a preset or another file by `extends = "paper-grid"`; what it says replaces what that says, key by
+    key, lists and ranges as a whole. Relative paths in a file (`data.root`, `checkpoint.store`, `artifacts.store`,
+    `extends`) start at its folder.
 
     Raises:
-        UserError: an unknown preset, key or value; all faults in one sentence.
+        UserError: an unknown preset, key or value, all faults in one sentence; a file that cannot be read.
     """
-    tree = tomllib.loads(preset_text(preset))
+    tree = _read(source, None, MOST_FILES)
     for assignment in assignments:
         assign(tree, assignment)
-    return parse_config(tree)
+    data = tree.get("data")
+    root = data.pop("root", None) if isinstance(data, dict) else None
+    if root is not None and (not isinstance(root, str) or not root):
+        raise UserError(f"data.root must be the path of a folder, got {root!r}")
+    config = parse_config(tree)
+    path = Path(source).expanduser()
+    return LoadedConfig(
+        config,
+        path.stem if is_file(source) else source,
+        path.resolve().parent if is_file(source) else None,
+        None if root is None else str(Path(root).expanduser().resolve()),
+    )
+
+
+def load_config(source: str, assignments: Iterable[str] = ()) -> StudyConfig:
+    """The config of `load` alone."""
+    return load(source, assignments).config
+
+
+def _read(source: str, folder: Path | None, left: int) -> dict[str, Any]:
+    """The tree of a preset or a file, with that of what it extends below it and its paths whole."""
+    if not is_file(source):
+        tree = tomllib.loads(preset_text(source))
+        path = None
+    else:
+        path = Path(source).expanduser()
+        path = (folder or Path()) / path
+        tree = _read_file(path)
+    base = tree.pop("extends", None)
+    if path is not None:
+        _make_paths_whole(tree, path.resolve().parent)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"extends names a preset or a file, got {base!r}")
+    if left == 1:
+        raise UserError(f"{source}: at most {MOST_FILES} files extend one another; is it a circle?")
+    below = _read(base, path.resolve().parent if path is not None else None, left - 1)
+    below.pop("description", None)
+    return _merged(below, tree)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        if not path.is_file():
+            raise UserError(
+                f"no config file {str(path)!r}; a preset is named without a path: {', '.join(preset_names())}"
+            )
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path} has more than {MOST_BYTES:,} bytes: a config file is small")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8
+        raise UserError(f"{path} is not TOML: {' '.join(str(error).split())[:300]}") from None
+
+
+def _make_paths_whole(tree: dict[str, Any], folder: Path) -> None:
+    for section, key in (("data", "root"), ("checkpoint", "store"), ("artifacts", "store")):
+        values = tree.get(section)
+        if not isinstance(values, dict):
+            continue
+        value = values.get(key)
+        if isinstance(value, str) and value and value != "database" and "://" not in value:
+            values[key] = str(folder / Path(value).expanduser())
+
+
+def _merged(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `below`. Ranges are replaced as a whole, and so are the parameters of another kind of sampler or
+    pruner and the arguments of another network or policy."""
+    result = dict(below)
+    for key, value in over.items():
+        old = result.get(key)
+        if not (isinstance(old, dict) and isinstance(value, dict)) or _is_whole(old, value):
+            result[key] = value
+            continue
+        if "name" in value and value["name"] != old.get("name"):
+            old = {name: each for name, each in old.items() if name != "arguments"}
+        result[key] = _merged(old, value)
+    return result
+
+
+def _is_whole(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether `new` takes the place of `old` as a whole: a range, or the table of another kind."""
+    return "low" in old or "low" in new or ("kind" in new and new["kind"] != old.get("kind"))
 
 
 def parse_config(tree: Mapping[str, Any]) -> StudyConfig:

@@ -46,6 +46,8 @@ POLICY_PARAMETERS: dict[str, tuple[str, ...]] = {
 """The data policies and the keys of `policy` that mean something to each: the others are neither searched for it nor
 counted as cells of their own."""
 POLICIES = tuple(POLICY_PARAMETERS)
+POLICY_SPECIFIC = frozenset(name for names in POLICY_PARAMETERS.values() for name in names)
+"""Parameters that mean something to some policies only."""
 OPTIMIZER_PARAMETERS: dict[str, tuple[str, ...]] = {
     "adam": ("beta1", "beta2"),
     "adamw": ("beta1", "beta2"),
@@ -216,7 +218,7 @@ class NetworkConfig(Section):
     name: Annotated[Choice, _network] = "paper"
     """`paper`, `torchvision:resnet18` (any of torchvision's classification networks), or own code: `module:function`,
     called as `function(classes, channels, size, **arguments)`, that returns a `torch.nn.Module`."""
-    arguments: Arguments = {}
+    arguments: Arguments = Field(default_factory=dict)
     """Keyword arguments of the maker, for all networks but `paper`; torchvision's take `weights = "DEFAULT"` too."""
     width: Annotated[Real, _width] = 1.0
     """`paper`: factor of all channel counts."""
@@ -229,7 +231,7 @@ class PolicyConfig(Section):
 
     name: Annotated[Choice, _policy] = "dynamic"
     """The rule that chooses an epoch's images, or own code: `module:Class`."""
-    arguments: Arguments = {}
+    arguments: Arguments = Field(default_factory=dict)
     """Keyword arguments of a policy from own code, beside alpha where that is given."""
     alpha: Annotated[Count | None, _alpha] = None
     """Images an epoch, as a count or a part of the training images (`"10 %"`). Needed by every policy of ours but

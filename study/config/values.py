@@ -141,29 +141,36 @@ def searchable(
             raise ValueError(f"must be {rule}, got {value!r}")
         return kind(value)
 
-    def parse(value: Any) -> Any:
-        if value is None:  # for fields that may be left out; the others refuse it by their type
-            return None
-        if isinstance(value, list | tuple):
-            if len(value) > MOST_VALUES:
-                raise ValueError(f"a list has at most {MOST_VALUES:,} values, got {len(value):,}; use a range")
-            parsed = tuple(one(each) for each in value)
-            if not parsed or len(set(parsed)) < len(parsed):
-                raise ValueError(f"a list needs at least one value and no value twice, got {list(parsed)}")
-            return parsed
-        if isinstance(value, PartRange):
-            return value
-        if parts and isinstance(value, Mapping) and isinstance(value.get("low"), str):
+    def interval(value: Mapping[str, Any]) -> Any:
+        if parts and isinstance(value.get("low"), str):
             return PartRange.model_validate(dict(value))
-        if isinstance(value, Mapping | Range) and kind not in (str, bool):
-            span = value if isinstance(value, Range) else Range.model_validate(dict(value))
-            one(span.low), one(span.high)
-            if kind is int and span.step is not None and span.step != int(span.step):
-                raise ValueError("a range of whole numbers needs whole low, high and step")
-            return span
+        span = Range.model_validate(dict(value))
+        one(span.low), one(span.high)
+        if kind is int and span.step is not None and span.step != int(span.step):
+            raise ValueError("a range of whole numbers needs whole low, high and step")
+        return span
+
+    def parse(value: Any) -> Any:
+        if value is None or isinstance(value, PartRange):  # None: for fields that may be left out
+            return value
+        if isinstance(value, list | tuple):
+            return _list_of(one, value)
+        if isinstance(value, Range):
+            value = value.model_dump()
+        if isinstance(value, Mapping) and kind not in (str, bool):
+            return interval(value)
         return one(value)
 
     return BeforeValidator(parse)
+
+
+def _list_of(one: Callable[[Any], Any], values: list[Any] | tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(values) > MOST_VALUES:
+        raise ValueError(f"a list has at most {MOST_VALUES:,} values, got {len(values):,}; use a range")
+    parsed = tuple(one(each) for each in values)
+    if not parsed or len(set(parsed)) < len(parsed):
+        raise ValueError(f"a list needs at least one value and no value twice, got {list(parsed)}")
+    return parsed
 
 
 def _argument(value: Any) -> Any:

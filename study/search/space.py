@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from storage.errors import UserError
 from study.config import constraints
 from study.config.models import CHOICES, POLICY_PARAMETERS, StudyConfig, means_something
-from study.config.values import Range, is_searched, largest, smallest
+from study.config.values import Range, first, largest, smallest
 
 WHOLE = ("alpha", "epochs", "batch_size", "score_epochs")
 
@@ -133,21 +133,12 @@ def settings(config: StudyConfig, chosen: Parameters) -> Parameters:
 
 def trial_config(config: StudyConfig, chosen: Parameters, seed: int) -> StudyConfig:
     """A study of one trial with these parameters and this seed: no lists, ranges, pruning or constraints."""
+    # What means nothing to the trial keeps its first value.
+    values = {name: first(value) for name, value in config.searchable().items()}
+    values |= {name: value for name, value in settings(config, chosen).items() if relevant(config, chosen, name)}
     tree = config.model_dump()
-    values = {name: value for name, value in settings(config, chosen).items() if relevant(config, chosen, name)}
-    for name, value in config.searchable().items():  # what means nothing to the trial is as its section has it
-        if name not in values and not is_searched(value):
-            values[name] = value
-    for section in ("data", "network", "policy", "training"):
-        fields = type(getattr(config, section)).model_fields
-        placed = config.placed(values).get(section, {})
-        tree[section] = {
-            key: placed.get(key, value)
-            for key, value in tree[section].items()
-            if key in placed or not is_searched(getattr(getattr(config, section), key)) or key not in fields
-        }
-    tree["network"]["arguments"] = config.placed(values).get("network", {}).get("arguments", {})
-    tree["policy"]["arguments"] = config.placed(values).get("policy", {}).get("arguments", {})
+    for section, keys in config.placed(values).items():
+        tree[section] |= keys
     tree["search"] = {"metric": config.search.metric, "seed": seed}
     tree["pruning"] = {"kind": "none"}
     return type(config).model_validate(tree)

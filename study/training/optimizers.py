@@ -106,7 +106,7 @@ class Adam(Optimizer):
             amsgrad=False,
             beta1=self.options.beta1,
             beta2=self.options.beta2,
-            lr=self.rate,  # type: ignore[arg-type]
+            lr=self.rate,
             weight_decay=self.options.weight_decay,
             eps=1e-8,
             maximize=False,
@@ -148,7 +148,7 @@ class SGD(Optimizer):
             fused=self.fused,
             weight_decay=self.options.weight_decay,
             momentum=self.options.momentum,
-            lr=self.rate,  # type: ignore[arg-type]
+            lr=self.rate,
             dampening=0.0,
             nesterov=self.options.nesterov,
             maximize=False,

@@ -37,7 +37,6 @@ def validate_state(state: Any, trainer: Trainer) -> None:
     expected = trainer.state_dict()
     _require(isinstance(state, Mapping), "it is no mapping")
     _require(state.keys() == expected.keys(), "its keys differ")
-    total = len(trainer.data.train_labels)
     same = ("network", "average", "optimizer", "random", "shuffles", "augmentation", "seen", "loss_sum")
     for key in (*same, "validation_loss", "hits", "answers", "invalid"):
         _same_form(state[key], expected[key], key)

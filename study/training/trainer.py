@@ -88,12 +88,6 @@ class EpochResult:
     """From 1."""
     accuracy: float
     """Validation accuracy after the epoch, in [0, 1]."""
-    balanced_accuracy: float
-    """Mean validation accuracy of the classes, in [0, 1]."""
-    macro_f1: float
-    """Mean F1 score of the classes on the validation images, in [0, 1]."""
-    validation_loss: float
-    """Mean cross entropy of the validation images, in nats."""
     loss: float
     """Mean training loss over the epoch's images, in nats."""
     images: int
@@ -108,6 +102,12 @@ class EpochResult:
     """Energy of the epoch, where the GPU tells."""
     resampling: Resampling
     """What the policy did after this epoch."""
+    balanced_accuracy: float
+    """Mean validation accuracy of the classes, in [0, 1]."""
+    macro_f1: float
+    """Mean F1 score of the classes on the validation images, in [0, 1]."""
+    validation_loss: float
+    """Mean cross entropy of the validation images, in nats."""
 
     def score(self, metric: Metric) -> float:
         """The value of a metric, in [0, 1]."""
@@ -406,11 +406,13 @@ class Trainer:
             return losses.detach() if losses is not None else None
         with torch.no_grad():
             errors = functional.softmax(logits.float(), 1) - functional.one_hot(labels, self.data.classes)
-            return errors.norm(dim=1)
+            lengths: Tensor = errors.norm(dim=1)
+            return lengths
 
     @torch.no_grad()
     def _average(self) -> None:
-        ours, theirs = list(self.evaluated.parameters()), list(self.network.parameters())
+        ours: list[Tensor] = list(self.evaluated.parameters())
+        theirs: list[Tensor] = list(self.network.parameters())
         torch._foreach_lerp_(ours, theirs, 1 - self.options.ema)
         for mean, buffer in zip(self.evaluated.buffers(), self.network.buffers(), strict=True):
             mean.copy_(buffer)

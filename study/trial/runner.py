@@ -21,21 +21,23 @@ from typing import Any, Protocol
 
 import optuna
 import torch
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from storage import artifacts
 from storage.artifacts import NewArtifact
-from storage.optuna_internals import forget_cached_trials, storage_of
+from storage.optuna_internals import forget_cached_trials, storage_of, with_storage
 from storage.queue import Lease, LeaseLost, Queue
 from storage.retry import is_transient, retry
-from study.config.models import POLICY_PARAMETERS, StudyConfig
+from study.config.models import StudyConfig
 from study.model_file import ModelDescription
 from study.model_file import to_bytes as model_bytes
 from study.search import space
 from study.search.samplers import make_sampler
 from study.training.data.placement import DeviceData
-from study.training.policies import make_policy
-from study.training.trainer import Diverged, EpochResult, Trainer
+from study.training.trainer import Diverged, EpochResult, Metric, Trainer
+from study.trial import components
 from study.trial.checkpoint import Identity, on_host, restore, to_bytes, write_fallback
 from study.trial.metadata import checkpoint_identity, model_description, trial_attributes
 from study.trial.writer import TrialWriter
@@ -70,21 +72,12 @@ class InvalidParameters(Exception):
 def make_trainer(config: StudyConfig, data: DeviceData, chosen: space.Parameters, seed: int) -> Trainer:
     """The Trainer of a trial with the parameters `chosen` over the config's."""
     parameters = space.settings(config, chosen)
-    policy = config.policy.model_dump() | {k: v for k, v in parameters.items() if k in type(config.policy).model_fields}
-    name = parameters["policy"]
     return Trainer(
         data,
-        make_policy(name, len(data.train_labels), seed, **{key: policy[key] for key in POLICY_PARAMETERS[name]}),
+        components.make_network(config, parameters, data.shape, data.classes, seed),
+        components.make_policy(parameters, len(data.train_labels), seed),
         seed,
-        epochs=parameters["epochs"],
-        images=config.training.images,
-        batch_size=parameters["batch_size"],
-        lr=parameters["lr"],
-        weight_decay=parameters["weight_decay"],
-        width=config.network.width,
-        norm=config.network.norm,
-        augment=config.data.augment,
-        precision=config.training.precision,
+        components.training_options(config, parameters),
     )
 
 
@@ -120,7 +113,7 @@ def run_trial(
         torch.cuda.reset_peak_memory_stats(trainer.device)
     diverged = ""
     with TrialWriter(study, queue, lease, identity=identity, store=config.checkpoint.store) as writer:
-        _write_missing_epochs(trainer, writer, space.step_images(config))
+        _write_missing_epochs(trainer, writer, space.step_images(config), config.search.metric)
         try:
             if not _train(config, trainer, writer, lease, stop):
                 _release(trainer, writer, queue, lease, fallback, identity)
@@ -143,11 +136,13 @@ def run_trial(
     fallback.unlink(missing_ok=True)
 
 
-def _write_missing_epochs(trainer: Trainer, writer: TrialWriter, unit: int | None) -> None:
+def _write_missing_epochs(trainer: Trainer, writer: TrialWriter, unit: int | None, metric: Metric) -> None:
     """The epochs that reached the checkpoint, but not the database."""
     for n in range(writer.epochs_done, len(trainer.history)):
         history = trainer.history[: n + 1]
-        writer.write_epoch(history[-1], reports(history, unit), last=trainer.over and n + 1 == len(trainer.history))
+        writer.write_epoch(
+            history[-1], reports(history, unit, metric), last=trainer.over and n + 1 == len(trainer.history)
+        )
 
 
 def _train(config: StudyConfig, trainer: Trainer, writer: TrialWriter, lease: Lease, stop: StopCheck) -> bool:
@@ -160,7 +155,7 @@ def _train(config: StudyConfig, trainer: Trainer, writer: TrialWriter, lease: Le
     saved, every = time.monotonic(), config.checkpoint.every_seconds
     for result in trainer.run():
         if result is not None:
-            writer.write_epoch(result, reports(trainer.history, unit), last=trainer.over)
+            writer.write_epoch(result, reports(trainer.history, unit, config.search.metric), last=trainer.over)
             if stop.near_limit:  # the budget counts what is stored
                 writer.flush(RELEASE_SECONDS)
                 stop.check()
@@ -201,10 +196,11 @@ def ask(study: optuna.Study, config: StudyConfig, lease: Lease, train_images: in
     forget_cached_trials(study)
     trial = optuna.Trial(study, lease.trial_id)
     try:
-        chosen = space.suggest(trial, config)
+        chosen = _feasible(study, config, trial) if config.search.constraints else space.suggest(trial, config)
     except ValueError as error:
         raise InvalidParameters(f"its parameters do not fit this study: {error}") from None
     faults = config.faults_of(chosen)
+    faults += [f"they break the constraint {text!r}" for text in space.broken_constraints(config, chosen)]
     if chosen.get("alpha", 0) > train_images:
         faults.append(f"alpha must be at most the {train_images} training images, got {chosen['alpha']}")
     if faults:
@@ -212,26 +208,64 @@ def ask(study: optuna.Study, config: StudyConfig, lease: Lease, train_images: in
     return chosen, int(trial.user_attrs.get("seed", config.search.seed))
 
 
-def best(history: list[EpochResult]) -> EpochResult:
-    """The epoch with the highest accuracy; ties go to the earlier."""
-    return max(history, key=lambda result: (result.accuracy, -result.epoch))
+MOST_DRAWS = 100
+"""Of a trial's parameters, until they satisfy the constraints."""
 
 
-def reports(history: list[EpochResult], unit: int | None) -> dict[int, float]:
-    """What the last epoch of `history` reports, step to value: the best accuracy so far.
+def _feasible(study: optuna.Study, config: StudyConfig, trial: optuna.Trial) -> space.Parameters:
+    """The trial's parameters: the sampler's first draw that satisfies the constraints. No other is stored.
+
+    Raises:
+        ValueError: none of MOST_DRAWS does.
+    """
+    if trial.params:  # queued with some, or drawn by an attempt before: those stay
+        return space.suggest(trial, config)
+    storage = storage_of(study)
+    for _ in range(MOST_DRAWS):
+        recorder = _ParameterRecorder(storage)
+        shadow = with_storage(study, recorder, study.study_name)  # type: ignore[arg-type]
+        chosen = space.suggest(optuna.Trial(shadow, trial._trial_id), config)
+        if not space.broken_constraints(config, chosen):
+            for name, value, distribution in recorder.parameters:
+                storage.set_trial_param(trial._trial_id, name, value, distribution)
+            return chosen
+    raise ValueError(f"none of {MOST_DRAWS} draws satisfies search.constraints")
+
+
+class _ParameterRecorder:
+    """A storage as a sampler sees it, which keeps the parameters that are drawn instead of storing them."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+        self.parameters: list[tuple[str, float, BaseDistribution]] = []
+
+    def set_trial_param(self, trial_id: int, name: str, value: float, distribution: BaseDistribution) -> None:
+        self.parameters.append((name, value, distribution))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+
+def best(history: list[EpochResult], metric: Metric = "accuracy") -> EpochResult:
+    """The epoch with the highest value of the metric; ties go to the earlier."""
+    return max(history, key=lambda result: (result.score(metric), -result.epoch))
+
+
+def reports(history: list[EpochResult], unit: int | None, metric: Metric = "accuracy") -> dict[int, float]:
+    """What the last epoch of `history` reports, step to value: the best value of the metric so far.
 
     Args:
         unit: images a step; None: a step is an epoch.
     """
     if unit is None:
-        return {len(history): best(history).accuracy}
+        return {len(history): best(history, metric).score(metric)}
     after = sum(result.images for result in history)
     before = after - history[-1].images
     values = {}
     for step in range(before // unit + 1, after // unit + 1):
         ended = history if step * unit == after else history[:-1]
         if ended:
-            values[step] = best(ended).accuracy
+            values[step] = best(ended, metric).score(metric)
     return values
 
 
@@ -259,13 +293,16 @@ def _finish(
     chosen: space.Parameters,
     seed: int,
 ) -> None:
-    top = best(history)
+    metric = config.search.metric
+    top = best(history, metric)
     attributes: dict[str, Any] = {"best_epoch": top.epoch} | trial_attributes(trainer, history)
-    values = [top.accuracy] if config.search.objective == "accuracy" else [top.accuracy, float(attributes["images"])]
+    values = [top.score(metric)]
+    if config.search.objective != "accuracy":
+        values.append(float(attributes["images"]))
     frozen = retry(lambda: storage_of(study).get_trial(lease.trial_id))
     retry(lambda: study.sampler.after_trial(study, frozen, state, values))  # as study.tell does
     if state == TrialState.COMPLETE and config.data.test:
-        attributes["test_accuracy"] = trainer.test()
+        attributes["test_accuracy"] = getattr(trainer.test(), metric)
     artifact = None
     if state == TrialState.COMPLETE and trainer.best_network is not None:
         description = model_description(study, config, lease.number, trainer, top, chosen, seed)

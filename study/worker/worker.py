@@ -26,10 +26,10 @@ from storage.text import one_line
 from storage.transfer import COPIED_TO
 from storage.url import parse, redact
 from study.config.models import StudyConfig
-from study.create import check_fingerprint, load_study
+from study.create import check_code, check_fingerprint, load_images, load_study
 from study.exit_codes import OK
 from study.search.pruners import make_pruner
-from study.training.data import dataset, sources
+from study.training.data import dataset
 from study.training.data.placement import DeviceData
 from study.training.data.split import split_dataset
 from study.training.device import be_deterministic, keep_freed_memory, pick_device
@@ -141,7 +141,7 @@ def _work_through(
             logger.debug("the traceback of trial %d", lease.number, exc_info=True)
             errors += 1
             # A device in error stays so for this process: its next trials must not pay for it.
-            broken = data.train_images.device.type == "cuda" and "CUDA" in reason
+            broken = data.device.type == "cuda" and "CUDA" in reason
             queue.release(lease, error=reason)
             if broken or errors >= MOST_ERRORS_IN_A_ROW:
                 raise WorkerBroken(f"this worker gives up after: {reason}") from error
@@ -212,11 +212,12 @@ def load_data(study: optuna.Study, config: StudyConfig, root: str | None, device
     Raises:
         UserError, DataError: they are not here, or not the study's.
     """
-    images = sources.load(config.data.name, root)
+    check_code(study, config)
+    images = load_images(config, root)
     check_fingerprint(study, images)
     options = config.data
     split = split_dataset(images, options.protocol, holdout=options.holdout, train_images=options.train_images)
-    return DeviceData.from_split(split, device, test=options.test)
+    return DeviceData.from_split(split, device, test=options.test, placement=options.placement)
 
 
 def check_energy(devices: Iterable[str]) -> None:

@@ -234,8 +234,10 @@ def test_the_pareto_front_is_the_undominated_trials() -> None:
 
 @pytest.mark.parametrize(("images", "delta", "warns"), [(1000, 0.01, True), (10000, 0.01, False), (1000, 0.02, False)])
 def test_a_delta_below_the_noise_is_warned_of(images: int, delta: float, warns: bool) -> None:
-    data = PreparedData("", {"train": 1000, "validation": images, "test": 0}, (1000, images, 0))
-    sentences = config_warnings(config_of(policy={"alpha": 60, "delta": delta}), data)
+    config = config_of(policy={"alpha": 60, "delta": delta})
+    counts = {"train": 1000, "validation": images, "test": 0}
+    data = PreparedData("", counts, (1000, images, 0), config, (), (32, 32, 3), 0.1, None)
+    sentences = config_warnings(config, data)
     assert any("most stalls will be chance" in sentence for sentence in sentences) == warns
     assert config_warnings(config_of(policy={"name": "static", "alpha": 60, "delta": delta}), data) == []
 

@@ -138,7 +138,7 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
         assert lease is not None
         with TrialWriter(ours, queue, lease, identity={}) as writer:
             for n, accuracy in enumerate(curve, 1):
-                result = EpochResult(n, accuracy, 0.0, 1, 0.0, 0.0, 0.0, 1, None, KEEP)
+                result = EpochResult(n, accuracy, 0.0, 1, 0.0, 0.0, 0.0, 1, None, KEEP, 0.0, 0.0, 0.0)
                 writer.write_epoch(result, {n: accuracy}, last=n == len(curve))
             assert writer.flush()
         pruned = writer.pruned_at

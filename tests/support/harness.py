@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ def scripted_accuracies(rule: Callable[[Trainer], float]) -> Iterator[None]:
     """
     real = Trainer._ended
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_ended", lambda trainer, _, started: real(trainer, rule(trainer), started))
+        patch.setattr(
+            Trainer,
+            "_ended",
+            lambda trainer, measured, started: real(trainer, replace(measured, accuracy=rule(trainer)), started),
+        )
         yield
 
 
@@ -93,7 +98,8 @@ class Harness:
     def __init__(self, url: str, config: StudyConfig, name: str = "s") -> None:
         be_deterministic(config.training.deterministic)
         self.storage = open_storage(url)
-        create_study(self.storage, name, "test", config, prepare(config, None))
+        data = prepare(config, None)
+        create_study(self.storage, name, "test", data.config, data)
         self.study, self.config = load_study(self.storage, name)
         self.data: DeviceData = load_data(self.study, self.config, None, torch.device("cpu"))
         self.study.pruner = make_pruner(self.config, len(self.data.train_labels))

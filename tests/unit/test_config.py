@@ -91,7 +91,7 @@ def test_set_makes_a_search_of_any_number() -> None:
         (["hyperband=3"], ["unknown key hyperband"]),
         (["pruning.hyperband=3"], ["unknown key pruning.hyperband"]),
         (["data.holdout=1"], ["data.holdout", "less than 1"]),
-        (["network.width=-1"], ["network.width", "greater than 0, got -1"]),
+        (["network.width=-1"], ["network.width", "a number above 0 and at most 8, got -1"]),
         (["epochs"], ["--set takes section.key=value, got 'epochs'"]),
         (["policy.beta.x=1"], ["beta is a value, not a section"]),
         ([f"policy.beta={'[' * 100_000}"], ["policy.beta: its value is nested too deeply"]),

@@ -20,7 +20,7 @@ from tests.support.harness import Harness, StopAfter, config_of, scripted_accura
 
 def history(accuracies: list[float], images: list[int]) -> list[EpochResult]:
     return [
-        EpochResult(n, accuracy, 0.0, count, 0.0, 0.0, 0.0, count, None, KEEP)
+        EpochResult(n, accuracy, 0.0, count, 0.0, 0.0, 0.0, count, None, KEEP, 0.0, 0.0, 0.0)
         for n, (accuracy, count) in enumerate(zip(accuracies, images, strict=True), 1)
     ]
 

@@ -1,0 +1,100 @@
+"""The network, the policy and the training options of a trial, from a config and the trial's parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from study.config import augmentations, extensions
+from study.config.models import POLICY_PARAMETERS, StudyConfig
+from study.search.space import Parameters
+from study.training import networks, policies
+from study.training.augment import make_augmentation
+from study.training.optimizers import OptimizerOptions
+from study.training.policies import Policy
+from study.training.schedules import Schedule
+from study.training.trainer import TrainingOptions
+
+
+def make_network(
+    config: StudyConfig, parameters: Parameters, shape: tuple[int, ...], classes: int, seed: int
+) -> nn.Module:
+    """The network of a trial with its initial weights.
+
+    Args:
+        parameters: all of the trial's.
+        shape: of one image, (height, width, channels), or (features,).
+
+    Raises:
+        UserError, DataError: own code that is not allowed here; a network that cannot be made.
+    """
+    name = parameters["network"]
+    arguments: dict[str, Any] = _arguments("network", parameters)
+    if name == "paper":
+        arguments = {"width": parameters["width"], "norm": parameters["norm"]}
+    sides = shape[:-1] or (1,)
+    size: Any = sides[0] if len(set(sides)) == 1 else sides
+    return networks.make_network(
+        name, arguments, classes=classes, channels=shape[-1], size=size, seed=seed, make=_own(name)
+    )
+
+
+def make_policy(parameters: Parameters, total: int, seed: int) -> Policy:
+    """The policy of a trial over `total` training images.
+
+    Raises:
+        UserError, DataError: own code that is not allowed here or fails.
+    """
+    name = parameters["policy"]
+    if name in POLICY_PARAMETERS:
+        return policies.make_policy(name, total, seed, **{key: parameters[key] for key in POLICY_PARAMETERS[name]})
+    arguments = _arguments("policy", parameters)
+    if parameters["alpha"] is not None:
+        arguments = {"alpha": parameters["alpha"]} | arguments
+    return policies.make_policy(name, total, seed, make=_own(name), **arguments)
+
+
+def training_options(config: StudyConfig, parameters: Parameters) -> TrainingOptions:
+    """How a trial with these parameters trains."""
+    training = config.training
+    return TrainingOptions(
+        epochs=parameters["epochs"],
+        images=training.images,
+        batch_size=parameters["batch_size"],
+        optimizer=OptimizerOptions(
+            name=parameters["optimizer"],
+            **{key: parameters[key] for key in ("lr", "weight_decay", "beta1", "beta2", "momentum", "nesterov")},
+        ),
+        schedule=Schedule(parameters["schedule"], parameters["warmup"]),
+        label_smoothing=parameters["label_smoothing"],
+        clip=parameters["clip"],
+        ema=parameters["ema"],
+        augmentation=make_augmentation(augmentations.steps(parameters["augment"])),
+        precision=training.precision,
+        compile=training.compile,
+        metric=config.search.metric,
+        keep_best=config.artifacts.keep != "none",
+    )
+
+
+def check_network(config: StudyConfig, parameters: Parameters, shape: tuple[int, ...], classes: int) -> None:
+    """Make the network once and pass two empty images through it.
+
+    Raises:
+        UserError, DataError: it cannot be made, or does not turn such images into logits.
+    """
+    network = make_network(config, parameters, shape, classes, config.search.seed)
+    images = torch.zeros((2, *shape))
+    batch = images.permute(0, 3, 1, 2) if images.ndim == 4 else images
+    networks.check_output(network, batch, classes, parameters["network"])
+
+
+def _arguments(section: str, parameters: Parameters) -> dict[str, Any]:
+    prefix = f"{section}."
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def _own(name: str) -> Any:
+    return extensions.load(name) if extensions.is_import_path(name) else None
