@@ -198,7 +198,9 @@ def share(url: str) -> list[dict[str, float]]:
                     clock["training"] += time.perf_counter() - started
                     yield None
                 n = len(self.history) + 1
-                self.history.append(EpochResult(n, 0.9 + 0.0001 * n, 0.0, 1, 0.0, 0.0, 0.0, 1, None, KEEP, 0.0, 0.0, 0.0))
+                self.history.append(
+                    EpochResult(n, 0.9 + 0.0001 * n, 0.0, 1, 0.0, 0.0, 0.0, 1, None, KEEP, 0.0, 0.0, 0.0)
+                )
                 yield self.history[-1]
             clock["ended"] = time.perf_counter()
 

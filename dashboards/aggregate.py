@@ -20,8 +20,8 @@ from dashboards.statistics import (
     summary,
 )
 from dashboards.study_data import StudyData, TrialRow
-from study.search import space
 from study.config.models import POLICY_SPECIFIC
+from study.search import space
 
 
 @dataclass(frozen=True)

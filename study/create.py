@@ -30,7 +30,7 @@ from study.config import extensions
 from study.config.extensions import is_import_path
 from study.config.loading import differences, parse_config
 from study.config.models import PROTOCOLS, StudyConfig
-from study.config.values import first, smallest
+from study.config.values import smallest
 from study.search import space
 from study.training.data import dataset, sources
 from study.training.data.split import split_dataset, split_notes
@@ -160,24 +160,22 @@ def load_images(config: StudyConfig, root: str | None) -> dataset.Dataset:
 
 def _check_trials(config: StudyConfig, data: PreparedData) -> None:
     """Make each network and policy that is not ours once, so that a fault in it is found before the launch."""
-    parameters = config.searchable()
-    values = {name: first(value) for name, value in parameters.items()}
-    named = {
-        choice: parameters[choice] if isinstance(parameters[choice], tuple) else (parameters[choice],)
-        for choice in ("network", "policy")
-    }
     is_image = len(data.shape) == 3
     if not is_image and config.data.augment:
         raise UserError(f"data.augment is for images; those of {config.data.name!r} have the shape {data.shape}")
-    networks = [name for name in named["network"] if name != "paper" or not is_image or data.shape[-1] != 3]
-    policies = [name for name in named["policy"] if is_import_path(name)]
+    networks = [name for name in config.networks() if name != "paper" or not is_image or data.shape[-1] != 3]
+    policies = [name for name in config.policies() if is_import_path(name)]
     if networks or policies:
         from study.trial import components  # loads torch, which the launcher of our own network does without
 
         for name in networks:
-            components.check_network(config, values | {"network": name}, data.shape, len(data.classes))
+            components.check_network(
+                config, components.first_parameters(config, network=name), data.shape, len(data.classes)
+            )
         for name in policies:
-            components.make_policy(values | {"policy": name}, data.images["train"], config.search.seed)
+            components.make_policy(
+                components.first_parameters(config, policy=name), data.images["train"], config.search.seed
+            )
 
 
 def create_study(

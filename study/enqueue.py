@@ -80,7 +80,7 @@ def _faults(config: StudyConfig, chosen: space.Parameters, train_images: int | N
             f"{name} means nothing to {', '.join(decides)}" for name in chosen if not means_something(name, choices)
         ]
     faults += config.faults_of(chosen) or [
-        f"{name} must be within {_shown(searched[name])}, got {value!r}"
+        f"{name} must be within {space.shown(searched[name])}, got {value!r}"
         for name, value in chosen.items()
         if not _contains(config, name, value)
     ]
@@ -105,7 +105,3 @@ def _contains(config: StudyConfig, name: str, value: Any) -> bool:
             on_a_step = distribution.step is None or abs(steps - round(steps)) < 1e-8
             return distribution.low <= value <= distribution.high and on_a_step
     return False
-
-
-def _shown(values: Any) -> str:
-    return str(list(values)) if isinstance(values, tuple) else f"{values.low:g} to {values.high:g}"

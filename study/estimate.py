@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from study.config.models import StudyConfig, means_something
-from study.config.values import first, largest, middle
+from study.config.values import largest, middle
 from study.search import space
 from study.training.data import dataset
 from study.training.data.split import Part, Split
@@ -99,7 +99,7 @@ def measure(config: StudyConfig, device_name: str, threads: int = 1) -> Pace:
     from study.training.device import be_deterministic, keep_freed_memory
     from study.training.policies import make_policy
     from study.training.trainer import VALIDATION_BATCH, Trainer
-    from study.trial.components import make_network, training_options
+    from study.trial.components import first_parameters, make_network, training_options
     from study.trial.metadata import device_name as called
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -119,11 +119,10 @@ def measure(config: StudyConfig, device_name: str, threads: int = 1) -> Pace:
     labels = draws.integers(0, 10, len(images))
     train, held = (Part(images[:n], None, labels[:n]) for n in (size, min(validation, VALIDATION_BATCH)))
     split = Split(train, held, held, tuple("0123456789"))
-    chosen = {name: first(value) for name, value in config.searchable().items()}
-    chosen |= {"width": largest(config.network.width), "epochs": 10**6, "batch_size": batch}
+    chosen = first_parameters(config, width=largest(config.network.width), epochs=10**6, batch_size=batch)
     trainer = Trainer(
         DeviceData.from_split(split, device),
-        make_network(config, chosen, shape, len(split.classes), 0),
+        make_network(chosen, shape, len(split.classes), 0),
         make_policy("full", size, 0),
         0,
         replace(training_options(config, chosen), images=None),

@@ -42,7 +42,7 @@ app = typer.Typer(
 )
 
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Run a study": (run.launch, run.resume, run.stop, run.worker, run.confirm),
+    "Run a study": (run.launch, run.check, run.resume, run.stop, run.worker, run.confirm),
     "Look at it": (show.status, show.list_, show.report, show.dashboard),
     "Edit it": (edit.enqueue, edit.exclude, edit.skip),
     "Presets": (show.presets, run.bench),

@@ -1,10 +1,11 @@
-"""The verbs that run studies: launch, resume, stop, worker, confirm, bench."""
+"""The verbs that run studies: launch, check, resume, stop, worker, confirm, bench."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ from study.cli.options import (
     AllowFailures,
     Assignments,
     Budget,
+    Code,
     Cpus,
     DataRoot,
     Detach,
@@ -41,11 +43,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Source = Annotated[str, typer.Argument(help="A preset (`study presets` lists them) or a config file: my.toml.")]
+
 
 def launch(
-    preset: Annotated[str, typer.Argument(help="A preset; `study presets` lists them.")],
+    source: Source,
     name: Annotated[
-        str | None, typer.Option(help="Name of the study. Default: the preset's.", show_default=False)
+        str | None, typer.Option(help="Name of the study. Default: the preset's or the file's.", show_default=False)
     ] = None,
     storage: Storage = None,
     assignments: Assignments = None,
@@ -59,6 +63,7 @@ def launch(
     workers: Workers = None,
     threads: Threads = None,
     root: DataRoot = None,
+    code: Code = None,
     allow_failures: AllowFailures = 0,
     force: Force = False,
     launcher: LauncherOption = "local",
@@ -68,21 +73,23 @@ def launch(
     detach: Detach = False,
     on_event: OnEvent = None,
 ) -> None:
-    """Start a study, or continue it where it stopped.
+    """Start a study from a preset or a config file, or continue it where it stopped.
 
     Example: study launch quick --set training.epochs=6
     """
     from storage.engine import open_storage
     from storage.study_name import check_study_name
-    from study.config.loading import load_config
+    from study.config.loading import load
     from study.create import OpenStudy, config_warnings, create_study, load_study, prepare
     from study.launchers.launcher import LaunchOptions
 
     more = [] if trials is None else [f"search.trials={trials}"]
     more += [] if objective is None else [f"search.objective={objective}"]
-    config = load_config(preset, [*(assignments or []), *more])
-    study_name = preset if name is None else name
+    loaded = load(source, [*(assignments or []), *more])
+    _allow_code(code, loaded.folder)
+    study_name = loaded.name if name is None else name
     check_study_name(study_name)
+    images = data_root(root) or loaded.data_root
     url = storage_url(storage)
     options = LaunchOptions(
         launcher=launcher, device=device, workers=workers, threads=threads, address=address,
@@ -91,9 +98,9 @@ def launch(
     workforce, budgets = _launcher(options, url, budget)
     hook = _event_command(on_event, detach)
     # Everything that can be wrong is found before the database is touched.
-    data = prepare(config, data_root(root))
+    data = prepare(loaded.config, images)
     opened = open_storage(url)
-    is_new = create_study(opened, study_name, preset, config, data)
+    is_new = create_study(opened, study_name, loaded.name, data.config, data)
     study = OpenStudy(url, opened, *load_study(opened, study_name))
     with _resumable(study):
         _refuse_if_copied(study, force)
@@ -101,10 +108,58 @@ def launch(
         _refuse_if_stopped(study)
         logger.info("%s study %r in %s", "starting" if is_new else "resuming", study_name, shown(url))
         if is_new:
-            for sentence in config_warnings(config, data):
+            for sentence in config_warnings(data.config, data):
                 logger.warning("%s", sentence)
             _log_estimate(study, workforce, data.sizes)
-        _run(study, workforce, data_root(root), allow_failures, hook)
+        _run(study, workforce, images, allow_failures, hook)
+
+
+def check(
+    source: Source,
+    assignments: Assignments = None,
+    device: Device = "auto",
+    root: DataRoot = None,
+    code: Code = None,
+) -> None:
+    """Validate a config and say what it will run, without touching a database.
+
+    Example: study check quick
+    """
+    import math
+
+    from study import estimate
+    from study.config.loading import load
+    from study.create import config_warnings, prepare
+    from study.launchers.worker_count import local_devices
+    from study.search import space
+    from study.trial import components
+
+    loaded = load(source, assignments or [])
+    _allow_code(code, loaded.folder)
+    data = prepare(loaded.config, data_root(root) or loaded.data_root)
+    config = data.config
+    trials = space.queued_trials(config)
+    typer.echo(f"{loaded.name}: {len(trials)} trials, sampler {config.search.sampler.kind}")
+    for name in config.searched():
+        typer.echo(f"  {name}: {space.shown(config.searched()[name])}")
+    train, validation, test = data.sizes
+    typer.echo(
+        f"data: {config.data.name}, {len(data.classes)} classes, images of {' x '.join(map(str, data.shape))}; "
+        f"{train:,} train, {validation:,} validate, {test:,} test ({config.data.protocol} protocol)"
+    )
+    for name in config.networks():
+        parameters = components.first_parameters(config, network=name)
+        network = components.make_network(parameters, data.shape, len(data.classes), config.search.seed)
+        count = sum(math.prod(each.shape) for each in network.parameters())
+        typer.echo(f"network: {name}, {count:,} parameters")
+    devices = local_devices(device, None)
+    parallel = devices if devices[0] == "cpu" else set(devices)
+    if pace := estimate.recall(config, devices[0].partition(":")[0]):
+        typer.echo(f"time: {estimate.estimate(config, pace, len(parallel), data.sizes)} (measured on {pace.on})")
+    else:
+        typer.echo(f"time: not measured on this machine; study bench {source}")
+    for sentence in config_warnings(config, data):
+        logger.warning("%s", sentence)
 
 
 def resume(
@@ -123,6 +178,7 @@ def resume(
     workers: Workers = None,
     threads: Threads = None,
     root: DataRoot = None,
+    code: Code = None,
     allow_failures: AllowFailures = 0,
     force: Force = False,
     launcher: LauncherOption = "local",
@@ -142,6 +198,7 @@ def resume(
     from study.launchers.launcher import LaunchOptions
 
     url = storage_url(storage)
+    _allow_code(code)
     options = LaunchOptions(
         launcher=launcher, device=device, workers=workers, threads=threads, address=address,
         gpus_per_worker=gpus, cpus_per_worker=cpus, detach=detach, storage_option=storage,
@@ -182,6 +239,7 @@ def worker(
     storage: Storage = None,
     device: Device = "auto",
     root: DataRoot = None,
+    code: Code = None,
     wait: Annotated[bool, typer.Option(help="Wait while others work, in case they die.")] = True,
 ) -> None:
     """Add one worker process on one device of this machine to a study.
@@ -191,12 +249,13 @@ def worker(
     from study.trial.runner import DatabaseUnavailable
     from study.worker.worker import work
 
+    _allow_code(code)
     try:
-        code = work(name, storage_url(storage), device, data_root(root), wait=wait)
+        exit_code = work(name, storage_url(storage), device, data_root(root), wait=wait)
     except DatabaseUnavailable as error:
         logger.error("%s", error)
         raise typer.Exit(exit_codes.DATABASE_UNAVAILABLE) from None
-    raise typer.Exit(code)
+    raise typer.Exit(exit_code)
 
 
 def confirm(
@@ -211,6 +270,7 @@ def confirm(
     workers: Workers = None,
     threads: Threads = None,
     root: DataRoot = None,
+    code: Code = None,
     allow_failures: AllowFailures = 0,
 ) -> None:
     """Run the best settings again on fresh seeds, then evaluate them once on the test split.
@@ -222,6 +282,7 @@ def confirm(
     from study.launchers.launcher import LaunchOptions
 
     url = storage_url(storage)
+    _allow_code(code)
     searched = open_study(url, name)
     config, origin = confirmation(searched.study, searched.config, top, seeds)
     workforce, _ = _launcher(LaunchOptions(device=device, workers=workers, threads=threads), url, None)
@@ -229,7 +290,7 @@ def confirm(
     if data.fingerprint != searched.study.user_attrs["data_fingerprint"]:
         raise UserError(f"the data here are not those of the study {name!r}; use the same images (--data-root)")
     confirming = new_name or f"{name}-confirmed"
-    create_study(searched.storage, confirming, f"confirm {name}", config, data, origin)
+    create_study(searched.storage, confirming, f"confirm {name}", data.config, data, origin)
     study = OpenStudy(url, searched.storage, *load_study(searched.storage, confirming))
     with _resumable(study):
         _refuse_if_stopped(study)
@@ -238,19 +299,26 @@ def confirm(
 
 
 def bench(
-    preset: Annotated[str | None, typer.Argument(help="A preset. Default: all of them.", show_default=False)] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="A preset or a config file. Default: all presets.", show_default=False)
+    ] = None,
     assignments: Assignments = None,
     device: Device = "auto",
+    code: Code = None,
 ) -> None:
     """Measure this machine for some seconds and say how long a preset will take on it.
 
     Example: study bench paper-grid
     """
     from study import estimate
-    from study.config.loading import load_config, preset_names
+    from study.config.loading import load, preset_names
     from study.launchers.worker_count import local_devices, worker_threads
 
-    configs = {name: load_config(name, assignments or []) for name in ([preset] if preset else preset_names())}
+    configs = {}
+    for each in [source] if source else preset_names():
+        loaded = load(each, assignments or [])
+        _allow_code(code, loaded.folder)
+        configs[loaded.name] = loaded.config
     devices = local_devices(device, None)
     parallel = devices if devices[0] == "cpu" else set(devices)
     paces: dict[tuple[object, ...], estimate.Pace] = {}
@@ -260,6 +328,13 @@ def bench(
             paces[key] = estimate.measure(config, devices[0], worker_threads())
             estimate.remember(config, devices[0].partition(":")[0], paces[key])
         typer.echo(f"{name}: {estimate.estimate(config, paces[key], len(parallel))}")
+
+
+def _allow_code(folders: list[Path] | None, config_folder: Path | None = None) -> None:
+    """Allow own code: in the folders of `--code`, and in that of the config file that a person launches."""
+    from study.config.extensions import allow
+
+    allow([*(folders or []), *([] if config_folder is None else [config_folder])])
 
 
 def _launcher(options: LaunchOptions, url: str, budget: list[str] | None) -> tuple[Launcher, dict[str, float] | None]:

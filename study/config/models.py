@@ -663,7 +663,7 @@ class StudyConfig(Section):
 
     def own_code(self) -> tuple[str, ...]:
         """The import paths that it names."""
-        named = (self.data.name, *self._values("network"), *self._values("policy"))
+        named = (self.data.name, *self.networks(), *self.policies())
         return tuple(dict.fromkeys(name for name in named if is_import_path(name)))
 
     def with_counts(self, train_images: int) -> StudyConfig:
@@ -685,8 +685,11 @@ class StudyConfig(Section):
 
     def policies(self) -> tuple[str, ...]:
         """All that its trials are trained under."""
-        names = self.searched().get("policy", self.policy.name)
-        return (names,) if isinstance(names, str) else tuple(names)
+        return self._values("policy")
+
+    def networks(self) -> tuple[str, ...]:
+        """All that its trials train."""
+        return self._values("network")
 
     def _listed(self) -> dict[str, Any]:
         """Of the parameters with lists and ranges those that mean something to one choice at least."""

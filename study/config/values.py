@@ -133,22 +133,12 @@ def searchable(
 
     def one(value: Any) -> Any:
         if parts and isinstance(value, str):
-            part(value)
-            return value.strip()
+            return _checked_part(value)
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
         fits = isinstance(value, kind) if kind in (str, bool) else is_number
         if not fits or (kind is int and value != int(value)) or not holds(value):
             raise ValueError(f"must be {rule}, got {value!r}")
         return kind(value)
-
-    def interval(value: Mapping[str, Any]) -> Any:
-        if parts and isinstance(value.get("low"), str):
-            return PartRange.model_validate(dict(value))
-        span = Range.model_validate(dict(value))
-        one(span.low), one(span.high)
-        if kind is int and span.step is not None and span.step != int(span.step):
-            raise ValueError("a range of whole numbers needs whole low, high and step")
-        return span
 
     def parse(value: Any) -> Any:
         if value is None or isinstance(value, PartRange):  # None: for fields that may be left out
@@ -158,10 +148,25 @@ def searchable(
         if isinstance(value, Range):
             value = value.model_dump()
         if isinstance(value, Mapping) and kind not in (str, bool):
-            return interval(value)
+            return _interval(kind, one, value, parts=parts)
         return one(value)
 
     return BeforeValidator(parse)
+
+
+def _interval(kind: type, one: Callable[[Any], Any], value: Mapping[str, Any], *, parts: bool) -> Range | PartRange:
+    if parts and isinstance(value.get("low"), str):
+        return PartRange.model_validate(dict(value))
+    span = Range.model_validate(dict(value))
+    one(span.low), one(span.high)
+    if kind is int and span.step is not None and span.step != int(span.step):
+        raise ValueError("a range of whole numbers needs whole low, high and step")
+    return span
+
+
+def _checked_part(text: str) -> str:
+    part(text)
+    return text.strip()
 
 
 def _list_of(one: Callable[[Any], Any], values: list[Any] | tuple[Any, ...]) -> tuple[Any, ...]:

@@ -105,6 +105,13 @@ def distribution(config: StudyConfig, name: str) -> BaseDistribution:
     return IntDistribution(int(low), int(high)) if whole else FloatDistribution(low, high)
 
 
+def shown(values: Any) -> str:
+    """A list or a range as text."""
+    if isinstance(values, tuple):
+        return ", ".join(map(str, values))
+    return f"{values.low:g} to {values.high:g}{' (log)' if values.log else ''}"
+
+
 def suggest(trial: optuna.Trial, config: StudyConfig) -> Parameters:
     """The trial's searched parameters: those it has stay, the others are drawn by the study's sampler."""
     chosen: Parameters = {}

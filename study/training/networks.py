@@ -97,7 +97,7 @@ def make_network(
     if name == "paper":
         return CNN(classes, generator(seed, "weights"), channels=channels, **arguments)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "weights"))
+        torch.default_generator.manual_seed(stream_seed(seed, "weights"))
         try:
             if name.startswith(TORCHVISION):
                 return _torchvision(name.removeprefix(TORCHVISION), classes, channels, dict(arguments))

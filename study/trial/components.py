@@ -9,6 +9,7 @@ from torch import nn
 
 from study.config import augmentations, extensions
 from study.config.models import POLICY_PARAMETERS, StudyConfig
+from study.config.values import first
 from study.search.space import Parameters
 from study.training import networks, policies
 from study.training.augment import make_augmentation
@@ -18,9 +19,7 @@ from study.training.schedules import Schedule
 from study.training.trainer import TrainingOptions
 
 
-def make_network(
-    config: StudyConfig, parameters: Parameters, shape: tuple[int, ...], classes: int, seed: int
-) -> nn.Module:
+def make_network(parameters: Parameters, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
     """The network of a trial with its initial weights.
 
     Args:
@@ -85,10 +84,15 @@ def check_network(config: StudyConfig, parameters: Parameters, shape: tuple[int,
     Raises:
         UserError, DataError: it cannot be made, or does not turn such images into logits.
     """
-    network = make_network(config, parameters, shape, classes, config.search.seed)
+    network = make_network(parameters, shape, classes, config.search.seed)
     images = torch.zeros((2, *shape))
     batch = images.permute(0, 3, 1, 2) if images.ndim == 4 else images
     networks.check_output(network, batch, classes, parameters["network"])
+
+
+def first_parameters(config: StudyConfig, **chosen: Any) -> Parameters:
+    """All parameters of a trial with `chosen` and the first value of every list."""
+    return {name: first(value) for name, value in config.searchable().items()} | chosen
 
 
 def _arguments(section: str, parameters: Parameters) -> dict[str, Any]:

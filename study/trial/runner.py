@@ -74,7 +74,7 @@ def make_trainer(config: StudyConfig, data: DeviceData, chosen: space.Parameters
     parameters = space.settings(config, chosen)
     return Trainer(
         data,
-        components.make_network(config, parameters, data.shape, data.classes, seed),
+        components.make_network(parameters, data.shape, data.classes, seed),
         components.make_policy(parameters, len(data.train_labels), seed),
         seed,
         components.training_options(config, parameters),

@@ -242,7 +242,9 @@ def predictions(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad(), trainer._autocast():
         parts = (trainer.data.validation_images, trainer.data.test_images)
         classes = [
-            trainer.network(trainer._normalised(images)).argmax(1) for images in parts if isinstance(images, torch.Tensor)
+            trainer.network(trainer._normalised(images)).argmax(1)
+            for images in parts
+            if isinstance(images, torch.Tensor)
         ]
     return classes[0], classes[1]
 
