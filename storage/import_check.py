@@ -99,6 +99,8 @@ RULES: dict[sa.Table, tuple[str, ...]] = {
     EPOCHS: (
         "epoch >= 1",
         "accuracy BETWEEN 0 AND 1",
+        "balanced_accuracy IS NULL OR balanced_accuracy BETWEEN 0 AND 1",
+        "macro_f1 IS NULL OR macro_f1 BETWEEN 0 AND 1",
         "images >= 0",
         "k >= 0",
         "train_seconds >= 0 AND validation_seconds >= 0",

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from storage.optuna_internals import models
 
-SCHEMA_VERSION = "0003"
+SCHEMA_VERSION = "0004"
 """Of our tables; the newest of `storage/migrations/versions`."""
 BASELINE = "0001"
 """Of tables without a version: program version 0.1.0."""
@@ -89,6 +89,10 @@ EPOCHS = sa.Table(
     sa.Column("selection_seconds", sa.Double, doc="Choosing the epoch's images."),
     sa.Column("seen", sa.Integer, doc="Different images trained on up to here."),
     sa.Column("joules", sa.Double, doc="Energy of the epoch; NULL: the device does not tell."),
+    # NULL in rows of versions before schema version 0004.
+    sa.Column("validation_loss", sa.Double, doc="Mean cross entropy of the validation images, nats."),
+    sa.Column("balanced_accuracy", sa.Double, doc="Mean validation accuracy of the classes, in [0, 1]."),
+    sa.Column("macro_f1", sa.Double, doc="Mean F1 score of the classes on the validation images, in [0, 1]."),
 )
 
 ATTEMPTS = sa.Table(
