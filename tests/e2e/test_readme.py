@@ -165,7 +165,7 @@ def check_command(command: str) -> None:
     if verb == "launch":
         given = context.params
         trials = [f"search.trials={given['trials']}"] if given["trials"] else []
-        load_config(given["preset"], [*(given["assignments"] or []), *trials])
+        load_config(given["source"], [*(given["assignments"] or []), *trials])
 
 
 def test_it_is_short_and_fits_a_screen() -> None:

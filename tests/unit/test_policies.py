@@ -55,13 +55,25 @@ def members(policy: Policy) -> set[int]:
 @unhurried(max_examples=60)
 def test_active_set_always_has_alpha_images_none_twice(name: str, set_up: dict[str, Any], curve: list[float]) -> None:
     policy = policy_of(name, set_up)
-    size = set_up["total"] if name in ("full", "infobatch") else set_up["alpha"]
+    size = set_up["total"] if name in ("full", "infobatch", "el2n") else set_up["alpha"]
     for epoch, accuracy in enumerate(curve, 1):
         assert len(policy.active) == len(members(policy)) == size
         assert members(policy) <= set(range(set_up["total"]))
         done = policy.update(epoch, accuracy)
-        size = set_up["total"] - done.k if name == "infobatch" else size
+        if name == "infobatch" or (name == "el2n" and done.kind == "soft"):
+            size = set_up["total"] - done.k
     assert len(policy.active) == len(members(policy)) == size
+
+
+def test_el2n_keeps_the_images_with_the_longest_errors() -> None:
+    policy = make_policy("el2n", 6, 0, alpha=2, score_epochs=2)
+    for epoch, errors in enumerate(([0.9, 0.1, 0.1, 0.1, 0.1, 0.8], [0.1, 0.9, 0.2, 0.7, 0.3, 0.1]), 1):
+        for index in (torch.tensor([5, 3, 1]), torch.tensor([0, 2, 4])):
+            policy.observe(index, torch.tensor(errors)[index])
+        done = policy.update(epoch, 0.5)
+    assert policy.active.tolist() == [1, 3]
+    assert (done.kind, done.k) == ("soft", 4)
+    assert policy.update(3, 0.4).kind == "keep"
 
 
 @given(set_up=set_ups(), curve=accuracies)

@@ -1,0 +1,174 @@
+"""Own networks, data, policies, optimizers and augmentation: what runs, and that a killed trial resumes bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storage.errors import UserError
+from study.config import extensions
+from study.create import prepare
+from study.training.data.dataset import DataError
+from study.training.trainer import Trainer
+from tests.support import own_code
+from tests.support.harness import Harness, StopAfter, config_of
+
+CODE = Path(own_code.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _code_is_allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(extensions.VARIABLE, str(CODE))
+    path = list(__import__("sys").path)
+    yield
+    __import__("sys").path[:] = path
+
+
+ONE_TRIAL: dict[str, Any] = {"policy": {"alpha": 60, "beta": 0.5}, "training": {"epochs": 3, "batch_size": 25}}
+PARTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "torchvision with dropout": {"network": {"name": "torchvision:mobilenet_v3_small"}},
+    "own network with dropout": {"network": {"name": "own_code:make", "arguments": {"dropout": 0.4}}},
+    "sgd, one-cycle": {
+        "training": {
+            **ONE_TRIAL["training"], "optimizer": "sgd", "nesterov": True, "lr": 0.05, "schedule": "one-cycle",
+            "label_smoothing": 0.1, "clip": 1.0,
+        },
+    },
+    "adamw, cosine, average": {
+        "training": {**ONE_TRIAL["training"], "optimizer": "adamw", "schedule": "cosine", "warmup": 0.1, "ema": 0.9},
+    },
+    "host": {"data": {"placement": "host", "augment": True}},
+    "augmentation list": {"data": {"augment": ["flip", "RandAugment", "ColorJitter(brightness=0.4)"]}},
+    "own policy": {"policy": {"name": "own_code:Hardest", "alpha": 60, "arguments": {"keep": 0.25}}},
+    "el2n": {"policy": {"name": "el2n", "alpha": 60, "score_epochs": 1}},
+    "macro F1": {"search": {"metric": "macro_f1"}},
+}  # fmt: skip
+
+
+def harness(url: str, part: str, name: str = "s") -> Harness:
+    return Harness(url, config_of(**ONE_TRIAL | PARTS[part]), name)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_killed_trial_resumes_bit_for_bit(part: str, sqlite_url: str) -> None:
+    whole = harness(sqlite_url, part)
+    whole.work()
+    assert len(whole.study.trials[0].intermediate_values) == 3
+    killed = harness(sqlite_url, part, "killed")
+    for _ in range(2):  # in mid epoch, each time by another worker
+        killed.work(StopAfter(4))
+        torch.rand(7)  # another process has other generators
+    killed.work()
+    assert killed.outcome() == whole.outcome()
+
+
+@pytest.mark.parametrize("part", ["torchvision with dropout", "own network with dropout", "augmentation list"])
+def test_without_the_generators_in_the_checkpoint_it_would_not(
+    part: str, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control."""
+    whole = harness(sqlite_url, part)
+    whole.work()
+    loads = Trainer.load_state_dict
+
+    def without(trainer: Trainer, state: dict[str, Any]) -> None:
+        fresh = [each.clone() for each in trainer.random or []]
+        loads(trainer, state)
+        trainer.random = fresh
+
+    monkeypatch.setattr(Trainer, "load_state_dict", without)
+    killed = harness(sqlite_url, part, "killed")
+    killed.work(StopAfter(4))
+    killed.work()
+    assert killed.outcome() != whole.outcome()
+
+
+def test_host_and_device_compute_the_same_bits(sqlite_url: str) -> None:
+    outcomes = []
+    for placement in ("host", "device"):
+        run = Harness(sqlite_url, config_of(**ONE_TRIAL, data={"placement": placement, "augment": True}), placement)
+        run.work()
+        outcomes.append(run.outcome())
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_table_trains_a_network_of_ones_own(sqlite_url: str) -> None:
+    config = config_of(
+        data={"name": "own_code:table", "train_images": None, "holdout": 0.2},
+        network={"name": "own_code:mlp"},
+        policy={"alpha": "50 %", "beta": 0.5},
+        training={"epochs": 12, "batch_size": 10, "lr": 0.05},
+    )
+    run = Harness(sqlite_url, config)
+    assert run.config.policy.alpha == 36  # half of the 72 rows that neither validate nor test
+    run.work()
+    assert run.study.best_value > 0.8
+
+
+def test_arguments_are_searched(sqlite_url: str) -> None:
+    config = config_of(
+        **ONE_TRIAL,
+        network={"name": ["paper", "own_code:make"], "arguments": {"hidden": [8, 12]}, "width": [0.05, 0.125]},
+    )
+    run = Harness(sqlite_url, config)
+    run.work()
+    assert [trial.params for trial in run.study.trials] == [
+        {"network": "paper", "width": 0.05},
+        {"network": "paper", "width": 0.125},
+        {"network": "own_code:make", "network.hidden": 8},
+        {"network": "own_code:make", "network.hidden": 12},
+    ]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_no_sampler_draws_what_a_constraint_forbids(sampler: str, sqlite_url: str) -> None:
+    config = config_of(
+        policy={"alpha": {"low": 20, "high": 100}, "beta": 0.5},
+        training={"epochs": [1, 2], "batch_size": 50},
+        search={"sampler": sampler, "trials": 8, "constraints": ["alpha * epochs <= 60"]},
+    )
+    run = Harness(sqlite_url, config)
+    run.work()
+    assert len(run.study.trials) == 8
+    assert all(trial.params["alpha"] * trial.params["epochs"] <= 60 for trial in run.study.trials)
+
+
+@pytest.mark.parametrize(
+    ("network", "fault"),
+    [
+        ({"name": "torchvision:resnet81"}, "did you mean"),
+        ({"name": "torchvision:resnet18", "arguments": {"colour": "red"}}, "cannot be made"),
+        ({"name": "torchvision:resnet18", "arguments": {"weights": "NONE"}}, "no weights 'NONE'"),
+        ({"name": "own_code:not_logits"}, r"logits of shape \[batch, classes\]"),
+        ({"name": "own_code:nothing"}, "has no function or class 'nothing'"),
+        ({"name": "elsewhere:make"}, "in no allowed folder"),
+        ({"name": "own_code:Dataset"}, "must be defined in"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused_before_the_launch(network: dict[str, Any], fault: str) -> None:
+    with pytest.raises((UserError, DataError), match=fault):
+        prepare(config_of(**ONE_TRIAL, network=network), None)
+
+
+def test_other_code_than_the_studys_is_refused(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "my_network_of_a_test.py"
+    source = Path(own_code.__file__).read_text()
+    file.write_text(source)
+    monkeypatch.setenv(extensions.VARIABLE, str(tmp_path))
+    config = config_of(**ONE_TRIAL, network={"name": "my_network_of_a_test:make"})
+    run = Harness(sqlite_url, config)
+    file.write_text(source + "\n# changed\n")
+    from study.create import check_code
+
+    with pytest.raises(UserError, match="is not that of the study"):
+        check_code(run.study, run.config)
+    monkeypatch.delenv(extensions.VARIABLE)
+    with pytest.raises(UserError, match="--code"):
+        check_code(run.study, run.config)
