@@ -163,6 +163,15 @@ def test_an_own_validation_split_is_converted_too() -> None:
     assert loaded.notes == ()
 
 
+def test_the_guides_example_is_a_data_set() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "own-data.md").read_text(encoding="utf-8")
+    code: dict[str, Any] = {}
+    exec(guide.partition("```python\n")[2].partition("```")[0], code)
+    loaded = sources.load("my_module:load", make=code["load"])
+    assert loaded.train_images.shape == (500, 48, 48, 1)
+    assert len(loaded.test_labels) == 100
+
+
 # Named data sets
 
 
