@@ -7,9 +7,10 @@ import math
 import uuid
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import optuna
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
@@ -98,6 +99,8 @@ class PreparedData:
     """As the study splits them: train, validation, test."""
     sizes: tuple[int, int, int]
     """The same numbers, in that order."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """`shape` of an image, number of `classes`, and by split the `largest` class's share: what guessing reaches."""
 
 
 def prepare(config: StudyConfig, root: str | None) -> PreparedData:
@@ -116,7 +119,9 @@ def prepare(config: StudyConfig, root: str | None) -> PreparedData:
     space.check_alpha(config, len(split.train_labels))
     labels = {"train": split.train_labels, "validation": split.validation_labels, "test": split.test_labels}
     counts = {name: len(part) for name, part in labels.items()}
-    return PreparedData(images.fingerprint, counts, (counts["train"], counts["validation"], counts["test"]))
+    shares = {name: round(float(np.bincount(part).max() / len(part)), 6) for name, part in labels.items() if len(part)}
+    facts = {"shape": list(images.train_images.shape[1:]), "classes": len(split.classes), "largest": shares}
+    return PreparedData(images.fingerprint, counts, (counts["train"], counts["validation"], counts["test"]), facts)
 
 
 def create_study(
@@ -157,7 +162,8 @@ def create_study(
         "preset": preset,
         "data_fingerprint": data.fingerprint,
         "images": data.images,
-        "protocol": PROTOCOLS[config.data.protocol],
+        "protocol": stored.get("protocol", PROTOCOLS[config.data.protocol]),  # worded otherwise by older versions
+        "data_facts": data.facts,
         **(more or {}),
     }
     if not existed:
@@ -214,7 +220,7 @@ def config_warnings(config: StudyConfig, data: PreparedData) -> list[str]:
     if "dynamic" in config.policies() and delta < spread:
         sentences.append(
             f"policy.delta {delta:g} is less than the noise of an accuracy on {images:,} validation images (binomial "
-            f"standard deviation {spread:.2g} at 85 %): most stalls will be chance"
+            f"standard deviation {spread:.2g} at 85 %): gains of that size can be chance"
         )
     resource = getattr(config.pruning, "min_resource", None)
     last = space.most_steps(config, data.images["train"])

@@ -12,7 +12,7 @@ from study.config.values import Integer, Range, Real, Section, is_searched, sear
 
 PROTOCOLS = {
     "paper": "paper: the test split validates, so it chose the best epoch too",
-    "holdout": "holdout: part of the training split validates, the test split is untouched",
+    "holdout": "holdout: part of the training split validates",
 }
 
 
@@ -43,7 +43,7 @@ class DataConfig(Section):
     name: Literal["digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "imagefolder"] = "digits"
     """A named data set, or `imagefolder`: a folder of images in `--data-root`."""
     protocol: Literal["holdout", "paper"] = "holdout"
-    """`holdout`: a stratified part of the training split validates and the test split stays untouched.
+    """`holdout`: a stratified part of the training split validates; the test split is evaluated only by `data.test`.
     `paper`: the test split validates, as in the paper; such numbers are selected on the test split."""
     holdout: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the training split that validates under the `holdout` protocol."""
@@ -52,10 +52,10 @@ class DataConfig(Section):
     augment: bool = False
     """Random horizontal flip and 4-pixel shift."""
     test: bool = False
-    """After a trial's last epoch, evaluate its best epoch's network once on the untouched test split (holdout only)."""
+    """After a trial's last epoch, evaluate its best epoch's network once on the test split (holdout only)."""
 
     @model_validator(mode="after")
-    def _test_is_untouched(self) -> DataConfig:
+    def _test_does_not_validate(self) -> DataConfig:
         if self.test and self.protocol == "paper":
             raise ValueError("test needs the holdout protocol: under `paper` the test split validates")
         return self
