@@ -115,7 +115,7 @@ def _said(said: Conclusions, beside: Sequence[str]) -> str:
 
 def _facts(data: StudyData) -> str:
     facts = [*describe(data)]
-    facts += [(f"Trial {number}", f"excluded: {why}") for number, why in data.status.excluded.items()]
+    facts += [("Excluded", f"Trial {number} is excluded: {why}") for number, why in data.status.excluded.items()]
     facts += [("Budget", line) for line in budget_lines(data.status.budgets, data.status.spent)]
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
     return f"<table class='facts'>{rows}</table>"
