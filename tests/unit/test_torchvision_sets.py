@@ -52,7 +52,7 @@ def make_mnist(root: Path, name: str = "MNIST", *, train: int = 30) -> dict[str,
     for part, count in (("train", train), ("t10k", 10)):
         written[part] = draws.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         write_idx(root / name / "raw" / f"{part}-images-idx3-ubyte", written[part])
-        write_idx(root / name / "raw" / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+        write_idx(root / name / "raw" / f"{part}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8))
     return written
 
 
@@ -90,6 +90,7 @@ def test_grey_sets_stay_grey(root: Path) -> None:
     assert larger.notes == ("40 images resized to 40x40 (from 28x28)",)
 
 
+@pytest.mark.slow
 def test_many_images_are_decoded_in_processes(root: Path) -> None:
     written = make_mnist(root, train=decoding.CHUNK + 100)
     loaded = load("MNIST", root)
