@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dashboards import paper
 from dashboards.formatting import label
 from dashboards.statistics import (
+    LEVEL,
     Comparison,
+    Ratio,
     Summary,
     any_difference,
     binomial_noise,
     compare,
-    holm,
+    expected_fall,
     holm_corrected,
+    maybe_best,
+    ratio,
+    simultaneous,
     summary,
 )
 from dashboards.study_data import StudyData, TrialRow
@@ -32,6 +36,8 @@ class Cell:
     rows: tuple[TrialRow, ...]
     ended: tuple[TrialRow, ...]
     """Complete and pruned."""
+    images: Mapping[str, int] = field(default_factory=dict)
+    """How many there are to measure on, by split: the noise that they bring into an accuracy. Empty: not known."""
 
     @property
     def label(self) -> str:
@@ -47,13 +53,19 @@ class Cell:
 
     @property
     def accuracy(self) -> Summary:
-        """Over the complete trials; where there are none, over the pruned ones, which is no estimate of anything."""
-        return summary([row.value or 0.0 for row in self.rows or self.ended])
+        """In validation, over the complete trials; where there are none, over the pruned ones, which is no estimate of
+        anything.
+        """
+        return summary([row.value or 0.0 for row in self.rows or self.ended], self.images.get("validation"))
 
     @property
     def test(self) -> Summary | None:
         values = [row.test for row in self.rows if row.test is not None]
-        return summary(values) if values else None
+        return summary(values, self.images.get("test")) if values else None
+
+    def measured(self, measure: str) -> Summary:
+        """`accuracy` or, where `measure` is `test`, `test`."""
+        return (self.test if measure == "test" else None) or self.accuracy
 
     def mean(self, name: str) -> float:
         return statistics.fmean(getattr(row, name) for row in self.rows or self.ended)
@@ -73,7 +85,7 @@ def cells_of(data: StudyData) -> list[Cell]:
         if row.state in ("complete", "pruned") and row.value is not None:
             by_setting[tuple(chosen.items())].append(row)
     return [
-        Cell(dict(key), tuple(row for row in rows if row.state == "complete"), tuple(rows))
+        Cell(dict(key), tuple(row for row in rows if row.state == "complete"), tuple(rows), data.counts)
         for key, rows in by_setting.items()
         if rows
     ]
@@ -85,22 +97,44 @@ class Findings:
 
     cells: list[Cell]
     measure: str
-    """`test` if every complete trial has had the last word on the test split, else `value` (validation)."""
+    """`test` if every complete trial has been evaluated on the test split, else `value` (validation)."""
     comparisons: list[Comparison]
+    """One family: their intervals hold together."""
     effects: dict[str, float]
     """For a grid of alpha and beta: p of "alpha makes no difference", "beta makes none" (Friedman, Holm-corrected)."""
-    ratios: dict[str, Summary] = field(default_factory=dict)
-    """Cell label to its seconds over those of the full run of the same seed."""
+    ratios: dict[str, Ratio] = field(default_factory=dict)
+    """Cell label to its seconds over those of the full run of the same seed and device."""
+    candidates: list[Cell] = field(default_factory=list)
+    """The settings that may be the best (95 %), the highest mean first; empty where settings are single runs."""
+    fall: float | None = None
+    """By how much the highest mean is expected to be lower on fresh seeds; None where that cannot be estimated."""
+
+    @property
+    def complete(self) -> list[Cell]:
+        """Cells with complete trials, the highest mean first."""
+        having = [cell for cell in self.cells if cell.rows]
+        return sorted(having, key=lambda cell: -cell.measured(self.measure).mean)
 
 
 def findings(data: StudyData) -> Findings:
     cells = cells_of(data)
     done = [row for cell in cells for row in cell.rows]
     measure = "test" if done and all(row.test is not None for row in done) else "value"
-    pairs = [compare(a.label, b.label, a.by_seed(measure), b.by_seed(measure)) for a, b in _opponents(cells)]
-    return Findings(
-        cells, measure, holm([c for c in pairs if c is not None]), _effects(cells, data, measure), _ratios(cells)
-    )
+    images = data.counts.get("test" if measure == "test" else "validation")
+    resolution = 1 / images if images else 0.0
+    pairs = [
+        compare(a.label, b.label, a.by_seed(measure), b.by_seed(measure), resolution) for a, b in _opponents(cells)
+    ]
+    found = Findings(
+        cells, measure, simultaneous([c for c in pairs if c is not None]), _effects(cells, data, measure),
+        _ratios(cells),
+    )  # fmt: skip
+    complete = found.complete
+    if not complete or (data.config.search.replicates < 2 and any(len(cell.rows) < 2 for cell in complete)):
+        return found
+    values = [cell.by_seed(measure) for cell in complete]
+    candidates = [cell for cell, p in zip(complete, maybe_best(values, resolution), strict=True) if p >= LEVEL]
+    return replace(found, candidates=candidates, fall=expected_fall(values))
 
 
 def _opponents(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
@@ -118,15 +152,22 @@ def _else_equal(a: Cell, b: Cell) -> bool:
     return all(a.parameters[name] == b.parameters[name] for name in common) and alone <= POLICY_SPECIFIC
 
 
-def _ratios(cells: Sequence[Cell]) -> dict[str, Summary]:
-    ratios = {}
+def _ratios(cells: Sequence[Cell]) -> dict[str, Ratio]:
+    """Of each cell that has a full run to stand against, as one family; times of two kinds of device do not compare."""
+    pairs: dict[str, list[float]] = {}
     for full in (cell for cell in cells if cell.policy == "full"):
-        theirs = {row.seed: row.seconds for row in full.rows}
+        theirs = {(row.seed, *_machine(row)): row.seconds for row in full.rows}
         for cell in (cell for cell in cells if _else_equal(cell, full) or cell is full):
-            own = [row.seconds / theirs[row.seed] for row in cell.rows if theirs.get(row.seed)]
+            keyed = [(row.seconds, theirs.get((row.seed, *_machine(row)))) for row in cell.rows]
+            own = [ours / other for ours, other in keyed if other and ours]
             if own:
-                ratios[cell.label] = summary(own)
-    return ratios
+                pairs[cell.label] = own
+    tested = sum(len(own) > 1 and set(own) != {1.0} for own in pairs.values())
+    return {name: ratio(own, max(1, tested)) for name, own in pairs.items()}
+
+
+def _machine(row: TrialRow) -> tuple[Any, Any]:
+    return row.attributes.get("device"), row.attributes.get("host")
 
 
 def _effects(cells: Sequence[Cell], data: StudyData, measure: str) -> dict[str, float]:
@@ -176,17 +217,6 @@ def grid(data: StudyData) -> Grid | None:
         tuple(sorted(searched["beta"])),
         {(cell.parameters["alpha"], cell.parameters["beta"]): cell for cell in cells_of(data)},
     )
-
-
-def papers(data: StudyData, cell: Cell) -> paper.Printed | None:
-    """What the paper prints for the cell's policy, beta, and part of all training images."""
-    total, settings = data.counts.get("train"), cell.ended[0].settings
-    if not total or data.config.data.protocol != "paper":
-        return None
-    alpha = cell.ended[0].alpha
-    theirs = None if alpha is None else round(paper.IMAGES * alpha / total)
-    beta = settings["beta"] if cell.policy == "dynamic" else None
-    return paper.printed(cell.policy, theirs, beta, augment=data.config.data.augment is True)
 
 
 def noise(data: StudyData) -> float | None:

@@ -50,3 +50,15 @@ def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tupl
     for line in lines:
         table.add_row(*(Text(printable(cell)) for cell in line))
     return table
+
+
+def points(fraction: float) -> str:
+    """A difference of accuracies: `1 point`, `0.52 points`."""
+    text = f"{100 * fraction:.2f}"
+    text = text.rstrip("0").rstrip(".") if text.endswith("0") else text
+    return f"{text} {'point' if text == '1' else 'points'}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 seed`, `12 seeds`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

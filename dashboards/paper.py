@@ -68,16 +68,9 @@ CAVEATS = (
     "Against the full run it loses 2.48 points (Table 4) and 1.75 points (Table 5).",
     "One setting (alpha 25,000, beta 0.7) stands with 84.7 % in 33:52 in Table 2 and with 83.99 % in 31:01 in Table 4: "
     "0.7 points and 8 % of time between two runs. Tables 2 to 4 are single runs.",
+    "An accuracy near 83 % on 10,000 images has a binomial standard deviation of 0.38 points.",
 )
 """What its own numbers do and do not carry: derived from the tables."""
-
-
-def printed(policy: str, alpha: int | None, beta: float | None, *, augment: bool) -> Printed | None:
-    """What the paper prints for a setting of its own protocol on the whole of CIFAR-10, if it does."""
-    for run in (*GRID, *TABLE_4, *TABLE_5):
-        if (run.policy, run.alpha, run.beta, run.augment) == (policy, alpha, beta, augment):
-            return run
-    return None
 
 
 def time_ratio(*, augment: bool) -> float:

@@ -103,7 +103,10 @@ def read(engine: sa.Engine, name: str) -> Status:
         name=name,
         preset=attributes.get("preset", ""),
         config=attributes["config"],
-        protocol=attributes.get("protocol", attributes["config"].get("data", {}).get("protocol", "")),
+        # Studies of version 0.2 and older store a promise after the comma that need not be true any more.
+        protocol=attributes.get("protocol", attributes["config"].get("data", {}).get("protocol", "")).removesuffix(
+            ", the test split is untouched"
+        ),
         progress=now,
         best_parameters={} if now.best_trial is None else queries.parameters(engine, study_id, now.best_trial),
         budgets=controls.budgets,
@@ -147,7 +150,9 @@ def heading(status: Status) -> list[str]:
     ]
     if status.progress.best_trial is not None:
         chosen = f", {label(status.best_parameters)}" if status.best_parameters else ""
-        lines.append(f"best {percent(status.progress.best)}: trial {status.progress.best_trial}{chosen}")
+        runs = status.progress.states["complete"]
+        which = f"highest of {runs:,} complete trials" if runs > 1 else "the one complete trial"
+        lines.append(f"{which} {percent(status.progress.best)}: trial {status.progress.best_trial}{chosen}")
     lines += budget_lines(status.budgets, status.spent)
     if status.ended_early:
         lines.append(f"ended early: {status.ended_early}")

@@ -16,7 +16,7 @@ from dashboards.status import Status
 from storage import queries
 from storage.cached_storage import CachedStorage
 from storage.optuna_internals import storage_of, study_id_of
-from storage.queries import Attempt
+from storage.queries import Attempt, TestSplitUse
 from study.config.loading import parse_config
 from study.config.models import StudyConfig, means_something
 from study.search.space import settings
@@ -49,7 +49,7 @@ class TrialRow:
     selection_seconds: float
     joules: float | None
     test: float | None
-    """Accuracy of the best epoch's network on the untouched test split, where the study asks for it."""
+    """Accuracy of the best epoch's network on the test split, where the study asks for it."""
     error: str | None
     attributes: dict[str, Any]
 
@@ -81,6 +81,12 @@ class StudyData:
     attempts: tuple[Attempt, ...]
     study: optuna.Study
     status: Status
+    test_uses: tuple[TestSplitUse, ...] = ()
+    """All studies of the database that have evaluated the test split of these data."""
+    studies: frozenset[str] = frozenset()
+    """Names of all studies of the database."""
+    storage_option: str | None = None
+    """What commands in sentences need for `--storage`; None: nothing."""
 
     @property
     def engine(self) -> sa.Engine:
@@ -103,14 +109,37 @@ class StudyData:
         return dict(self.study.user_attrs.get("images", {}))
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """Of the data: `shape` of an image, number of `classes`, by split the `largest` class's share."""
+        return dict(self.study.user_attrs.get("data_facts", {}))
+
+    @property
+    def classes(self) -> int | None:
+        """None for studies of versions that did not store it."""
+        count = self.facts.get("classes")
+        return count if isinstance(count, int) and count > 0 else None
+
+    @property
+    def guess(self) -> float | None:
+        """The accuracy in validation of always guessing the largest class, or one at random if that is more."""
+        if not self.classes:
+            return None
+        largest = self.facts.get("largest")
+        share = largest.get("validation") if isinstance(largest, dict) else None
+        return max(1 / self.classes, share if isinstance(share, float) and share <= 1 else 0.0)
+
+    @property
     def best(self) -> TrialRow | None:
         done = [row for row in self.rows if row.state == "complete" and row.value is not None]
         return max(done, key=lambda row: (row.value or 0.0, -row.number), default=None)
 
 
-def read(storage: RDBStorage, name: str) -> StudyData:
-    """Raises:
-    UserError: no such study.
+def read(storage: RDBStorage, name: str, storage_option: str | None = None) -> StudyData:
+    """Args:
+        storage_option: what commands in sentences need for `--storage`.
+
+    Raises:
+        UserError: no such study.
     """
     study_id, attributes = queries.find(storage.engine, name)
     config = parse_config(attributes["config"])
@@ -151,7 +180,9 @@ def read(storage: RDBStorage, name: str) -> StudyData:
     attempts = tuple(queries.attempts(storage.engine, study_id))
     return StudyData(
         name=name, preset=progress.preset, config=config, rows=tuple(rows), curves=curves, attempts=attempts,
-        study=study, status=progress,
+        study=study, status=progress, storage_option=storage_option,
+        studies=frozenset(queries.study_names(storage.engine)),
+        test_uses=tuple(queries.test_split_uses(storage.engine, attributes.get("data_fingerprint"))),
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from storage.schema import (
     SPENDING,
     STUDIES,
     STUDY_ATTRS,
+    STUDY_SYSTEM_ATTRS,
     TRIAL_ATTRS,
     TRIAL_PARAMS,
     TRIAL_SYSTEM_ATTRS,
@@ -60,7 +61,7 @@ MOST_NUMBER = 2**31 - 1
 HEADER = b"SQLite format 3\0"
 
 DIRECTIONS: sa.Table = models.StudyDirectionModel.__table__
-STUDY_SYSTEM_ATTRS: sa.Table = models.StudySystemAttributeModel.__table__
+
 REQUIRED = (
     STUDIES, DIRECTIONS, STUDY_ATTRS, STUDY_SYSTEM_ATTRS, TRIALS, TRIAL_PARAMS, TRIAL_VALUES, REPORTS, TRIAL_ATTRS,
     TRIAL_SYSTEM_ATTRS, LEASES, CHECKPOINTS, EPOCHS,
@@ -118,6 +119,7 @@ NUMBERS = frozenset(
 STUDY_ATTRIBUTES: dict[str, type] = {
     "config": dict, "preset": str, "data_fingerprint": str, "images": dict, "protocol": str, "budgets": dict,
     "stop": bool, "uid": str, "classes": list, EXCLUDED: dict, EARLY_END: dict,
+    "data_facts": dict, "confirms": dict, "test_asked": list,
 }  # fmt: skip
 
 

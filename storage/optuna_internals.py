@@ -20,6 +20,7 @@ from optuna.storages._rdb import models
 
 __all__ = [
     "DASHBOARD_NOTE",
+    "NOTE_LENGTH",
     "DashboardRoute",
     "OptunaCachedStorage",
     "forget_cached_trials",
@@ -28,6 +29,7 @@ __all__ = [
     "schema_revisions",
     "storage_of",
     "study_id_of",
+    "trial_note_keys",
     "with_storage",
 ]
 
@@ -39,6 +41,14 @@ __all__ = [
 
 DASHBOARD_NOTE = re.compile(r"dashboard:(\d+):")
 """optuna-dashboard keeps the note on a trial among the study's system attributes, under the trial's id."""
+
+NOTE_LENGTH = 2045
+"""Characters of a part of a note (SYSTEM_ATTR_MAX_LENGTH in optuna_dashboard._note)."""
+
+
+def trial_note_keys(trial_id: int) -> tuple[str, str]:
+    """System attributes of the study with the version and the first part of the note on a trial."""
+    return f"dashboard:{trial_id}:note_ver", f"dashboard:{trial_id}:note_str:0"
 
 
 class DashboardRoute(StrEnum):

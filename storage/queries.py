@@ -123,6 +123,48 @@ def _lacks_our_rows(connection: sa.Connection, study_id: int) -> bool:
     return connection.scalar(finished) is not None and connection.scalar(claimed) is None
 
 
+@dataclass(frozen=True)
+class TestSplitUse:
+    """A study that has looked at the test split of its data."""
+
+    study: str
+    evaluations: int
+    """Trials whose best network was evaluated on it."""
+    validates: bool
+    """Whether it validates there, epoch by epoch (the `paper` protocol)."""
+
+
+def study_names(engine: sa.Engine) -> set[str]:
+    with engine.connect() as connection:
+        return set(connection.scalars(sa.select(STUDIES.c.study_name)))
+
+
+def test_split_uses(engine: sa.Engine, fingerprint: str | None) -> list[TestSplitUse]:
+    """The studies on the data with this fingerprint that have evaluated the test split, by name."""
+    data = sa.and_(STUDY_ATTRS.c.key == "data_fingerprint", STUDY_ATTRS.c.value_json == json.dumps(fingerprint))
+    same = sa.select(STUDY_ATTRS.c.study_id).where(data)
+    config = sa.and_(STUDY_ATTRS.c.study_id == STUDIES.c.study_id, STUDY_ATTRS.c.key == "config")
+    named = sa.select(STUDIES.c.study_id, STUDIES.c.study_name, STUDY_ATTRS.c.value_json).join(STUDY_ATTRS, config)
+    of_trials = TRIALS.join(TRIAL_ATTRS, TRIALS.c.trial_id == TRIAL_ATTRS.c.trial_id)
+    evaluated = (
+        sa.select(TRIALS.c.study_id, sa.func.count())
+        .select_from(of_trials)
+        .where(TRIALS.c.study_id.in_(same), TRIAL_ATTRS.c.key == "test_accuracy")
+        .group_by(TRIALS.c.study_id)
+    )
+    begun = sa.select(TRIALS.c.study_id).where(TRIALS.c.study_id.in_(same), TRIALS.c.state != TrialState.WAITING)
+    uses = []
+    with engine.connect() as connection:
+        counts = {study_id: int(number) for study_id, number in connection.execute(evaluated)}
+        started = set(connection.scalars(begun.distinct()))
+        for study_id, name, text in connection.execute(named.where(STUDIES.c.study_id.in_(same))):
+            data_config = json.loads(text).get("data", {})
+            validates = data_config.get("protocol") == "paper" and study_id in started
+            if counts.get(study_id) or validates:
+                uses.append(TestSplitUse(name, counts.get(study_id, 0), validates))
+    return sorted(uses, key=lambda use: use.study)
+
+
 def progress(engine: sa.Engine, study_id: int) -> Progress:
     """How far a study is, in three small queries."""
     of_study = TRIALS.c.study_id == study_id

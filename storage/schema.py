@@ -122,6 +122,7 @@ SPENDING = sa.Table(
 
 # Optuna's own tables, through its models: names and types stay its business.
 STUDIES: sa.Table = models.StudyModel.__table__
+STUDY_SYSTEM_ATTRS: sa.Table = models.StudySystemAttributeModel.__table__
 STUDY_ATTRS: sa.Table = models.StudyUserAttributeModel.__table__
 TRIALS: sa.Table = models.TrialModel.__table__
 TRIAL_PARAMS: sa.Table = models.TrialParamModel.__table__

@@ -1,11 +1,11 @@
-"""User attributes of a study, read and written with one statement each."""
+"""Attributes of a study, read and written with one statement each."""
 
 from __future__ import annotations
 
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from storage import object_store
 from storage.engine import upsert
 from storage.retry import retry
-from storage.schema import STUDY_ATTRS
+from storage.schema import STUDY_ATTRS, STUDY_SYSTEM_ATTRS
 
 STORE_KEY = "checkpoint_key"
 """Key of the user attribute that marks the files of one study in one database; a copy of the study gets its own."""
@@ -69,3 +69,27 @@ def store_of(connection: sa.Connection, study_id: int, section: str) -> str:
     except (ValueError, TypeError, LookupError):
         return object_store.DATABASE
     return store if isinstance(store, str) else object_store.DATABASE
+
+
+def read_system_attributes(engine: sa.Engine, study_id: int, pattern: str) -> dict[str, Any]:
+    """Optuna's and optuna-dashboard's attributes of the study whose key is LIKE `pattern`."""
+    of_study = STUDY_SYSTEM_ATTRS.c.study_id == study_id
+    query = sa.select(STUDY_SYSTEM_ATTRS.c.key, STUDY_SYSTEM_ATTRS.c.value_json)
+    with engine.execution_options(reading=True).connect() as connection:
+        rows = connection.execute(query.where(of_study, STUDY_SYSTEM_ATTRS.c.key.like(pattern)))
+        return {key: json.loads(value) for key, value in rows}
+
+
+def set_system_attributes(engine: sa.Engine, study_id: int, values: Mapping[str, Any]) -> None:
+    """Set all of them in one transaction: Optuna's storage takes one for each."""
+    if not values:
+        return
+    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in values.items()]
+
+    def once() -> None:
+        insert = upsert(engine, STUDY_SYSTEM_ATTRS)
+        again = {"value_json": insert.excluded.value_json}
+        with engine.begin() as connection:
+            connection.execute(insert.on_conflict_do_update(index_elements=["study_id", "key"], set_=again), rows)
+
+    retry(once, PATIENCE_SECONDS)

@@ -37,6 +37,7 @@ from storage.schema import (
     SPENDING,
     STUDIES,
     STUDY_ATTRS,
+    STUDY_SYSTEM_ATTRS,
     TRIAL_ATTRS,
     TRIAL_SYSTEM_ATTRS,
     TRIAL_VALUES,
@@ -49,7 +50,7 @@ from storage.url import file_of, sqlite_url
 logger = logging.getLogger(__name__)
 
 HEARTBEATS: sa.Table = models.TrialHeartbeatModel.__table__
-STUDY_SYSTEM_ATTRS: sa.Table = models.StudySystemAttributeModel.__table__
+
 _EVERY = (*models.BaseModel.metadata.sorted_tables, *METADATA.sorted_tables)
 OF_STUDY = tuple(table for table in _EVERY if "study_id" in table.c and table not in (STUDIES, TRIALS))
 OF_TRIAL = tuple(table for table in _EVERY if "trial_id" in table.c and table is not TRIALS)

@@ -7,7 +7,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -108,10 +108,10 @@ class PreparedData:
     classes: tuple[str, ...]
     shape: tuple[int, ...]
     """Of one image: (height, width, channels), or (features,)."""
-    largest_class: float
-    """The part of the validation images that the largest class has."""
     code: str | None
     """SHA-256 of the own code that the study names; None: it names none."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """`shape` of an image, number of `classes`, and by split the `largest` class's share: what guessing reaches."""
 
 
 def prepare(config: StudyConfig, root: str | None) -> PreparedData:
@@ -133,6 +133,8 @@ def prepare(config: StudyConfig, root: str | None) -> PreparedData:
         logger.info("%s", note)
     space.check_alpha(config, len(split.train_labels))
     counts = {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)}
+    labels = {"train": split.train.labels, "validation": split.validation.labels, "test": split.test.labels}
+    shares = {name: round(float(np.bincount(part).max() / len(part)), 6) for name, part in labels.items() if len(part)}
     data = PreparedData(
         images.fingerprint,
         counts,
@@ -140,8 +142,8 @@ def prepare(config: StudyConfig, root: str | None) -> PreparedData:
         config,
         split.classes,
         tuple(images.train_images.shape[1:]),
-        float(np.bincount(split.validation.labels).max() / counts["validation"]),
         code,
+        {"shape": list(images.train_images.shape[1:]), "classes": len(split.classes), "largest": shares},
     )
     _check_trials(config, data)
     return data
@@ -216,9 +218,8 @@ def create_study(
         "preset": preset,
         "data_fingerprint": data.fingerprint,
         "images": data.images,
-        "shape": list(data.shape),
-        "largest_class": data.largest_class,
-        "protocol": PROTOCOLS[config.data.protocol],
+        "protocol": stored.get("protocol", PROTOCOLS[config.data.protocol]),  # worded otherwise by older versions
+        "data_facts": data.facts,
         **(more or {}),
     }
     if not existed:
@@ -295,7 +296,7 @@ def config_warnings(config: StudyConfig, data: PreparedData) -> list[str]:
     if "dynamic" in config.policies() and delta < spread:
         sentences.append(
             f"policy.delta {delta:g} is less than the noise of an accuracy on {images:,} validation images (binomial "
-            f"standard deviation {spread:.2g} at 85 %): most stalls will be chance"
+            f"standard deviation {spread:.2g} at 85 %): gains of that size can be chance"
         )
     resource = getattr(config.pruning, "min_resource", None)
     last = space.most_steps(config, data.images["train"])

@@ -1,4 +1,4 @@
-"""Accuracy as plotly figures: learning curves, settings with intervals, alpha by beta, cost, importance.
+"""Accuracy as plotly figures: learning curves, settings with intervals, alpha by beta.
 
 Axes have units, colours are told apart by colour-blind readers, and what would be an empty figure is None.
 """
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from dashboards import aggregate
 from dashboards.aggregate import Cell, Findings, Grid
-from dashboards.figures.style import COLOURS, INK, REST, finished
+from dashboards.beside_paper import papers
+from dashboards.figures.style import COLOURS, INK, REST, finished, hatch, row_height, wrapped
 from dashboards.formatting import label, shown
 from dashboards.study_data import StudyData, TrialRow
 
@@ -22,6 +22,8 @@ MARKS = {
 }
 MOST_LINES = 60
 """Learning curves drawn one by one; of more than these, all but the best become a band."""
+MOST_SETTINGS = 40
+"""Settings whose intervals are drawn: the best, as the figure says."""
 
 
 def learning_curves(data: StudyData, findings: Findings) -> go.Figure | None:
@@ -35,10 +37,13 @@ def learning_curves(data: StudyData, findings: Findings) -> go.Figure | None:
         return None
     figure = go.Figure()
     replicated = any(len(cell.rows) > 1 for cell in findings.cells)
+    note = "Marks: the active set was resampled after this epoch. "
     if replicated and 1 < len(findings.cells) <= len(COLOURS):
         drawn, kinds = _curves_by_setting(figure, data, findings)
+        note += "Thick: the mean over seeds."
     else:
         drawn, kinds = _curves_by_trial(figure, data, rows)
+        note += _shown(data, rows)
     for i, (symbol, meaning) in enumerate(mark for kind, mark in MARKS.items() if kind in kinds):
         figure.add_scatter(
             x=[None], y=[None], mode="markers", name=meaning, legendrank=100 + i,
@@ -50,7 +55,20 @@ def learning_curves(data: StudyData, findings: Findings) -> go.Figure | None:
         )
     figure.update_xaxes(title="epoch", rangemode="tozero")
     figure.update_yaxes(title="validation accuracy (%)")
-    return finished(figure, 480)
+    return finished(figure, 440, "Learning curves", note if kinds else note.partition(". ")[2])
+
+
+def _shown(data: StudyData, rows: list[TrialRow]) -> str:
+    """Which trials the figure shows in colour, which otherwise, and how many curves were not read."""
+    if len(rows) <= len(COLOURS):
+        return ""
+    having = sum(row.epochs > 0 for row in data.rows)
+    text = f"The {len(COLOURS)} best of {having:,} trials in colour"
+    if len(rows) <= MOST_LINES:
+        return f"{text}, all others grey."
+    if having > len(rows):
+        return f"{text}, the band from a sample of {len(rows) - len(COLOURS):,} others."
+    return f"{text}, all others as a band."
 
 
 def _curves_by_setting(figure: go.Figure, data: StudyData, findings: Findings) -> tuple[list[TrialRow], set[str]]:
@@ -144,68 +162,90 @@ def _label(row: TrialRow) -> str:
 
 def intervals(data: StudyData, findings: Findings) -> go.Figure | None:
     """Every setting's mean accuracy with its 95 % interval and its seeds; None without a setting of two seeds."""
-    cells = [cell for cell in findings.cells if cell.rows]
-    if not any(len(cell.rows) > 1 for cell in cells):
+    if not any(len(cell.rows) > 1 for cell in findings.complete):
         return None
-    cells = sorted(cells, key=lambda cell: cell.accuracy.mean)[-40:]
+    cells = findings.complete[:MOST_SETTINGS][::-1]
+    names = {id(cell): wrapped(cell.label) for cell in cells}
     figure = go.Figure()
-    seeds = [(100 * value, cell.label) for cell in cells for value in cell.by_seed(findings.measure).values()]
+    seeds = [(100 * value, names[id(cell)]) for cell in cells for value in cell.by_seed(findings.measure).values()]
     figure.add_scatter(
         x=[x for x, _ in seeds], y=[y for _, y in seeds], mode="markers", name="one seed",
         marker={"color": REST, "size": 6}, hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
     )  # fmt: skip
-    summaries = [(cell.test if findings.measure == "test" else None) or cell.accuracy for cell in cells]
-    means = [100 * of.mean for of in summaries]
-    halves = [100 * ((of.high or of.mean) - of.mean) for of in summaries]
-    figure.add_scatter(
-        x=means, y=[cell.label for cell in cells], mode="markers", name="mean, 95 % interval",
-        marker={"color": COLOURS[0], "size": 10, "symbol": "diamond"},
-        error_x={"type": "data", "array": halves, "color": COLOURS[0], "thickness": 2},
-        hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
-    )  # fmt: skip
-    for cell in cells:
-        theirs = aggregate.papers(data, cell)
-        if theirs:
-            figure.add_scatter(
-                x=[100 * theirs.accuracy], y=[cell.label], mode="markers", name="the paper",
-                marker={"color": COLOURS[1], "size": 11, "symbol": "x"},
-            )  # fmt: skip
+    groups = [("mean, 95 % interval", COLOURS[0], cells)]
+    if findings.candidates:
+        apart = [cell for cell in cells if cell not in findings.candidates]
+        groups = [("may be the best", COLOURS[0], [cell for cell in cells if cell in findings.candidates])]
+        groups += [("worse than the best", COLOURS[1], apart)]
+    for name, colour, members in groups:
+        summaries = [cell.measured(findings.measure) for cell in members]
+        figure.add_scatter(
+            x=[100 * of.mean for of in summaries], y=[names[id(cell)] for cell in members], mode="markers", name=name,
+            marker={"color": colour, "size": 10, "symbol": "diamond"},
+            error_x={
+                "type": "data", "symmetric": False, "color": colour, "thickness": 2,
+                "array": [100 * ((of.high or of.mean) - of.mean) for of in summaries],
+                "arrayminus": [100 * (of.mean - (of.low or of.mean)) for of in summaries],
+            },
+            hovertemplate="%{y}: %{x:.2f} %<extra></extra>", visible=True if members else None,
+            showlegend=bool(members),
+        )  # fmt: skip
+    theirs = [(cell, run) for cell in cells if (run := papers(data, cell)) is not None]
+    if theirs:
+        figure.add_scatter(
+            x=[100 * run.accuracy for _, run in theirs], y=[names[id(cell)] for cell, _ in theirs], mode="markers",
+            name="the paper", marker={"color": COLOURS[5], "size": 11, "symbol": "x"},
+        )  # fmt: skip
     where = "accuracy on the test split" if findings.measure == "test" else "best validation accuracy"
     figure.update_xaxes(title=f"{where} (%)")
-    figure.update_yaxes(type="category", showgrid=False)
-    return finished(figure, 150 + 32 * len(cells))
+    figure.update_yaxes(
+        type="category", showgrid=False, categoryorder="array", categoryarray=[names[id(cell)] for cell in cells]
+    )
+    left_out = len(findings.complete) - len(cells)
+    note = "Diamonds: means with 95 % intervals, by seeds and number of images."
+    note += f" The best {len(cells)} of {len(findings.complete)} settings." if left_out else ""
+    return finished(figure, 150 + row_height(list(names.values())) * len(cells), "Settings with their seeds", note)
 
 
 def heat_map(data: StudyData, grid: Grid) -> go.Figure | None:
-    """Best validation accuracy by alpha and beta, the paper's beneath where it is held; None without a value."""
+    """Best validation accuracy by alpha and beta, the paper's beneath where it compares; None without a value.
+
+    The colours span the cells with complete trials; of which there are none, hatched, show what pruned trials reached.
+    """
     if not grid.values:
         return None
-    percents, texts = [], []
-    for alpha in grid.alphas:
+    percents, texts, shapes = [], [], []
+    for j, alpha in enumerate(grid.alphas):
         cells = [grid.values.get((alpha, beta)) for beta in grid.betas]
         percents.append([None if cell is None else 100 * cell.accuracy.mean for cell in cells])
         texts.append(["" if cell is None else _hover_text(data, cell) for cell in cells])
+        shapes += [line for i, cell in enumerate(cells) if cell is not None and not cell.rows for line in hatch(i, j)]
+    complete = [100 * cell.accuracy.mean for cell in grid.values.values() if cell.rows]
     figure = go.Figure(
         go.Heatmap(
             x=[shown(beta) for beta in grid.betas],
             y=[shown(alpha) for alpha in grid.alphas],
             z=percents,
+            zmin=min(complete, default=None),
+            zmax=max(complete, default=None),
             text=texts,
             texttemplate="%{text}",
             colorscale="Cividis",
             xgap=2,
             ygap=2,
-            colorbar={"title": {"text": "%"}},
+            colorbar={"title": {"text": "%"}, "thickness": 12},
             hovertemplate="alpha %{y}, beta %{x}: %{z:.2f} %<extra></extra>",
         )
     )
+    figure.update_layout(shapes=shapes)
     figure.update_xaxes(title="beta (fraction of the active set exchanged)", type="category", showgrid=False)
     figure.update_yaxes(title="alpha (images an epoch)", type="category", showgrid=False)
-    return finished(figure, 160 + 70 * len(grid.alphas))
+    note = "Hatched: pruned, with what was reached; the colours span complete cells." if shapes else ""
+    return finished(figure, 160 + 70 * len(grid.alphas), "Best validation accuracy (%) by alpha and beta", note)
 
 
 def _hover_text(data: StudyData, cell: Cell) -> str:
-    of, theirs = cell.accuracy, aggregate.papers(data, cell)
+    of, theirs = cell.accuracy, papers(data, cell)
     text = f"{100 * of.mean:.1f}" + (" p" if cell.pruned else "")
     text += f"<br>± {100 * (of.high - of.mean):.1f}" if of.high is not None else ""
     return text + (f"<br>paper {100 * theirs.accuracy:.1f}" if theirs else "")

@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 
 from dashboards import paper
 from dashboards.aggregate import Cell, Findings
-from dashboards.figures.style import COLOURS, INK, REST, finished
+from dashboards.beside_paper import scale_differences
+from dashboards.figures.style import COLOURS, INK, REST, finished, row_height, wrapped
 from dashboards.study_data import StudyData
 
 MOST_CELLS = len(COLOURS)
@@ -34,7 +35,7 @@ def exchange(data: StudyData, findings: Findings) -> go.Figure | None:
         return None
     figure.update_xaxes(title="after epoch", rangemode="tozero")
     figure.update_yaxes(title="active set exchanged (%), mean over seeds", rangemode="tozero")
-    return finished(figure, 380)
+    return finished(figure, 360, "Exchange: how much of the active set is replaced", _capped(findings))
 
 
 def coverage(data: StudyData, findings: Findings) -> go.Figure | None:
@@ -49,12 +50,16 @@ def coverage(data: StudyData, findings: Findings) -> go.Figure | None:
         return None
     figure.update_xaxes(title="epoch", rangemode="tozero")
     figure.update_yaxes(title=f"different images seen (% of {total:,})", rangemode="tozero")
-    return finished(figure, 380)
+    return finished(figure, 360, "Coverage: different images trained on so far", _capped(findings))
 
 
 def _best(findings: Findings) -> list[Cell]:
-    having = [cell for cell in findings.cells if cell.rows]
-    return sorted(having, key=lambda cell: -cell.accuracy.mean)[:MOST_CELLS]
+    return findings.complete[:MOST_CELLS]
+
+
+def _capped(findings: Findings) -> str:
+    settings = len(findings.complete)
+    return f"The best {MOST_CELLS} of {settings} settings." if settings > MOST_CELLS else ""
 
 
 def _by_epoch(data: StudyData, cell: Cell, of: object) -> list[float]:
@@ -76,25 +81,33 @@ def times(data: StudyData, findings: Findings) -> go.Figure | None:
     if not others:
         return None
     ratios = [findings.ratios[cell.label] for cell in others]
+    names = [wrapped(cell.label) for cell in others]
     figure = go.Figure(
         go.Bar(
             x=[100 * ratio.mean for ratio in ratios],
-            y=[cell.label for cell in others],
+            y=names,
             orientation="h",
             marker={"color": COLOURS[0]},
-            error_x={"type": "data", "array": [100 * ((r.high or r.mean) - r.mean) for r in ratios], "color": INK},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * ((r.high or r.mean) - r.mean) for r in ratios],
+                "arrayminus": [100 * (r.mean - (r.low or r.mean)) for r in ratios],
+                "color": INK,
+            },
             hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
             showlegend=False,
         )
     )
-    if data.config.training.images is None:  # the paper's runs have equally many epochs
+    if not scale_differences(data):
         printed = 100 * paper.time_ratio(augment=data.config.data.augment is True)
         figure.add_vline(
             x=printed, line={"color": COLOURS[1], "dash": "dash"}, annotation_text=f"the paper: {printed:.1f} %"
         )
-    figure.update_xaxes(title="seconds, % of the full run (mean, 95 % interval)", rangemode="tozero")
+    figure.update_xaxes(title="seconds, % of the full run", rangemode="tozero")
     figure.update_yaxes(type="category", showgrid=False)
-    return finished(figure, 150 + 40 * len(others))
+    note = "Means over pairs of one seed and device, with simultaneous 95 % intervals."
+    return finished(figure, 150 + row_height(names) * len(others), "Time against the full run", note)
 
 
 def timeline(data: StudyData) -> go.Figure | None:
@@ -126,4 +139,5 @@ def timeline(data: StudyData) -> go.Figure | None:
     figure.update_layout(barmode="overlay")
     figure.update_xaxes(title="time (UTC)", type="date")
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
-    return finished(figure, min(900, 150 + 26 * len(workers)))
+    note = "A line for each worker, a bar for each attempt at a trial."
+    return finished(figure, min(900, 150 + 26 * len(workers)), "Workers", note)

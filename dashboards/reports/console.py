@@ -6,9 +6,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dashboards import aggregate
+from dashboards import aggregate, paper
 from dashboards.aggregate import Findings, Grid
-from dashboards.conclusions import interval, verdict
+from dashboards.beside_paper import Beside, beside_paper, papers
+from dashboards.conclusions import conclude, interval
 from dashboards.formatting import percent, plain_table, shown
 from dashboards.status import heading
 from dashboards.study_data import StudyData
@@ -19,32 +20,51 @@ MOST_TRIALS = 60
 
 def report_text(data: StudyData) -> RenderableType:
     findings = aggregate.findings(data)
-    parts: list[RenderableType] = [Text(printable("\n".join(heading(data.status))))]
+    said = conclude(data, findings)
+    top = [said.answer, *(f"Warning: {warning}" for warning in said.warnings), "", *heading(data.status)]
+    parts: list[RenderableType] = [Text(printable("\n".join(top)))]
     if any(len(cell.ended) > 1 for cell in findings.cells) or "policy" in data.parameters:
-        parts.append(plain_table("Settings: mean (95 % interval)", *cells_table(data, findings), left=(0,)))
+        parts.append(plain_table(CELLS_TITLE, *cells_table(data, findings), left=(0,)))
     else:
         parts.append(_trials(data))
     if findings.comparisons:
         heads, lines = comparisons_table(findings)
-        parts.append(plain_table("Comparisons, paired by seed (points)", heads, lines, left=(0, len(heads) - 1)))
-    table = aggregate.grid(data)
-    if table is not None and table.values:
-        parts.append(_grid(data, table))
-    sentences = verdict(data, findings)
+        parts.append(plain_table(COMPARISONS_TITLE, heads, lines, left=(0, len(heads) - 1)))
+    beside = beside_paper(data, findings)
+    tables = [] if beside is None else beside.tables()
+    parts += [plain_table(title, *table) for title, table in tables]
+    grid = aggregate.grid(data)
+    if grid is not None and grid.values and not tables:
+        parts.append(_grid(grid))
+    sentences = [*said.sentences, *paper_sentences(beside)]
     if sentences:
         parts.append(Text(printable("\n".join(["", *sentences]))))
     return Group(*parts)
 
 
+CELLS_TITLE = "Settings: mean (95 % interval over seeds and images), n: seeds, p: some pruned"
+COMPARISONS_TITLE = "Comparisons in points, paired by seed; intervals and p of the whole table (Bonferroni)"
+
+
+def paper_sentences(beside: Beside | None) -> list[str]:
+    if beside is None:
+        return []
+    carried = [f"On the paper's own numbers: {caveat}" for caveat in paper.CAVEATS]
+    return [*beside.sentences, *carried]
+
+
 def cells_table(data: StudyData, findings: Findings) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines: a cell a line, costs as means over its seeds."""
-    printed = {cell.label: aggregate.papers(data, cell) for cell in findings.cells}
+    """Heads and lines: a cell a line, costs as means over its seeds; whether it may be the best, where that is "
+    "known."""
+    printed = {cell.label: papers(data, cell) for cell in findings.cells}
     with_test = any(cell.test for cell in findings.cells)
     heads = ["setting", "n", "validation %", "sd", *(["test %"] if with_test else []), "images", "different", "seconds"]
     heads += ["% of full time"] if findings.ratios else []
     heads += ["paper %"] if any(printed.values()) else []
+    heads += ["may be best"] if findings.candidates else []
     lines = []
-    for cell in findings.cells:
+    ordered = [*findings.complete, *(cell for cell in findings.cells if not cell.rows)]
+    for cell in ordered if findings.candidates else findings.cells:
         of, ratio, theirs = cell.accuracy, findings.ratios.get(cell.label), printed[cell.label]
         line = [cell.label, str(of.n) + (" p" if cell.pruned else ""), interval(of)]
         line.append("–" if of.sd is None else f"{100 * of.sd:.2f}")
@@ -55,17 +75,20 @@ def cells_table(data: StudyData, findings: Findings) -> tuple[list[str], list[li
             line.append(interval(ratio, digits=0) if ratio else "–")
         if any(printed.values()):
             line.append(f"{100 * theirs.accuracy:.1f}" if theirs else "–")
+        if findings.candidates:
+            line.append("yes" if cell in findings.candidates else "no" if cell.rows else "–")
         lines.append(line)
     return heads, lines
 
 
 def comparisons_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
-    heads = ["settings", "n", "difference (95 %)", "p t", "p Wilcoxon", "p Holm", "min. detectable", "finding"]
+    heads = ["settings", "n", "difference (95 %)", "p t", "p Wilcoxon", "p adjusted", "min. detectable", "finding"]
     lines = []
     for c in findings.comparisons:
-        numbers = [_p(c.p_t), _p(c.p_wilcoxon), _p(c.p_holm)]
-        could = "–" if c.detectable is None else f"{100 * c.detectable:.2f}"
-        lines.append([f"{c.a} – {c.b}", str(c.difference.n), interval(c.difference), *numbers, could, c.finding])
+        numbers = [_p(c.p_t), _p(c.p_wilcoxon), _p(c.p_adjusted)]
+        least = "–" if c.detectable is None else f"{100 * c.detectable:.2f}"
+        finding = c.finding + (", provisional" if c.provisional else "")
+        lines.append([f"{c.a} – {c.b}", str(c.difference.n), interval(c.difference), *numbers, least, finding])
     return heads, lines
 
 
@@ -93,17 +116,13 @@ def _trials(data: StudyData) -> Table:
     return plain_table(f"Trials, best first{more}", heads, lines[:MOST_TRIALS], left=(len(heads) - 1,))
 
 
-def _grid(data: StudyData, grid: Grid) -> Table:
-    papers = any(aggregate.papers(data, cell) for cell in grid.values.values())
+def _grid(grid: Grid) -> Table:
     lines = []
     for alpha in grid.alphas:
         line = [f"{alpha:,}"]
         for beta in grid.betas:
             cell = grid.values.get((alpha, beta))
-            theirs = aggregate.papers(data, cell) if cell else None
-            own = "–" if cell is None else f"{100 * cell.accuracy.mean:.2f}" + (" p" if cell.pruned else "")
-            line.append(own + (f" / {100 * theirs.accuracy:.1f}" if theirs else " / –" if papers else ""))
+            line.append("–" if cell is None else f"{100 * cell.accuracy.mean:.2f}" + (" p" if cell.pruned else ""))
         lines.append(line)
-    beside = " / the paper's, where held" if papers else ""
-    title = f"Accuracy (%) by alpha, beta{beside}; p: pruned"
+    title = "Accuracy (%) by alpha, beta; p: pruned"
     return plain_table(title, ["alpha \\ beta", *(shown(beta) for beta in grid.betas)], lines)

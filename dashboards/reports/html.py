@@ -11,32 +11,46 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from dashboards import aggregate
-from dashboards.conclusions import verdict
+from dashboards.beside_paper import beside_paper
+from dashboards.conclusions import Conclusions, conclude
+from dashboards.description import describe
 from dashboards.figures import accuracy, effort, search
-from dashboards.formatting import budget_lines, label, percent
+from dashboards.formatting import budget_lines, percent
 from dashboards.reports import console
 from dashboards.reports import json as json_report
 from dashboards.study_data import StudyData
 
 MOST_TRIALS = 500
+# Plotly writes colours into each text's style; in dark mode those of axes, titles and legends are ours.
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin: 2.5rem 0 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-p { margin: .4rem 0; } .warning { border-left: 4px solid #D55E00; padding-left: .7rem; }
-.verdict { border-left: 4px solid #0072B2; padding-left: .7rem; margin: 1rem 0; }
+:root { color-scheme: light dark; --ink: #1d1d1d; --quiet: #555; --page: #fff; --line: #0006; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --quiet: #bbb; --page: #121212; --line: #fff5; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 1.5rem auto; padding: 0 1rem;
+  color: var(--ink); background: var(--page); }
+h1 { font-size: 1.6rem; margin: 2.5rem 0 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+p { margin: .4rem 0; overflow-wrap: anywhere; } a { color: inherit; }
+.answer { border-left: 5px solid #0077BB; padding: .2rem 0 .2rem .8rem; margin: 1rem 0; font-size: 1.15rem; }
+.warning { border-left: 5px solid #D55E00; padding-left: .8rem; }
+.quiet { color: var(--quiet); font-size: .92em; }
+figure { margin: 1.4rem 0 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
-.first th:first-child, .first td:first-child, th:last-child, td:last-child { text-align: left; }
+th:first-child, td:first-child { padding-left: 0; }
+.first th:first-child, .first td:first-child, .last th:last-child, .last td:last-child { text-align: left; }
+.facts th, .facts td { text-align: left; vertical-align: top; white-space: normal; overflow-wrap: anywhere; }
+.facts th { font-weight: 600; white-space: nowrap; }
 code, pre { font-size: .85em; } pre { overflow-x: auto; } summary { cursor: pointer; }
+.xtick text, .ytick text, .cbaxis text, .xtitle, .ytitle, .gtitle, .cbtitle text, .legendtext, .annotation-text {
+  fill: var(--ink) !important; }
 """
 # Nothing may be fetched: not by this page, not by what a later edit puts into it.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def page(studies: Sequence[StudyData]) -> str:
-    sections = [_side_by_side(studies)] if len(studies) > 1 else []
-    sections += [_study(data) for data in studies]
+    sections = [_contents(studies), _side_by_side(studies)] if len(studies) > 1 else []
+    sections += [_study(data, i) for i, data in enumerate(studies)]
     body = "".join(sections)
     script = f"<script>{get_plotlyjs()}</script>" if "plotly-graph-div" in body else ""
     title = escape(", ".join(data.name for data in studies))
@@ -48,74 +62,92 @@ def page(studies: Sequence[StudyData]) -> str:
 """
 
 
-def _study(data: StudyData) -> str:
+def _contents(studies: Sequence[StudyData]) -> str:
+    """Each study with its answer, as links."""
+    items = "".join(
+        f"<li><a href='#study-{i}'>{escape(data.name)}</a>: "
+        f"{escape(conclude(data, aggregate.findings(data)).answer)}</li>"
+        for i, data in enumerate(studies)
+    )
+    return f"<nav><h1>Contents</h1><ul><li><a href='#side-by-side'>Side by side</a></li>{items}</ul></nav>"
+
+
+def _study(data: StudyData, place: int) -> str:
+    """The answer, what was studied, figures, tables, manifest."""
     findings = aggregate.findings(data)
-    parts = [f"<h1>{escape(data.name)}</h1><p>{escape(data.config.description)}</p>", _summary(data)]
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(data, findings))
-    if sentences:
-        parts.append(f"<div class='verdict'>{sentences}</div>")
-    if len(findings.cells) > 1 and len(findings.cells) <= MOST_TRIALS:
-        parts.append(_section("Settings", _table(*console.cells_table(data, findings), css="first")))
-    if findings.comparisons:
-        note = (
-            "Holm: corrected for all of this table. Min. detectable: the true difference that so many pairs with this "
-        )
-        note += "spread detect with 80 % power."
-        parts.append(
-            _section("Comparisons, paired by seed", _table(*console.comparisons_table(findings), "first"), note)
-        )
-    table = aggregate.grid(data)
-    drawn = [
-        ("Settings with their seeds", accuracy.intervals(data, findings), ""),
-        ("Accuracy by alpha and beta", accuracy.heat_map(data, table) if table is not None else None, ""),
-        (
-            "Learning curves",
-            accuracy.learning_curves(data, findings),
-            "Marks: the active set was resampled after this epoch.",
-        ),
-        ("Time against the full run", effort.times(data, findings), ""),
-        ("Accuracy against cost", search.cost([data]), ""),
-        ("Exchange", effort.exchange(data, findings), "How much of the active set each epoch's end replaced."),
-        ("Coverage", effort.coverage(data, findings), "How many different images had been trained on."),
-        ("Accuracy by parameter", search.slices(data), ""),
-        ("Importance", search.importance(data), ""),
-        ("Workers", effort.timeline(data), "One line a worker, one bar an attempt at a trial."),
-    ]
-    parts += [_section(title, _drawn(figure), note) for title, figure, note in drawn if figure is not None]
+    said, beside = conclude(data, findings), beside_paper(data, findings)
+    parts = [_said(said, console.paper_sentences(beside)), _section("What was studied", _facts(data))]
+    figures, missing = _figures(data, findings)
+    if figures:
+        parts.append(_section("Figures", "".join(figures) + missing))
     if not any(data.curves.values()):
         parts.append("<p>No trial has finished an epoch yet.</p>")
+    parts += (
+        [_section(escape(title), _table(*lines, css="first")) for title, lines in beside.tables()] if beside else []
+    )
+    if 1 < len(findings.cells) <= MOST_TRIALS:
+        note = "Intervals of 95 %, over seeds and number of images. Costs are means over the seeds."
+        parts.append(_section("Settings", _table(*console.cells_table(data, findings), css="first"), note))
+    if findings.comparisons:
+        note = (
+            "In points. Differences with simultaneous 95 % intervals: all hold together with 95 %. p adjusted "
+            "(Bonferroni "
+            "over this table) is below 0.05 where the interval leaves out 0. Min. detectable: the true difference that "
+            "so "
+            "many pairs with this spread find with 80 % power. Both settings are measured on the same images: the "
+            "intervals are about other seeds, not about other images."
+        )
+        table = _table(*console.comparisons_table(findings), css="first last")
+        parts.append(_section("Comparisons, paired by seed", table, note))
     parts.append(_trials(data))
     manifest = escape(json.dumps(json_report.manifest(data), indent=2, ensure_ascii=False))
     parts.append(
         _section("Manifest", f"<details><summary>What produced these numbers</summary><pre>{manifest}</pre></details>")
     )
-    return "".join(parts)
+    return f"<article id='study-{place}'><h1>{escape(data.name)}</h1>{''.join(parts)}</article>"
+
+
+def _said(said: Conclusions, beside: Sequence[str]) -> str:
+    warnings = "".join(f"<p class='warning'>{escape(warning)}</p>" for warning in said.warnings)
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in (*said.sentences, *beside))
+    return f"<p class='answer'><b>{escape(said.answer)}</b></p>{warnings}{sentences}"
+
+
+def _facts(data: StudyData) -> str:
+    facts = [*describe(data)]
+    facts += [("Excluded", f"Trial {number} is excluded: {why}") for number, why in data.status.excluded.items()]
+    facts += [("Budget", line) for line in budget_lines(data.status.budgets, data.status.spent)]
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
+    return f"<table class='facts'>{rows}</table>"
+
+
+def _figures(data: StudyData, findings: aggregate.Findings) -> tuple[list[str], str]:
+    """The figures that there is something to show in, and why there are no importances."""
+    table, importance = aggregate.grid(data), search.importance(data)
+    drawn = [
+        accuracy.intervals(data, findings),
+        accuracy.heat_map(data, table) if table is not None else None,
+        accuracy.learning_curves(data, findings),
+        search.cost([data]),
+        search.history(data),
+        effort.times(data, findings),
+        search.parallel(data),
+        search.slices(data),
+        None if isinstance(importance, str) else importance,
+        effort.exchange(data, findings),
+        effort.coverage(data, findings),
+        effort.timeline(data),
+    ]
+    missing = f"<p class='quiet'>No importances: {escape(importance)}.</p>" if isinstance(importance, str) else ""
+    return [_drawn(figure) for figure in drawn if figure is not None], missing
 
 
 def _section(title: str, content: str, note: str = "") -> str:
-    return f"<h2>{title}</h2>" + (f"<p>{note}</p>" if note else "") + content
-
-
-def _summary(data: StudyData) -> str:
-    states = ", ".join(f"{count} {name}" for name, count in data.status.states.items() if count)
-    lines = [f"<p>{data.status.progress.total} trials: {escape(states)}.</p>"]
-    lines += [f"<p>Trial {n} is excluded: {escape(why)}</p>" for n, why in data.status.excluded.items()]
-    best = data.best
-    if best is not None:
-        chosen = f", {label(best.parameters)}" if best.parameters else ""
-        where = f"trial {best.number}{chosen}, epoch {best.best_epoch}"
-        lines.append(f"<p>Best validation accuracy <b>{percent(best.value)}</b>: {escape(where)}.</p>")
-    style = ' class="warning"' if data.config.data.protocol == "paper" else ""
-    lines += [
-        f"<p>{escape(line)}.</p>".replace("spent", "Spent", 1)
-        for line in budget_lines(data.status.budgets, data.status.spent)
-    ]
-    lines.append(f"<p{style}>Protocol {escape(data.status.protocol)}.</p>")
-    return "".join(lines)
+    return f"<h2>{title}</h2>" + (f"<p class='quiet'>{note}</p>" if note else "") + content
 
 
 def _side_by_side(studies: Sequence[StudyData]) -> str:
-    heads = ["study", "trials", "complete", "best %", "images", "hours", "protocol"]
+    heads = ["study", "trials", "complete", "highest run", "images", "hours", "protocol"]
     lines = []
     for data in studies:
         best = percent(data.best.value if data.best else None)
@@ -124,18 +156,22 @@ def _side_by_side(studies: Sequence[StudyData]) -> str:
         complete = data.status.states["complete"]
         numbers = [str(len(data.rows)), str(complete), best, f"{images:,}", f"{hours:.2f}"]
         lines.append([data.name, *numbers, data.config.data.protocol])
-    figure = search.cost(studies)
-    prints = {data.study.user_attrs.get("data_fingerprint") for data in studies}
-    note = "" if len(prints) == 1 else "These studies are on different data: their accuracies do not compare."
-    cost = _section("Accuracy against cost", _drawn(figure)) if figure is not None else ""
-    return f"<h1>Side by side</h1>{_section('Studies', _table(heads, lines, 'first'), note)}{cost}"
+    # A front is over accuracies that compare, so over one validation set.
+    sets: dict[tuple[object, ...], list[StudyData]] = {}
+    for data in studies:
+        sets.setdefault(search.validation_set(data), []).append(data)
+    note = "" if len(sets) == 1 else "These studies validate on different images: their accuracies do not compare."
+    figures = [search.cost(members) for members in sets.values() if len(members) > 1]
+    drawn = "".join(_drawn(figure) for figure in figures if figure is not None)
+    table = _section("Studies", _table(heads, lines, "first last"), note)
+    return f"<div id='side-by-side'><h1>Side by side</h1>{table}{drawn}</div>"
 
 
 def _drawn(figure: go.Figure) -> str:
     html: str = plotly.io.to_html(
         figure, include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True}
     )
-    return html
+    return f"<figure>{html}</figure>"
 
 
 def _table(heads: list[str], lines: list[list[str]], css: str = "") -> str:
@@ -154,4 +190,4 @@ def _trials(data: StudyData) -> str:
         if len(lines) > MOST_TRIALS
         else ""
     )
-    return _section("Trials", _table(heads, lines[:MOST_TRIALS]) + failures, note)
+    return _section("Trials", _table(heads, lines[:MOST_TRIALS], css="last") + failures, note)

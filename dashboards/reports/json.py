@@ -9,19 +9,29 @@ from dataclasses import asdict
 from typing import Any
 
 from dashboards import aggregate, conclusions, status
+from dashboards.beside_paper import beside_paper, papers
+from dashboards.description import describe
 from dashboards.study_data import StudyData, TrialRow
 
 
 def report(data: StudyData) -> dict[str, Any]:
     """What `study report --json` writes. Accuracies are in [0, 1], times in seconds."""
     findings = aggregate.findings(data)
+    said, beside = conclusions.conclude(data, findings), beside_paper(data, findings)
     return status.document(data.status) | {
-        "verdict": conclusions.verdict(data, findings),
+        "answer": said.answer,
+        "warnings": said.warnings,
+        "verdict": said.lines,
         "measure": findings.measure,
         "cells": [_cell(data, cell, findings) for cell in findings.cells],
         "comparisons": [asdict(c) | {"finding": c.finding} for c in findings.comparisons],
+        "may_be_best": [cell.label for cell in findings.candidates],
+        "expected_fall": findings.fall,
         "effects": findings.effects,
-        "pareto": [row.number for row in aggregate.pareto(_complete(data))],
+        "test_split": [asdict(use) for use in data.test_uses],
+        "paper": None if beside is None else beside.document(),
+        "pareto": [row.number for row in aggregate.pareto(_ended(data))],
+        "description": dict(describe(data)),
         "trials": [_trial(row) for row in data.rows],
         "epochs": {row.number: data.curves[row.number] for row in data.rows if row.number in data.curves},
         "manifest": manifest(data),
@@ -34,12 +44,12 @@ def text(studies: Sequence[StudyData]) -> str:
     return json.dumps(findings[0] if len(findings) == 1 else findings, indent=2)
 
 
-def _complete(data: StudyData) -> list[TrialRow]:
-    return [row for row in data.rows if row.state == "complete"]
+def _ended(data: StudyData) -> list[TrialRow]:
+    return [row for row in data.rows if row.state in ("complete", "pruned") and row.value is not None]
 
 
 def _cell(data: StudyData, cell: aggregate.Cell, findings: aggregate.Findings) -> dict[str, Any]:
-    theirs, ratio = aggregate.papers(data, cell), findings.ratios.get(cell.label)
+    theirs, ratio = papers(data, cell), findings.ratios.get(cell.label)
     return {
         "label": cell.label,
         "parameters": cell.parameters,

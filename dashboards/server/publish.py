@@ -1,7 +1,8 @@
-"""Writes figures and a note into the study itself, for its visitors in optuna-dashboard."""
+"""Writes figures and notes into the study itself, for its visitors in optuna-dashboard."""
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import optuna
@@ -10,54 +11,149 @@ from optuna.storages import RDBStorage
 from optuna_dashboard import save_note, save_plotly_graph_object
 
 from dashboards import aggregate
-from dashboards.conclusions import verdict
+from dashboards.conclusions import conclude
+from dashboards.description import describe
 from dashboards.figures import accuracy, effort, search
-from dashboards.study_data import StudyData
-from storage.text import command
+from dashboards.figures.style import on_white
+from dashboards.formatting import label, percent
+from dashboards.study_data import StudyData, TrialRow
+from storage.optuna_internals import NOTE_LENGTH, study_id_of, trial_note_keys
+from storage.study_attributes import read_system_attributes, set_system_attributes
+from storage.text import command, one_line
 
 MAX_POINTS = 5_000
 """Figures are sent with every poll of the dashboard, so larger ones are on the report page only."""
+MOST_FAILURES = 20
+MOST_NOTES = 1_000
+"""Trials with a note: notes, too, are sent with every poll."""
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 40
+"""Bars of a curve."""
+MARKS = re.compile(r"([\\`*_{}\[\]()<>#+\-!|~$:])")
+"""What can begin or end markup in the dashboard's Markdown, links and formulas included."""
 
 
 def publish(data: StudyData, storage: RDBStorage) -> None:
-    """Write the study's note and figures, replacing those of an earlier call.
+    """Write the study's note and figures, replacing those of an earlier call, and the notes of its trials.
 
     Args:
         storage: where to write; not one opened with `reading=True`, whose transactions cannot become writing ones.
     """
     study = optuna.load_study(study_name=data.name, storage=storage)
     findings = aggregate.findings(data)
-    table = aggregate.grid(data)
+    table, importance = aggregate.grid(data), search.importance(data)
     figures = {
         "settings": accuracy.intervals(data, findings),
         "heat-map": accuracy.heat_map(data, table) if table is not None else None,
         "learning-curves": accuracy.learning_curves(data, findings),
         "cost": search.cost([data]),
+        "history": search.history(data),
+        "parallel": search.parallel(data),
+        "importance": None if isinstance(importance, str) else importance,
         "workers": effort.timeline(data),
     }
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    large = [name for name, figure in drawn.items() if _points(figure) > MAX_POINTS]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        for name, figure in figures.items():
-            if figure is not None and _points(figure) <= MAX_POINTS:
-                save_plotly_graph_object(study, figure, graph_object_id=f"study-{name}")
-        save_note(study, note(data, findings))
+        for name, figure in drawn.items():
+            if name not in large:
+                save_plotly_graph_object(study, on_white(figure), graph_object_id=f"study-{name}")
+        save_note(study, note(data, findings, large))
+    _save_trial_notes(data, storage)
 
 
-def note(data: StudyData, findings: aggregate.Findings) -> str:
-    """Markdown: what the study is, its progress, its conclusions, how to resume it."""
-    states = ", ".join(f"{count} {name}" for name, count in data.status.states.items() if count)
+def _save_trial_notes(data: StudyData, storage: RDBStorage) -> None:
+    """Of the trials that have ended, the best first; what a visitor has written instead stays."""
+    engine, study_id = storage.engine, study_id_of(data.study)
+    stored = read_system_attributes(engine, study_id, "dashboard:%")
+    ids = {trial.number: trial._trial_id for trial in data.study.get_trials(deepcopy=False)}
+    ended = [row for row in data.rows if row.state in ("complete", "pruned", "failed")]
+    changed: dict[str, str | int] = {}
+    for row in sorted(ended, key=lambda row: (row.value is None, -(row.value or 0.0), row.number))[:MOST_NOTES]:
+        text, (version, body) = trial_note(data, row), trial_note_keys(ids[row.number])
+        old = stored.get(body)
+        if old != text and (old is None or str(old).startswith(_opening(row))):
+            changed |= {body: text, version: int(stored.get(version, 0)) + 1}
+    set_system_attributes(engine, study_id, changed)
+
+
+def note(data: StudyData, findings: aggregate.Findings, large: list[str]) -> str:
+    """Markdown: the answer, what the study is, its progress, its findings, how to resume it.
+
+    Args:
+        large: figures that are too large for the dashboard.
+    """
+    said = conclude(data, findings)
     lines = [
-        f"# {data.name}",
-        data.config.description,
-        f"Preset `{data.preset}`; {len(data.rows)} trials: {states}. Protocol {data.status.protocol}.",
-        f"Resume it with: `{command('resume', data.name)}`. "
-        f"All tables and figures: `{command('report', data.name)} --html FILE`.",
-        *verdict(data, findings),
+        f"**{escaped(said.answer)}**",
+        *(f"Warning: {escaped(warning)}" for warning in said.warnings),
+        f"# {escaped(data.name)}",
+        "\n".join(f"- {name}: {escaped(value)}" for name, value in describe(data)),
+        f"Resume it with: {code(command('resume', data.name))}. "
+        f"All tables and figures: {code(command('report', data.name) + ' --html FILE')}.",
+        f"On that page only, too large for here: {', '.join(large)}." if large else "",
+        *map(escaped, said.sentences),
+        f"Notes are on the best {MOST_NOTES:,} of {len(data.rows):,} trials." if len(data.rows) > MOST_NOTES else "",
     ]
-    failures = [f"- trial {row.number}: `{row.error}`" for row in data.rows if row.state == "failed"]
+    failures = [f"- trial {row.number}: {code(row.error or '')}" for row in data.rows if row.state == "failed"]
     if failures:
-        lines += ["## Failed", "\n".join(failures[:20])]
+        more = len(failures) - MOST_FAILURES
+        lines += ["## Failed", "\n".join([*failures[:MOST_FAILURES], *([f"- and {more} more"] if more > 0 else [])])]
     return "\n\n".join(line for line in lines if line)
+
+
+def escaped(text: str) -> str:
+    """`text` in Markdown as it is, on one line: names and errors come from others, and are no markup."""
+    return MARKS.sub(r"\\\1", one_line(text))
+
+
+def code(text: str) -> str:
+    """`text` as a code span, whatever backticks it has."""
+    line = one_line(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
+def trial_note(data: StudyData, row: TrialRow) -> str:
+    """Markdown about one trial: what it is, its curve, how to get its model and to run its setting again."""
+    best = data.best
+    is_best = best is not None and best.number == row.number
+    runs = sum(other.state == "complete" for other in data.rows)
+    name = escaped(label(row.parameters) or row.policy)
+    lines = [
+        f"{_opening(row)} of {escaped(data.name)}: {name}" + (f", seed {row.seed}" if row.seed is not None else ""),
+        f"{row.state.capitalize()}: best validation accuracy {percent(row.value)} at epoch {row.best_epoch or '–'} of "
+        f"{row.epochs}, {row.images:,} images trained on in {row.seconds:.1f} s."
+        + (f" The highest of {runs} complete trials." if is_best and runs > 1 else "")
+        + (f" On the test split: {percent(row.test)}." if row.test is not None else ""),
+    ]
+    if row.error:
+        lines.append(f"Error: {code(row.error)}")
+    curve = data.curves.get(row.number, [])
+    if curve:
+        lines.append(f"Accuracy by epoch: `{sparkline([float(epoch['accuracy']) for epoch in curve])}`")
+    if row.state == "complete":
+        trial = ["--trial", str(row.number)]
+        lines.append(
+            f"Its model, where the study keeps it: {code(command('model', data.name, *trial))}. Its setting as a "
+            f"config to run again: {code(command('model', data.name, *trial, '--toml'))}."
+        )
+    return "\n\n".join(lines)[:NOTE_LENGTH]
+
+
+def _opening(row: TrialRow) -> str:
+    """By which a note of ours is known."""
+    return f"**Trial {row.number}**"
+
+
+def sparkline(values: list[float]) -> str:
+    """The values as bars between their lowest and highest, at most WIDTH of them, with both ends in percent."""
+    step = -(-len(values) // WIDTH)
+    shown = [max(values[i : i + step]) for i in range(0, len(values), step)]
+    low, span = min(shown), (max(shown) - min(shown)) or 1.0
+    bars = "".join(BARS[min(len(BARS) - 1, int((value - low) / span * len(BARS)))] for value in shown)
+    return f"{percent(low)} {bars} {percent(max(shown))}"
 
 
 def _points(figure: go.Figure) -> int:

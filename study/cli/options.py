@@ -130,7 +130,8 @@ def read_study(name: str, storage: str | None) -> StudyData:
     from dashboards.study_data import read
     from storage.engine import open_storage
 
-    return read(open_storage(storage_url(storage), create=False, reading=True), name)
+    url = storage_url(storage)
+    return read(open_storage(url, create=False, reading=True), name, option_for(url))
 
 
 def storage_url(option: str | None) -> str:

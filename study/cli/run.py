@@ -32,6 +32,7 @@ from study.cli.options import (
     Workers,
     command_for,
     data_root,
+    option_for,
     out,
     shown,
     storage_url,
@@ -272,26 +273,32 @@ def confirm(
     root: DataRoot = None,
     code: Code = None,
     allow_failures: AllowFailures = 0,
+    again: Annotated[
+        bool, typer.Option("--again", help="Ask the test split again although a confirmation has; it is recorded.")
+    ] = False,
 ) -> None:
-    """Run the best settings again on fresh seeds, then evaluate them once on the test split.
+    """Run the best settings again on fresh seeds, and evaluate each of these trials once on the test split.
 
     Example: study confirm tpe --top 3 --seeds 5
     """
-    from study.confirm import confirmation
+    from study.confirm import ask_test_split, confirmation, earlier_confirmations, record_test_split
     from study.create import OpenStudy, create_study, load_study, open_study, prepare
     from study.launchers.launcher import LaunchOptions
 
     url = storage_url(storage)
     _allow_code(code)
     searched = open_study(url, name)
-    config, origin = confirmation(searched.study, searched.config, top, seeds)
+    confirming = new_name or f"{name}-confirmed"
+    earlier = earlier_confirmations(searched, confirming)
+    config, origin = confirmation(searched.study, searched.config, top, seeds, earlier)
     workforce, _ = _launcher(LaunchOptions(device=device, workers=workers, threads=threads), url, None)
     data = prepare(config, data_root(root))
     if data.fingerprint != searched.study.user_attrs["data_fingerprint"]:
         raise UserError(f"the data here are not those of the study {name!r}; use the same images (--data-root)")
-    confirming = new_name or f"{name}-confirmed"
+    again = ask_test_split(searched, confirming, data.config, again=again)
     create_study(searched.storage, confirming, f"confirm {name}", data.config, data, origin)
     study = OpenStudy(url, searched.storage, *load_study(searched.storage, confirming))
+    record_test_split(searched, study, again=again)
     with _resumable(study):
         _refuse_if_stopped(study)
         logger.info("confirming %d settings of %r as %r in %s", top, name, confirming, shown(url))
@@ -450,7 +457,7 @@ def _run(
     if code != exit_codes.OK:
         logger.warning("%s", _how_to_continue(study, code))
         raise typer.Exit(code)
-    data = retry(lambda: study_data.read(study.storage, study.name))
+    data = retry(lambda: study_data.read(study.storage, study.name, option_for(study.url)))
     refresh()
     if data.status.ended_early:
         how = command_for(study.url, "resume", study.name, "--target", "none", "--patience", "none")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ from study.config.values import (
 
 PROTOCOLS = {
     "paper": "paper: the test split validates, so it chose the best epoch too",
-    "holdout": "holdout: part of the training split validates, the test split is untouched",
+    "holdout": "holdout: part of the training split validates",
 }
 
 
@@ -192,7 +191,7 @@ class DataConfig(Section):
     """Where the images are while training: copied to the device, or on the host and gathered a batch ahead. The same
     bits. `auto`: on the host where they would take over half of a GPU's free memory."""
     protocol: Literal["holdout", "paper"] = "holdout"
-    """`holdout`: a stratified part of the training split validates and the test split stays untouched.
+    """`holdout`: a stratified part of the training split validates; the test split is evaluated only by `data.test`.
     `paper`: the test split validates, as in the paper; such numbers are selected on the test split."""
     holdout: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the training split that validates under the `holdout` protocol."""
@@ -203,10 +202,10 @@ class DataConfig(Section):
     and names of torchvision.transforms.v2 with arguments if need be, one draw a batch: `["flip", "RandAugment",
     "ColorJitter(brightness=0.4)"]`. A list that holds `true`, `false` or lists is searched."""
     test: bool = False
-    """After a trial's last epoch, evaluate its best epoch's network once on the untouched test split (holdout only)."""
+    """After a trial's last epoch, evaluate its best epoch's network once on the test split (holdout only)."""
 
     @model_validator(mode="after")
-    def _test_is_untouched(self) -> DataConfig:
+    def _test_does_not_validate(self) -> DataConfig:
         if self.test and self.protocol == "paper":
             raise ValueError("test needs the holdout protocol: under `paper` the test split validates")
         return self
@@ -693,18 +692,22 @@ class StudyConfig(Section):
 
     def _listed(self) -> dict[str, Any]:
         """Of the parameters with lists and ranges those that mean something to one choice at least."""
-        values = self.searchable()
-        choices = {
-            name: value if isinstance(value, tuple) else (value,) for name, value in values.items() if name in CHOICES
-        }
-        combined = [
-            dict(zip(choices, combination, strict=True)) for combination in itertools.product(*choices.values())
-        ]
         return {
-            name: value
-            for name, value in values.items()
-            if is_searched(value) and any(means_something(name, each) for each in combined)
+            name: value for name, value in self.searchable().items() if is_searched(value) and self.is_meaningful(name)
         }
+
+    def is_meaningful(self, name: str) -> bool:
+        """Whether a parameter means something to one of the study's policies, optimizers or networks at least."""
+        values = self.searchable()
+        choices = {each: values[each] if isinstance(values[each], tuple) else (values[each],) for each in CHOICES}
+        if self.search.cells is not None:
+            choices = {each: self._values(each) for each in CHOICES}
+        # What a parameter depends on is one choice alone: each of its values has to come up, not each combination.
+        most = max(map(len, choices.values()))
+        return any(
+            means_something(name, {each: listed[min(turn, len(listed) - 1)] for each, listed in choices.items()})
+            for turn in range(most)
+        )
 
 
 def _place(name: str) -> tuple[str, str]:

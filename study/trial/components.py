@@ -30,13 +30,10 @@ def make_network(parameters: Parameters, shape: tuple[int, ...], classes: int, s
         UserError, DataError: own code that is not allowed here; a network that cannot be made.
     """
     name = parameters["network"]
-    arguments: dict[str, Any] = _arguments("network", parameters)
-    if name == "paper":
-        arguments = {"width": parameters["width"], "norm": parameters["norm"]}
     sides = shape[:-1] or (1,)
     size: Any = sides[0] if len(set(sides)) == 1 else sides
     return networks.make_network(
-        name, arguments, classes=classes, channels=shape[-1], size=size, seed=seed, make=_own(name)
+        name, network_arguments(parameters), classes=classes, channels=shape[-1], size=size, seed=seed, make=_own(name)
     )
 
 
@@ -93,6 +90,13 @@ def check_network(config: StudyConfig, parameters: Parameters, shape: tuple[int,
 def first_parameters(config: StudyConfig, **chosen: Any) -> Parameters:
     """All parameters of a trial with `chosen` and the first value of every list."""
     return {name: first(value) for name, value in config.searchable().items()} | chosen
+
+
+def network_arguments(parameters: Parameters) -> dict[str, Any]:
+    """The keyword arguments of a trial's network."""
+    if parameters["network"] == "paper":
+        return {"width": parameters["width"], "norm": parameters["norm"]}
+    return _arguments("network", parameters)
 
 
 def _arguments(section: str, parameters: Parameters) -> dict[str, Any]:

@@ -16,10 +16,12 @@ import optuna
 import torch
 
 from study import __version__
+from study.config.extensions import is_import_path
 from study.config.models import StudyConfig
 from study.model_file import ModelDescription
 from study.search.space import Parameters, settings
 from study.training.trainer import EpochResult, Trainer
+from study.trial.components import network_arguments
 
 TRAINING_SECTIONS = ("data", "network", "policy", "training")
 """The sections of a config that a trial's numbers depend on."""
@@ -76,22 +78,24 @@ def model_description(
         top: the epoch after which the weights were taken.
         chosen: the trial's searched parameters.
     """
-    data, attributes = trainer.data, study.user_attrs
+    data, attributes, parameters = trainer.data, study.user_attrs, settings(config, chosen)
     names = attributes.get("classes", [])
     return ModelDescription(
         classes=tuple(names) if len(names) == data.classes else tuple(map(str, range(data.classes))),
-        shape=tuple(data.train_images.shape[1:]),
+        shape=data.shape,
+        dtype=data.dtype,
         mean=tuple(data.mean.tolist()),
         std=tuple(data.std.tolist()),
-        network="paper",
-        arguments=config.network.model_dump(),
+        network=parameters["network"],
+        arguments=network_arguments(parameters),
+        code_sha256=attributes.get("code_sha256") if is_import_path(parameters["network"]) else None,
         precision=trainer.precision,
         seed=seed,
         study=study.study_name,
         trial=number,
         epoch=top.epoch,
-        accuracy=top.accuracy,
-        parameters=settings(config, chosen),
+        accuracy=top.score(config.search.metric),
+        parameters=parameters,
         config=config.model_dump(mode="json"),
         data_fingerprint=str(attributes.get("data_fingerprint", "")),
         protocol=str(attributes.get("protocol", "")),

@@ -6,32 +6,37 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from dashboards import aggregate, status, study_data
-from dashboards.conclusions import verdict
+from dashboards.conclusions import conclude
 from dashboards.figures import accuracy as accuracy_figures
 from dashboards.figures import effort, search
 from dashboards.reports import console as console_report
 from dashboards.reports import html
 from dashboards.reports import json as json_report
 from dashboards.server.publish import publish
-from dashboards.status import Status
 from dashboards.study_data import StudyData, TrialRow
 from storage import budgets, queries, stop_requests
 from storage.engine import open_storage
 from storage.errors import UserError
-from study.config.models import PROTOCOLS, StudyConfig
-from study.confirm import FAR, confirmation
-from study.create import PreparedData, config_warnings, create_study, load_study, prepare
-from study.search.space import settings
+from study.config.models import StudyConfig
+from study.confirm import FAR, ask_test_split, confirmation, earlier_confirmations, record_test_split
+from study.create import (
+    OpenStudy,
+    PreparedData,
+    config_warnings,
+    create_study,
+    load_study,
+    open_study,
+    prepare,
+)
 from tests.support.harness import Harness, config_of, scripted_accuracies
+from tests.support.made_studies import made
 
 ALL = ["dynamic", "static", "fresh", "full", "infobatch"]
 
@@ -80,10 +85,11 @@ def test_comparisons_are_with_each_control_on_the_test_split(controls: StudyData
 
 def test_the_report_on_the_terminal_as_a_page_and_as_json(controls: StudyData) -> None:
     text = text_of(controls)
-    assert "Comparisons, paired by seed" in text
+    assert "Comparisons in points, paired by seed" in text
     assert "test %" in text
     page = html.page([controls])
-    assert page.count('class="plotly-graph-div"') == 7  # settings, curves, times, cost, exchange, coverage, workers
+    # settings, curves, cost, history, times, exchange, coverage, workers
+    assert page.count('class="plotly-graph-div"') == 8
     document = json.loads(json_report.text([controls]))
     assert [cell["accuracy"]["n"] for cell in document["cells"]] == [2] * 5
     assert len(document["comparisons"]) == 4
@@ -108,42 +114,12 @@ def test_two_studies_share_a_page(controls: StudyData) -> None:
     page = html.page([controls, controls])
     assert "Side by side" in page
     assert "their accuracies do not compare" not in page
+    assert "href='#study-1'" in page
+    assert "<article id='study-1'>" in page
     assert len(json.loads(json_report.text([controls, controls]))) == 2
 
 
 # Studies made by hand, with known effects.
-
-
-def made(values: dict[str, list[float]], config: StudyConfig, epochs: int = 3) -> StudyData:
-    """Trials of the policies `values`, accuracies by seed; trial n of `epochs` epochs that rise to its accuracy."""
-    rows: list[TrialRow] = []
-    curves: dict[int, list[dict[str, Any]]] = {}
-    for policy, accuracies in values.items():
-        for seed, accuracy in enumerate(accuracies):
-            number = len(rows)
-            chosen = {"policy": policy} if isinstance(config.policy.name, tuple) else {}
-            curves[number] = [
-                {"epoch": n, "accuracy": accuracy * n / epochs, "images": 60, "kind": "type1", "k": 30, "seen": 60}
-                for n in range(1, epochs + 1)
-            ]
-            costs: dict[str, Any] = {"images": 60 * epochs, "seen": 60, "train_seconds": 1.0, "validation_seconds": 0.5}
-            costs |= {"selection_seconds": 0.0, "joules": None, "test": None, "error": None, "attributes": {}}
-            what = (number, "complete", chosen, settings(config, chosen), seed, accuracy, epochs, epochs)
-            rows.append(TrialRow(*what, **costs))
-    study = optuna.create_study(direction="maximize")
-    study.set_user_attr("images", {"train": 200, "validation": 1000, "test": 1000})
-    states = dict.fromkeys(queries.STATE_NAMES.values(), 0) | {"complete": len(rows)}
-    top = max(rows, key=lambda row: row.value or 0, default=None)
-    now = queries.Progress(
-        states=states, running=(), interrupted=(), epochs=0, images=0,
-        best=top.value if top else None, best_trial=top.number if top else None,
-    )  # fmt: skip
-    known = Status(
-        name="made", preset="test", config=config.model_dump(mode="json"), protocol=PROTOCOLS[config.data.protocol],
-        progress=now, best_parameters=top.parameters if top else {}, budgets={},
-        spent=dict.fromkeys(budgets.UNITS, 0.0), stop=None, failures={}, failed_attempts=(),
-    )  # fmt: skip
-    return StudyData("made", "test", config, tuple(rows), curves, (), study, known)
 
 
 def with_policies(*names: str, seeds: int = 8) -> StudyConfig:
@@ -159,7 +135,7 @@ def test_a_known_effect_is_significant_and_its_absence_is_not() -> None:
     )
     findings = aggregate.findings(data)
     assert [c.finding for c in findings.comparisons] == ["better", "cannot tell"]
-    text = " ".join(verdict(data, findings))
+    text = " ".join(conclude(data, findings).lines)
     assert "dynamic is better than static" in text
     assert "Cannot tell dynamic from fresh" in text
     assert "nothing shows that the rule does better than drawing anew" in text
@@ -167,13 +143,13 @@ def test_a_known_effect_is_significant_and_its_absence_is_not() -> None:
 
 @pytest.mark.parametrize(
     ("fresh", "sentence"),
-    [(-0.02, "the rule adds something beyond fresh data"), (0.02, "it is the fresh data that help")],
+    [(-0.02, "The rule adds something beyond fresh data"), (0.02, "drawing anew every epoch does better")],
 )
 def test_the_verdict_weighs_the_controls(fresh: float, sentence: str) -> None:
     draws = np.random.default_rng(2).normal(0.8, 0.002, (3, 8))
     values = {"dynamic": list(draws[0]), "static": list(draws[1] - 0.03), "fresh": list(draws[2] + fresh)}
     data = made(values, with_policies(*values))
-    assert sentence in " ".join(verdict(data, aggregate.findings(data)))
+    assert sentence in " ".join(conclude(data, aggregate.findings(data)).lines)
 
 
 def test_main_effects_need_a_whole_grid() -> None:
@@ -194,7 +170,7 @@ def test_main_effects_need_a_whole_grid() -> None:
 
 def test_single_runs_support_no_conclusion() -> None:
     data = made({"dynamic": [0.8], "static": [0.7]}, with_policies("dynamic", "static", seeds=1))
-    text = " ".join(verdict(data, aggregate.findings(data)))
+    text = " ".join(conclude(data, aggregate.findings(data)).lines)
     assert "cannot be told from chance" in text
     assert aggregate.findings(data).comparisons[0].finding == "cannot tell"
 
@@ -202,10 +178,10 @@ def test_single_runs_support_no_conclusion() -> None:
 def test_nothing_complete_no_verdict_no_empty_figure() -> None:
     empty = made({}, with_policies("dynamic", "static"))
     findings = aggregate.findings(empty)
-    assert verdict(empty, findings) == []
+    assert conclude(empty, findings).answer.startswith("No answer yet: no trial is complete")
     drawn = [
         accuracy_figures.intervals(empty, findings), accuracy_figures.learning_curves(empty, findings),
-        search.cost([empty]), search.slices(empty), search.importance(empty),
+        search.cost([empty]), search.slices(empty), search.history(empty), search.parallel(empty),
         effort.times(empty, findings), effort.exchange(empty, findings),
         effort.coverage(empty, findings), effort.timeline(empty),
     ]  # fmt: skip
@@ -236,9 +212,9 @@ def test_the_pareto_front_is_the_undominated_trials() -> None:
 def test_a_delta_below_the_noise_is_warned_of(images: int, delta: float, warns: bool) -> None:
     config = config_of(policy={"alpha": 60, "delta": delta})
     counts = {"train": 1000, "validation": images, "test": 0}
-    data = PreparedData("", counts, (1000, images, 0), config, (), (32, 32, 3), 0.1, None)
+    data = PreparedData("", counts, (1000, images, 0), config, (), (32, 32, 3), None)
     sentences = config_warnings(config, data)
-    assert any("most stalls will be chance" in sentence for sentence in sentences) == warns
+    assert any("gains of that size can be chance" in sentence for sentence in sentences) == warns
     assert config_warnings(config_of(policy={"name": "static", "alpha": 60, "delta": delta}), data) == []
 
 
@@ -273,9 +249,44 @@ def test_the_best_are_confirmed_on_fresh_seeds_and_the_test_split(sqlite_url: st
     confirmed.study.set_user_attr("confirms", origin["confirms"])
     text = text_of(study_data.read(confirmed.storage, "once more"))
     assert "regression to the mean" in text
-    assert "on the test split, evaluated once," in text
+    assert "on the test split, evaluated once a trial," in text
     with pytest.raises(UserError, match="--top must be at most the 4 settings"):
         confirmation(harness.study, harness.config, 5, 1)
+
+
+def test_the_test_split_is_asked_once_or_knowingly_again(sqlite_url: str) -> None:
+    searched = Harness(sqlite_url, config_of(policy={"alpha": 60}, training={"epochs": 1}), "tpe")
+    searched.work()
+
+    def confirm(name: str, top: int, again: bool = False) -> tuple[bool, OpenStudy]:
+        study = open_study(sqlite_url, "tpe")
+        config, origin = confirmation(study.study, study.config, top, 1, earlier_confirmations(study, name))
+        asked = ask_test_split(study, name, config, again=again)
+        create_study(study.storage, name, "confirm tpe", config, prepare(config, None), origin)
+        confirming = open_study(sqlite_url, name)
+        record_test_split(study, confirming, again=asked)
+        return asked, confirming
+
+    asked, first = confirm("first", 1)
+    assert not asked
+    assert not confirm("changed-my-mind", 2)[0]  # nothing has been evaluated yet
+    Harness(sqlite_url, first.config, "first").work()
+    assert not confirm("first", 1)[0]  # continued
+    with pytest.raises(UserError, match=r"asked for 'tpe' already: by 'first' \(1 settings, 1 seeds\).*--again"):
+        confirm("third", 1)
+    assert "third" not in queries.study_names(searched.storage.engine)
+    asked, third = confirm("third", 1, again=True)
+    assert asked
+    assert third.config.search.seed == 3 * FAR  # seeds that no confirmation has had
+    record = open_study(sqlite_url, "tpe").study.user_attrs["test_asked"]
+    assert [(one["study"], one["again"]) for one in record] == [
+        ("first", False), ("changed-my-mind", False), ("third", True),
+    ]  # fmt: skip
+    Harness(sqlite_url, third.config, "third").work()
+    text = " ".join(conclude(read := study_data.read(searched.storage, "third"), aggregate.findings(read)).lines)
+    assert "once a trial; 1 time in first. It was asked again with --again." in text
+    text = " ".join(conclude(read := study_data.read(searched.storage, "tpe"), aggregate.findings(read)).lines)
+    assert "The test split was evaluated: 1 time in first; 1 time in third." in text
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])

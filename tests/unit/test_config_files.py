@@ -98,7 +98,7 @@ def test_every_augmentation_can_be_made() -> None:
 
     from study.training.augment import make_augmentation
 
-    images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     for name in augmentations.TRANSFORMS:
         arguments = {"RandomRotation": {"degrees": 10}, "RandomAffine": {"degrees": 10}, "GaussianBlur":
                      {"kernel_size": 3}, "RandomPosterize": {"bits": 4}, "RandomSolarize": {"threshold": 128},

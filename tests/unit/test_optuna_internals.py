@@ -133,7 +133,8 @@ def test_the_dashboards_notes(storage: RDBStorage) -> None:
     trial = study.ask()
     optuna_dashboard.save_note(trial, "a note")
     keys = storage.get_study_system_attrs(internals.study_id_of(study))
-    assert keys
+    assert set(keys) == set(internals.trial_note_keys(trial._trial_id))
+    assert optuna_dashboard._note.SYSTEM_ATTR_MAX_LENGTH == internals.NOTE_LENGTH
     for key in keys:
         match = internals.DASHBOARD_NOTE.match(key)
         assert match is not None

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from study.training.data import sources
+from study.training.data import decoding, sources
 from study.training.data.dataset import DataError
 from study.training.data.decoding import Form, Report
 from study.training.data.torchvision_sets import SETS, Items
@@ -47,12 +47,12 @@ def write_idx(path: Path, array: Any) -> None:
     path.write_bytes(bytes([0, 0, 8, array.ndim]) + shape + array.tobytes())
 
 
-def make_mnist(root: Path, name: str = "MNIST") -> dict[str, Any]:
+def make_mnist(root: Path, name: str = "MNIST", *, train: int = 30) -> dict[str, Any]:
     draws, written = np.random.default_rng(0), {}
-    for part, count in (("train", 30), ("t10k", 10)):
+    for part, count in (("train", train), ("t10k", 10)):
         written[part] = draws.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         write_idx(root / name / "raw" / f"{part}-images-idx3-ubyte", written[part])
-        write_idx(root / name / "raw" / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+        write_idx(root / name / "raw" / f"{part}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8))
     return written
 
 
@@ -88,6 +88,15 @@ def test_grey_sets_stay_grey(root: Path) -> None:
     larger = load("MNIST", root, size=40)
     assert larger.train_images.shape == (30, 40, 40, 1)
     assert larger.notes == ("40 images resized to 40x40 (from 28x28)",)
+
+
+@pytest.mark.slow
+def test_many_images_are_decoded_in_processes(root: Path) -> None:
+    written = make_mnist(root, train=decoding.CHUNK + 100)
+    loaded = load("MNIST", root)
+    assert np.array_equal(loaded.train_images, written["train"][..., None])
+    assert loaded.train_labels.tolist() == [i % 10 for i in range(decoding.CHUNK + 100)]
+    assert np.array_equal(loaded.test_images, written["t10k"][..., None])
 
 
 def test_a_set_is_converted_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:

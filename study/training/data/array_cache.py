@@ -6,6 +6,7 @@ checksum of each array.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -81,10 +82,20 @@ def create(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ima
     for name, shape in shapes.items():
         path = folder / f"{name}.npy"
         arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # else a disk that fills up kills the process that writes to the mapping
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        _reserve(path)
     return arrays
+
+
+def _reserve(path: Path) -> None:
+    """Take the place of a sparse file: a disk that fills up kills the process that writes to the mapping."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+                raise
 
 
 def _bytes(count: int) -> str:

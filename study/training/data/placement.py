@@ -84,6 +84,13 @@ class DeviceData:
         """Of one image: (height, width, channels), or (features,)."""
         return tuple(self.train_images.shape[1:])
 
+    @property
+    def dtype(self) -> Literal["uint8", "float32"]:
+        """Of the images."""
+        images = self.train_images
+        stored = images.array.dtype.name if isinstance(images, HostImages) else str(images.dtype).partition(".")[2]
+        return "uint8" if stored == "uint8" else "float32"
+
     @staticmethod
     def from_split(
         split: Split, device: torch.device, *, test: bool = False, placement: Placement | Literal["auto"] = "auto"

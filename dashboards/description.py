@@ -1,0 +1,97 @@
+"""What was run, from the study's own config and trials: data, network, settings, protocol, machines, cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from dashboards.formatting import count, shown
+from dashboards.study_data import StudyData
+from study.config.values import Range
+
+MOST_NAMED = 6
+
+
+def describe(data: StudyData) -> list[tuple[str, str]]:
+    """Names and values, in the order in which a method section has them."""
+    config = data.config
+    ended = [row for row in data.rows if row.state in ("complete", "pruned")]
+    searched = config.searched()
+    fixed = {
+        name: value
+        for name, value in config.searchable().items()
+        if name not in searched
+        and name != "policy"
+        and value is not None
+        and config.is_meaningful(name)
+        and not (name == "epochs" and config.training.images is not None)
+    }
+    lines = [
+        ("Data", _data(data)),
+        ("Images", ", ".join(f"{number:,} {split}" for split, number in data.counts.items())),
+        ("Validation", data.status.protocol),
+        ("Network", _sections(config.network.model_dump())),
+        ("Policies", ", ".join(config.policies())),
+        ("Searched", "; ".join(f"{name} {_values(value)}" for name, value in searched.items() if name != "policy")),
+        ("Fixed", ", ".join(f"{name} {shown(value)}" for name, value in fixed.items())),
+        ("Length", f"{config.training.images:,} images trained on" if config.training.images else ""),
+        ("Search", _search(data)),
+        ("Trials", ", ".join(f"{number:,} {name}" for name, number in data.status.states.items() if number)),
+        ("Machines", _machines(row.attributes for row in ended)),
+        ("Cost", _cost(data)),
+    ]
+    return [(name, value) for name, value in lines if value]
+
+
+def _data(data: StudyData) -> str:
+    facts, options = data.facts, data.config.data
+    parts: list[str] = [options.name]
+    if data.classes:
+        parts.append(count(data.classes, "class").replace("classs", "classes"))
+    if data.guess is not None:
+        parts.append(f"the largest {100 * data.guess:.1f} % of the validation images")
+    shape = facts.get("shape")
+    if isinstance(shape, list) and len(shape) == 3:
+        parts.append("{} x {} pixels, {}".format(*shape[:2], count(shape[2], "channel")))
+    if options.augment:
+        parts.append("augmented" if options.augment is True else f"augmented by {options.augment}")
+    return ", ".join(parts)
+
+
+def _sections(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {shown(value)}" for name, value in values.items() if value not in (None, {}, ()))
+
+
+def _values(value: Any) -> str:
+    if isinstance(value, Range):
+        scale = ", log" if value.log else ""
+        step = f", step {shown(value.step)}" if value.step else ""
+        return f"{shown(value.low)} to {shown(value.high)}{step}{scale}"
+    items = [shown(item) for item in value]
+    if len(items) > MOST_NAMED:
+        return f"{items[0]} … {items[-1]} ({len(items)} values)"
+    return ", ".join(items)
+
+
+def _search(data: StudyData) -> str:
+    search, pruning = data.config.search, data.config.pruning.kind
+    seeds = f", {count(search.replicates, 'seed')} a setting" if search.sampler.kind == "grid" else ""
+    return f"{search.sampler.kind}{seeds}; {'no pruning' if pruning == 'none' else f'pruned by {pruning}'}"
+
+
+def _machines(attributes: Iterable[dict[str, Any]]) -> str:
+    devices = Counter(str(each["device"]) for each in attributes if each.get("device"))
+    named = [f"{device} ({count(number, 'trial')})" for device, number in devices.most_common(MOST_NAMED)]
+    more = len(devices) - MOST_NAMED
+    return "; ".join([*named, f"and {more} more"] if more > 0 else named)
+
+
+def _cost(data: StudyData) -> str:
+    images, seconds = sum(row.images for row in data.rows), sum(row.seconds for row in data.rows)
+    if not images:
+        return ""
+    joules = [row.joules for row in data.rows if row.joules is not None]
+    energy = f", {sum(joules) / 3.6e6:.3g} kWh in {count(len(joules), 'trial')}" if joules else ""
+    time = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+    return f"{images:,} images trained on, {time} of training and validation{energy}"
