@@ -73,7 +73,7 @@ def new_study(server: Postgres, trials: int) -> str:
         }
     )
     data = PreparedData(
-        "0" * 64, {"train": 1294, "validation": 144, "test": 359}, (1294, 144, 359), config, (), (32, 32, 3), 0.1, None
+        "0" * 64, {"train": 1294, "validation": 144, "test": 359}, (1294, 144, 359), config, (), (32, 32, 3), None
     )
     create_study(open_storage(url), "s", "scale", config, data)
     return url
