@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -455,7 +456,7 @@ def _run(
         logger.info("the workers keep running without this launcher; progress: %s", status)
         return
     if code != exit_codes.OK:
-        logger.warning("%s", _how_to_continue(study, code))
+        logger.warning("%s", _how_to_continue(study, code, root))
         raise typer.Exit(code)
     data = retry(lambda: study_data.read(study.storage, study.name, option_for(study.url)))
     refresh()
@@ -470,8 +471,15 @@ def _run(
         raise typer.Exit(exit_codes.TRIALS_FAILED)
 
 
-def _how_to_continue(study: OpenStudy, code: int) -> str:
-    resume = command_for(study.url, "resume", study.name)
+def _how_to_continue(study: OpenStudy, code: int, root: str | None = None) -> str:
+    from study.config.extensions import allowed_folders
+
+    words = ["resume", study.name]
+    if root is not None and os.environ.get("STUDY_DATA_ROOT") != root:
+        words += ["--data-root", root]
+    for folder in allowed_folders() if study.config.own_code() else []:
+        words += ["--code", str(folder)]
+    resume = command_for(study.url, *words)
     if code == exit_codes.BUDGET_SPENT:
         return f"the budget is spent; continue with: {resume} --budget …"
     if code == exit_codes.DATABASE_UNAVAILABLE:

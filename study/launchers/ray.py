@@ -248,7 +248,9 @@ def _supervisor(name: str, request: WorkerRequest, storage_url: SecretStr, data_
     database = str(url.database) if file_of(url) is not None else _resolved(url)[2]
     key = hashlib.sha256(f"{database} {name}".encode()).hexdigest()[:12]
     actor_name, namespace = f"supervisor of {name}", f"study-{key}"
-    passed_on = {k: v for k, v in os.environ.items() if k.startswith("PGSSL") or k == "STUDY_PATIENCE_SECONDS"}
+    passed_on = {
+        k: v for k, v in os.environ.items() if k.startswith("PGSSL") or k in ("STUDY_PATIENCE_SECONDS", "STUDY_CODE")
+    }
     job = WorkerJob(name=name, storage_url=storage_url, data_root=data_root, environment=passed_on)
     actor = ray.remote(RaySupervisor).options(
         name=actor_name,

@@ -95,13 +95,13 @@ class _Messages(logging.Handler):
 class Harness:
     """A study in a database, and a worker for it in this process."""
 
-    def __init__(self, url: str, config: StudyConfig, name: str = "s") -> None:
+    def __init__(self, url: str, config: StudyConfig, name: str = "s", root: str | None = None) -> None:
         be_deterministic(config.training.deterministic)
         self.storage = open_storage(url)
-        data = prepare(config, None)
+        data = prepare(config, root)
         create_study(self.storage, name, "test", data.config, data)
         self.study, self.config = load_study(self.storage, name)
-        self.data: DeviceData = load_data(self.study, self.config, None, torch.device("cpu"))
+        self.data: DeviceData = load_data(self.study, self.config, root, torch.device("cpu"))
         self.study.pruner = make_pruner(self.config, len(self.data.train_labels))
         handler = _Messages()
         logger = logging.getLogger("study")
