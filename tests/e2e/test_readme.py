@@ -65,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(count):
                 pixels = draw.integers(0, 100, (32, 32, 3), dtype=np.uint8) + np.uint8(70 * number)
                 Image.fromarray(pixels).save(images / f"{i:03}.png")
+    (place / "examples").symlink_to(ROOT / "examples")  # as in a clone
     (place / "bin").mkdir()
     command = place / "bin" / "study"
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m study "$@"\n')
