@@ -8,7 +8,7 @@ from typing import Any
 
 from dashboards import paper
 from dashboards.aggregate import Cell, Findings
-from dashboards.formatting import count, points, shown
+from dashboards.formatting import count, p_value, points, shown
 from dashboards.paper import BETAS, Printed
 from dashboards.statistics import Summary, rank_correlation
 from dashboards.study_data import StudyData
@@ -69,7 +69,7 @@ def beside_paper(data: StudyData, findings: Findings) -> Beside | None:
         if rho:
             sentences.append(
                 f"Rank correlation of the accuracies with Table 2 over {int(rho['cells'])} cells: {rho['rho']:.2f} "
-                f"(Spearman, p = {rho['p']:.2g})."
+                f"(Spearman, p = {p_value(rho['p'])})."
             )
     sentences += _gain(matches)
     if differs and not sentences:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dashboards.aggregate import Cell, Findings, noise, pareto
-from dashboards.formatting import count, label, percent, points
+from dashboards.formatting import count, label, p_value, percent, points
 from dashboards.statistics import FEW, LEVEL, Comparison, Ratio, Summary, p_of_guessing, still_rising
 from dashboards.study_data import StudyData
 from storage.text import command
 
 MOST_NAMED = 5
 """Settings that a sentence lists."""
+LEAST = 0.0005
+"""Fall, as a fraction, that is not worth a sentence."""
 RISE = 0.002
 """Gain over the last epochs, as a fraction, below which it does not matter that curves still rise."""
 
@@ -151,7 +153,8 @@ def _of_single_runs(data: StudyData, findings: Findings) -> str:
     pruned = f", {lost} of them pruned" if lost else ""
     searched = f"`{command('confirm', data.name, storage=data.storage_option)}` runs the best again on fresh seeds"
     return (
-        f"Cannot tell which of {len(findings.cells)} settings is the best: they are single runs{pruned}. The highest, "
+        f"Cannot tell which of {len(findings.cells):,} settings is the best: they are single runs{pruned}. The "
+        "highest, "
         f"{percent(best.value)} {place} with {name}, is the maximum of {count(ended, 'run')}; {searched}."
     )
 
@@ -273,7 +276,7 @@ def _comparison(of: Comparison, measure: str) -> str:
     place = "on the test split" if measure == "test" else "in validation"
     difference = of.difference
     amount = f"{interval(difference)} points" if difference.n > 1 else f"{100 * difference.mean:.2f} points, one pair"
-    p = f", p = {of.p_adjusted:.2g}" if of.p_adjusted is not None else ""
+    p = f", p = {p_value(of.p_adjusted)}" if of.p_adjusted is not None else ""
     few = ", provisional" if of.provisional else ""
     numbers = f"{amount}, n = {difference.n}{p}{few}"
     if of.finding != "cannot tell":
@@ -327,7 +330,7 @@ def _effects(findings: Findings) -> list[str]:
     sentences = []
     few = ", provisional" if min(len(cell.rows) for cell in findings.complete) < FEW else ""
     for name, p in findings.effects.items():
-        numbers = f"(Friedman's test over its levels, p = {p:.2g}, Holm-corrected{few})"
+        numbers = f"(Friedman's test over its levels, p = {p_value(p)}, Holm-corrected{few})"
         if p < LEVEL:
             sentences.append(f"The choice of {name} makes a difference {numbers}.")
         else:
@@ -342,11 +345,10 @@ def _regression(data: StudyData, findings: Findings) -> list[str]:
         return []
     if not findings.candidates:
         return [
-            f"Regression to the mean: the highest of {settings} single runs is expected to be lower on fresh seeds; by "
-            "how "
-            "much, only replicates can tell."
+            f"Regression to the mean: the highest of {settings:,} single runs is expected to be lower on fresh seeds; "
+            "by how much, only replicates can tell."
         ]
-    if findings.fall is None:
+    if findings.fall is None or findings.fall < LEAST:
         return []
     return [
         f"Regression to the mean: the highest of {settings} means is expected to be {points(findings.fall)} lower on "

@@ -14,8 +14,8 @@ from storage.text import printable
 def shown(value: Any) -> str:
     """A parameter as people write it: 0.1, not 0.1000; 15,000."""
     if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return f"{value:,.0f}" if value.is_integer() and 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def budget_lines(budgets: dict[str, float], spent: dict[str, float]) -> list[str]:
@@ -50,6 +50,11 @@ def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tupl
     for line in lines:
         table.add_row(*(Text(printable(cell)) for cell in line))
     return table
+
+
+def p_value(p: float) -> str:
+    """With three digits: one that is below 5 % must not read 0.05."""
+    return f"{p:.3g}"
 
 
 def points(fraction: float) -> str:

@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 from torch import Tensor, nn
@@ -100,8 +98,10 @@ def to_bytes(state: Mapping[str, Tensor], description: ModelDescription) -> byte
     """
     if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"the network's state holds something that is no tensor: {', '.join(other)}")
+    from safetensors.torch import save
+
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    content: bytes = safetensors.torch.save(tensors, {KEY: description.model_dump_json()})
+    content: bytes = save(tensors, {KEY: description.model_dump_json()})
     return content
 
 
@@ -117,12 +117,15 @@ def from_bytes(
     Raises:
         UserError: it is no such file, is damaged, or does not fit the network that it names.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     description = describe(content, source)
     try:
-        tensors = safetensors.torch.load(content)
+        tensors = load(content)
         network = _network(description, tensors, make)
         network.load_state_dict(tensors)
-    except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError, KeyError, OverflowError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError, OverflowError) as error:
         raise _wrong(source, error) from None
     return network.eval(), description
 

@@ -241,7 +241,7 @@ def heat_map(data: StudyData, grid: Grid) -> go.Figure | None:
     figure.update_xaxes(title="beta (fraction of the active set exchanged)", type="category", showgrid=False)
     figure.update_yaxes(title="alpha (images an epoch)", type="category", showgrid=False)
     note = "Hatched: pruned, with what was reached; the colours span complete cells." if shapes else ""
-    return finished(figure, 160 + 70 * len(grid.alphas), "Best validation accuracy (%) by alpha and beta", note)
+    return finished(figure, 160 + 70 * len(grid.alphas), "Accuracy (%) by alpha and beta", note)
 
 
 def _hover_text(data: StudyData, cell: Cell) -> str:

@@ -34,8 +34,8 @@ def exchange(data: StudyData, findings: Findings) -> go.Figure | None:
     if not figure.data:
         return None
     figure.update_xaxes(title="after epoch", rangemode="tozero")
-    figure.update_yaxes(title="active set exchanged (%), mean over seeds", rangemode="tozero")
-    return finished(figure, 360, "Exchange: how much of the active set is replaced", _capped(findings))
+    figure.update_yaxes(title="active set exchanged (%)", rangemode="tozero")
+    return finished(figure, 360, "Exchange of the active set", _capped(findings))
 
 
 def coverage(data: StudyData, findings: Findings) -> go.Figure | None:
@@ -49,8 +49,8 @@ def coverage(data: StudyData, findings: Findings) -> go.Figure | None:
     if not figure.data:
         return None
     figure.update_xaxes(title="epoch", rangemode="tozero")
-    figure.update_yaxes(title=f"different images seen (% of {total:,})", rangemode="tozero")
-    return finished(figure, 360, "Coverage: different images trained on so far", _capped(findings))
+    figure.update_yaxes(title=f"images seen (% of {total:,})", rangemode="tozero")
+    return finished(figure, 360, "Coverage of the training images", _capped(findings))
 
 
 def _best(findings: Findings) -> list[Cell]:

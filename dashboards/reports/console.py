@@ -10,7 +10,7 @@ from dashboards import aggregate, paper
 from dashboards.aggregate import Findings, Grid
 from dashboards.beside_paper import Beside, beside_paper, papers
 from dashboards.conclusions import conclude, interval
-from dashboards.formatting import percent, plain_table, shown
+from dashboards.formatting import p_value, percent, plain_table, shown
 from dashboards.status import heading
 from dashboards.study_data import StudyData
 from storage.text import printable
@@ -49,8 +49,7 @@ COMPARISONS_TITLE = "Comparisons in points, paired by seed; intervals and p of t
 def paper_sentences(beside: Beside | None) -> list[str]:
     if beside is None:
         return []
-    carried = [f"On the paper's own numbers: {caveat}" for caveat in paper.CAVEATS]
-    return [*beside.sentences, *carried]
+    return [*beside.sentences, f"The paper's own numbers: {' '.join(paper.CAVEATS)}"]
 
 
 def cells_table(data: StudyData, findings: Findings) -> tuple[list[str], list[list[str]]]:
@@ -93,7 +92,7 @@ def comparisons_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
 
 
 def _p(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
+    return "–" if value is None else p_value(value)
 
 
 def trials_table(data: StudyData) -> tuple[list[str], list[list[str]]]:

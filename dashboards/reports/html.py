@@ -11,7 +11,7 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from dashboards import aggregate
-from dashboards.beside_paper import beside_paper
+from dashboards.beside_paper import Beside, beside_paper
 from dashboards.conclusions import Conclusions, conclude
 from dashboards.description import describe
 from dashboards.figures import accuracy, effort, search
@@ -29,6 +29,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 1.5rem a
   color: var(--ink); background: var(--page); }
 h1 { font-size: 1.6rem; margin: 2.5rem 0 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 p { margin: .4rem 0; overflow-wrap: anywhere; } a { color: inherit; }
 .answer { border-left: 5px solid #0077BB; padding: .2rem 0 .2rem .8rem; margin: 1rem 0; font-size: 1.15rem; }
 .warning { border-left: 5px solid #D55E00; padding-left: .8rem; }
@@ -41,9 +42,16 @@ th:first-child, td:first-child { padding-left: 0; }
 .facts th, .facts td { text-align: left; vertical-align: top; white-space: normal; overflow-wrap: anywhere; }
 .facts th { font-weight: 600; white-space: nowrap; }
 code, pre { font-size: .85em; } pre { overflow-x: auto; } summary { cursor: pointer; }
-.xtick text, .ytick text, .cbaxis text, .xtitle, .ytitle, .gtitle, .cbtitle text, .legendtext, .annotation-text {
+[class$=tick] > text, text[class$=title], .cbaxis text, .cbtitle text, .legendtext, .annotation-text {
   fill: var(--ink) !important; }
+@media (max-width: 700px) { .modebar-container { display: none; } }
 """
+CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    # Few enough to stand beside a title on a narrow screen.
+    "modeBarButtonsToRemove": ["zoomIn2d", "zoomOut2d", "autoScale2d", "select2d", "lasso2d", "sendDataToCloud"],
+}
 # Nothing may be fetched: not by this page, not by what a later edit puts into it.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -76,15 +84,14 @@ def _study(data: StudyData, place: int) -> str:
     """The answer, what was studied, figures, tables, manifest."""
     findings = aggregate.findings(data)
     said, beside = conclude(data, findings), beside_paper(data, findings)
-    parts = [_said(said, console.paper_sentences(beside)), _section("What was studied", _facts(data))]
+    parts = [_said(said), _section("What was studied", _facts(data))]
     figures, missing = _figures(data, findings)
     if figures:
         parts.append(_section("Figures", "".join(figures) + missing))
     if not any(data.curves.values()):
         parts.append("<p>No trial has finished an epoch yet.</p>")
-    parts += (
-        [_section(escape(title), _table(*lines, css="first")) for title, lines in beside.tables()] if beside else []
-    )
+    if beside is not None:
+        parts.append(_section("Beside the paper", _paper(beside)))
     if 1 < len(findings.cells) <= MOST_TRIALS:
         note = "Intervals of 95 %, over seeds and number of images. Costs are means over the seeds."
         parts.append(_section("Settings", _table(*console.cells_table(data, findings), css="first"), note))
@@ -107,9 +114,14 @@ def _study(data: StudyData, place: int) -> str:
     return f"<article id='study-{place}'><h1>{escape(data.name)}</h1>{''.join(parts)}</article>"
 
 
-def _said(said: Conclusions, beside: Sequence[str]) -> str:
+def _paper(beside: Beside) -> str:
+    tables = "".join(f"<h3>{escape(title)}</h3>{_table(*lines, css='first')}" for title, lines in beside.tables())
+    return tables + "".join(f"<p>{escape(sentence)}</p>" for sentence in console.paper_sentences(beside))
+
+
+def _said(said: Conclusions) -> str:
     warnings = "".join(f"<p class='warning'>{escape(warning)}</p>" for warning in said.warnings)
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in (*said.sentences, *beside))
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in said.sentences)
     return f"<p class='answer'><b>{escape(said.answer)}</b></p>{warnings}{sentences}"
 
 
@@ -168,9 +180,7 @@ def _side_by_side(studies: Sequence[StudyData]) -> str:
 
 
 def _drawn(figure: go.Figure) -> str:
-    html: str = plotly.io.to_html(
-        figure, include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True}
-    )
+    html: str = plotly.io.to_html(figure, include_plotlyjs=False, full_html=False, config=CONFIG)
     return f"<figure>{html}</figure>"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from dashboards.figures import effort, search
 from dashboards.reports import console as console_report
 from dashboards.reports import html
 from dashboards.reports import json as json_report
-from dashboards.server.publish import publish
+from dashboards.server.publish import note, publish, sparkline
 from dashboards.study_data import StudyData, TrialRow
 from storage import budgets, queries, stop_requests
 from storage.engine import open_storage
 from storage.errors import UserError
+from storage.optuna_internals import trial_note_keys
+from storage.study_attributes import read_system_attributes, set_system_attributes
 from study.config.models import StudyConfig
 from study.confirm import FAR, ask_test_split, confirmation, earlier_confirmations, record_test_split
 from study.create import (
@@ -108,6 +111,54 @@ def test_figures_and_note_reach_optuna_dashboard(controls: StudyData) -> None:
     plots = {key for key in attributes if key.startswith("dashboard:plot_data")}
     for name in ("settings", "learning-curves", "cost", "workers"):
         assert any(f"study-{name}" in json.dumps([key, attributes[key]]) for key in plots), (name, plots)
+
+
+def notes_of(data: StudyData) -> dict[str, str]:
+    attributes = data.study._storage.get_study_system_attrs(data.study._study_id)
+    return {key: value for key, value in attributes.items() if "note_str" in key}
+
+
+def test_every_trial_has_a_note_and_a_visitors_stays(controls: StudyData) -> None:
+    storage = open_storage(str(controls.study._storage._backend.url), create=False)  # type: ignore[attr-defined]
+    publish(controls, storage)
+    ids = {trial.number: trial._trial_id for trial in controls.study.trials}
+    texts = {number: notes_of(controls)[trial_note_keys(ids[number])[1]] for number in ids}
+    best = controls.best
+    assert best is not None
+    assert "The highest of 10 complete trials." in texts[best.number]
+    assert sum("The highest of" in text for text in texts.values()) == 1
+    for number, text in texts.items():
+        assert text.startswith(f"**Trial {number}** of s: ")
+        assert "Accuracy by epoch: `" in text
+        assert f"study model s --trial {number} --toml" in text
+        assert "On the test split: " in text
+    keys = trial_note_keys(ids[3])
+    set_system_attributes(storage.engine, controls.id, {keys[1]: "my own note"})
+    before = read_system_attributes(storage.engine, controls.id, "dashboard:%note_ver")
+    publish(controls, storage)
+    assert notes_of(controls)[keys[1]] == "my own note"
+    after = read_system_attributes(storage.engine, controls.id, "dashboard:%note_ver")
+    assert {key for key in after if after[key] != before[key]} == {"dashboard:note_ver"}  # nothing written in vain
+
+
+def test_a_note_begins_with_the_answer_and_renders_nothing_that_others_wrote(controls: StudyData) -> None:
+    findings = aggregate.findings(controls)
+    evil = "![x](http://e.x/p.png) <img src=x> `code` **bold** [a](javascript:b) $x$ http://e.x\n# head"
+    broken = replace(controls.rows[0], state="failed", error=evil)
+    text = note(replace(controls, name=evil, rows=(broken, *controls.rows[1:])), findings, [])
+    assert text.startswith("**Cannot tell these 5 settings apart")
+    markdown = re.sub(r"(`+) ?.*?[^`] ?\1(?!`)", "", text)  # without code spans, which render nothing
+    markdown = re.sub(r"\\.", "", markdown)  # nor do escaped characters
+    for mark in ("![", "](", "<img", "**bold", "$x", "http:"):
+        assert mark not in markdown
+    assert "\n# head" not in text
+    assert "`` ![x](http://e.x/p.png) <img src=x> `code`" in text
+
+
+def test_a_curve_as_bars() -> None:
+    assert sparkline([0.1, 0.5, 0.9]) == "10.00 % ▁▅█ 90.00 %"
+    assert sparkline([0.5]) == "50.00 % ▁ 50.00 %"
+    assert len(sparkline(list(np.linspace(0, 1, 1000)))) < 70
 
 
 def test_two_studies_share_a_page(controls: StudyData) -> None:

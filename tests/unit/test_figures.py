@@ -1,0 +1,187 @@
+"""Figures: their titles, colours and what they leave out, on studies made by hand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dashboards import aggregate
+from dashboards.figures import accuracy, effort, search
+from dashboards.figures.style import COLOURS, INK, REST
+from dashboards.reports import html
+from dashboards.study_data import StudyData
+from tests.support.harness import config_of
+from tests.support.made_studies import made, made_cells
+
+ALPHAS, BETAS = (30, 60, 90), (0.1, 0.3, 0.5, 0.7)
+
+
+def grid_study(seeds: int = 1, **options: Any) -> StudyData:
+    config = config_of(policy={"alpha": list(ALPHAS), "beta": list(BETAS)}, search={"replicates": seeds})
+    noise = np.random.default_rng(0).normal(0, 0.01, (len(ALPHAS), len(BETAS), seeds))
+    cells = [
+        ({"alpha": alpha, "beta": beta}, list(0.5 + 0.1 * i + 0.05 * j + noise[i, j]))
+        for i, alpha in enumerate(ALPHAS)
+        for j, beta in enumerate(BETAS)
+    ]
+    return made_cells(cells, config, **options)
+
+
+def search_study(trials: int, pruned: int = 0) -> StudyData:
+    config = config_of(
+        policy={"alpha": {"low": 30, "high": 90, "step": 10}, "beta": {"low": 0.1, "high": 0.9}},
+        training={"lr": {"low": 0.001, "high": 0.1, "log": True}},
+        search={"sampler": "random", "trials": trials},
+    )
+    rng = np.random.default_rng(1)
+    cells = [
+        (
+            {"alpha": 30 + 10 * (i % 7), "beta": 0.1 + 0.8 * i / trials, "lr": 10 ** rng.uniform(-3, -1)},
+            [0.5 + i / 5000],
+        )
+        for i in range(trials)
+    ]
+    return made_cells(cells, config, states=["pruned"] * pruned)
+
+
+def figures_of(data: StudyData) -> list[Any]:
+    findings, table = aggregate.findings(data), aggregate.grid(data)
+    drawn = [
+        accuracy.intervals(data, findings), accuracy.learning_curves(data, findings),
+        accuracy.heat_map(data, table) if table is not None else None, search.cost([data]), search.history(data),
+        search.parallel(data), search.slices(data), effort.exchange(data, findings), effort.coverage(data, findings),
+        effort.times(data, findings),
+    ]  # fmt: skip
+    return [figure for figure in drawn if figure is not None]
+
+
+def title_of(figure: Any) -> str:
+    return re.sub("<[^>]+>", " ", figure.layout.title.text)
+
+
+def test_every_figure_has_a_title_and_its_legend_below() -> None:
+    config = config_of(policy={"name": ["dynamic", "full"], "alpha": 60, "beta": 0.5}, search={"replicates": 3})
+    policies = made({"dynamic": [0.8, 0.81, 0.8], "full": [0.8, 0.82, 0.81]}, config)
+    figures = [*figures_of(policies), *figures_of(grid_study(3)), *figures_of(search_study(30))]
+    assert len(figures) == 7 + 9 + 7
+    for figure in figures:
+        assert title_of(figure).strip()
+        assert figure.layout.legend.orientation == "h"
+        assert figure.layout.legend.y < 0
+        assert max(map(len, figure.layout.title.text.split("<br>"))) < 120
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    """As WCAG 2 defines it, from 1 to 21."""
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrasts_are_wcag_aa_on_light_and_dark() -> None:
+    pages = re.findall(r"--ink: (#\w+); --quiet: (#\w+); --page: (#\w+)", html.STYLE)
+    assert len(pages) == 2
+    for shades in pages:
+        ink, quiet, page = (shade if len(shade) == 7 else "#" + "".join(2 * c for c in shade[1:]) for shade in shades)
+        assert contrast(ink, page) >= 4.5
+        assert contrast(quiet, page) >= 4.5
+        assert all(contrast(colour, page) >= 3 for colour in (*COLOURS, REST))
+    assert contrast(INK, "#ffffff") >= 4.5  # where a figure stands without the page's style
+    assert contrast("#444444", "#ffffff") >= 4.5
+
+
+def test_the_heat_map_is_scaled_on_complete_cells_and_hatches_pruned_ones() -> None:
+    data = grid_study(states=["pruned"] * 4)
+    table = aggregate.grid(data)
+    assert table is not None
+    figure = accuracy.heat_map(data, table)
+    assert figure is not None
+    complete = [100 * row.value for row in data.rows if row.state == "complete" and row.value is not None]
+    assert (figure.data[0].zmin, figure.data[0].zmax) == pytest.approx((min(complete), max(complete)))
+    assert len(figure.layout.shapes) == 3 * 4
+    assert "Hatched: pruned" in title_of(figure)
+    whole = grid_study()
+    table = aggregate.grid(whole)
+    assert table is not None
+    figure = accuracy.heat_map(whole, table)
+    assert figure is not None
+    assert not figure.layout.shapes
+    assert "Hatched" not in title_of(figure)
+
+
+def test_the_front_says_whose_it_is_and_takes_what_pruned_trials_reached() -> None:
+    data = grid_study(states=["pruned"] * 4)
+    figure = search.cost([data])
+    assert figure is not None
+    (front,) = (trace for trace in figure.data if trace.mode == "lines")
+    assert front.name == "Pareto front of made"
+    pruned = max((row for row in data.rows if row.state == "pruned"), key=lambda row: row.value or 0.0)
+    assert (pruned.images, 100 * (pruned.value or 0.0)) in list(zip(front.x, front.y, strict=True))
+
+
+def test_studies_on_other_images_have_no_common_front() -> None:
+    one, two = grid_study(), grid_study(images={"train": 200, "validation": 500, "test": 1000})
+    same = search.cost([one, replace(one, name="again")])
+    other = search.cost([one, replace(two, name="other")])
+    assert same is not None
+    assert other is not None
+    assert any(trace.name == "Pareto front of all studies here" for trace in same.data)
+    assert not any("Pareto" in trace.name for trace in other.data)
+    page = html.page([one, replace(two, name="other")])
+    assert "their accuracies do not compare" in page
+    assert "Pareto front of all studies here" not in page
+    assert "Pareto front of all studies here" in html.page([one, replace(one, name="again")])
+
+
+@pytest.mark.parametrize(("trials", "says"), [(5, ""), (40, "all others grey"), (200, "all others as a band")])
+def test_curves_that_are_not_in_colour_are_counted(trials: int, says: str) -> None:
+    data = search_study(trials)
+    figure = accuracy.learning_curves(data, aggregate.findings(data))
+    assert figure is not None
+    assert says in title_of(figure)
+    assert (f"best of {trials} trials" in title_of(figure)) == bool(says)
+
+
+def test_figures_of_settings_say_how_many_they_leave_out() -> None:
+    data = search_study(60)
+    findings = aggregate.findings(data)
+    for figure in (effort.exchange(data, findings), effort.coverage(data, findings)):
+        assert figure is not None
+        assert "The best 7 of 60 settings." in title_of(figure)
+    few = grid_study(3)
+    intervals = accuracy.intervals(few, aggregate.findings(few))
+    assert intervals is not None
+    assert "of 12 settings" not in title_of(intervals)
+
+
+def test_importances_give_a_reason_where_there_are_none() -> None:
+    assert search.importance(search_study(5)) == "0 complete trials; importances need at least 10"
+    config = config_of(policy={"alpha": [30, 60], "beta": 0.5})
+    one = made_cells([({"alpha": 30}, [0.5]), ({"alpha": 60}, [0.6])], config)
+    assert search.importance(one) == "1 parameter searched; importances compare at least 2"
+    assert "No importances: 1 parameter searched" in html.page([one])
+
+
+def test_the_history_rises_and_parallel_lines_end_at_the_accuracy() -> None:
+    data = search_study(30, pruned=3)
+    history, parallel = search.history(data), search.parallel(data)
+    assert history is not None
+    assert parallel is not None
+    (highest,) = (trace for trace in history.data if trace.mode == "lines")
+    assert list(highest.y) == sorted(highest.y)
+    assert len(highest.x) == 27
+    (best,) = (trace for trace in parallel.data if trace.name.startswith("best"))
+    assert best.y[3] == 1.0  # the best trial's last axis: the highest accuracy
+    assert [text.partition("<br>")[2] for text in parallel.layout.xaxis.ticktext] == [
+        "alpha", "beta", "lr", "accuracy (%)",
+    ]  # fmt: skip
+    assert sum(trace.x.count(0.0) for trace in parallel.data) == 27
