@@ -38,7 +38,8 @@ from storage.transfer import COPIED_TO
 from storage.url import DEFAULT
 from study import confirm as confirming
 from study import create
-from study.config.loading import load_config, parse_config
+from study.config import extensions
+from study.config.loading import LoadedConfig, load, parse_config
 from study.config.models import StudyConfig
 from study.create import OpenStudy
 from study.exit_codes import DATABASE_UNAVAILABLE
@@ -66,7 +67,8 @@ def launch(
     workers in order; the same call continues. A study that is stopped, or whose budget is spent, is returned as it is.
 
     Args:
-        config: a preset or config file, as `study launch` takes it, or a config's sections as a dictionary.
+        config: a preset or config file, as `study launch` takes it, or a config's sections as a dictionary. Own code is
+            found in the file's folder and in those of $STUDY_CODE.
         name: of the study. None: that of the preset or file; a dictionary needs one.
         storage: database URL. None: $STUDY_STORAGE, else sqlite:///study.db.
         workers: processes. None: one a GPU, or one a core.
@@ -83,12 +85,14 @@ def launch(
     if isinstance(config, Mapping):
         if name is None:
             raise UserError('a config that is a dictionary needs a name: study.launch({...}, name="mine")')
-        parsed, origin = parse_config(config), "Python"
+        loaded = LoadedConfig(parse_config(config), name)
+        origin = "Python"
     else:
-        parsed, origin = load_config(str(config)), str(config)
-    study_name = Path(origin).stem if name is None else name
+        loaded, origin = load(str(config)), str(config)
+        extensions.allow([] if loaded.folder is None else [loaded.folder])
     options = LaunchOptions(device=device, workers=workers, threads=threads)
-    return _run(parsed, study_name, origin, storage, options, data_root, budget)
+    study_name = loaded.name if name is None else name
+    return _run(loaded.config, study_name, origin, storage, options, data_root or loaded.data_root, budget)
 
 
 def open_study(name: str, storage: str | None = None) -> Study:

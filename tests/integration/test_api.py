@@ -79,10 +79,14 @@ def test_a_launch_from_python_runs_continues_and_confirms(tmp_path: Path) -> Non
     url = f"sqlite:///{tmp_path / 'study.db'}"
     tree = BASE | {"training": BASE["training"] | {"epochs": 1}, "policy": {"alpha": 60, "beta": [0.3, 0.6]}}
     handler = signal.getsignal(signal.SIGTERM)
+    (tmp_path / "mine.toml").write_text(
+        "data = {train_images = 200}\nnetwork = {width = 0.125}\npolicy = {alpha = 60, beta = [0.3, 0.6]}\n"
+        "training = {epochs = 1, batch_size = 50, lr = 0.005}\n"
+    )
     launched = study.launch(tree, name="mine", storage=url, workers=1, device="cpu")
     assert [trial.state for trial in launched.optuna.trials] == [TrialState.COMPLETE] * 2
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert study.launch(tree, name="mine", storage=url).name == "mine"  # nothing is left to do
+    assert study.launch(tmp_path / "mine.toml", storage=url).name == "mine"  # the same settings: nothing is left to do
     confirmed = launched.confirm(top=1, seeds=2, workers=1)
     assert (confirmed.name, len(confirmed.trials())) == ("mine-confirmed", 2)
     assert confirmed.trials()["test"].notna().all()
