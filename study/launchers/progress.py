@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from sqlalchemy.exc import DBAPIError
 
@@ -38,6 +40,11 @@ def tolerate_outage() -> Iterator[None]:
             raise
 
 
+def _in_notebook(console: Console) -> bool:
+    """Whether bars can move there: without ipywidgets rich only warns."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+
+
 class ProgressDisplay:
     """Progress bars on a terminal, and everywhere a line for each trial that has finished."""
 
@@ -64,7 +71,7 @@ class ProgressDisplay:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal or _in_notebook(console)),
             # Work is uneven (pruned trials end early), so the estimate goes far back.
             speed_estimate_period=600,
         )

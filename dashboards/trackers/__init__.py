@@ -1,0 +1,1 @@
+"""Other programs' experiment trackers: a study replayed into TensorBoard, MLflow or Weights & Biases."""
