@@ -217,7 +217,7 @@ def test_confirm_trains_the_best_again_and_reports_both(finished: Path, tmp_path
     assert done.returncode == 0, done.stderr
     sentences = " ".join(done.stdout.split())  # long lines are wrapped
     assert "regression to the mean" in sentences
-    assert "on the test split, evaluated once," in sentences
+    assert "on the test split, evaluated once a trial," in sentences
     numbers = tmp_path / "report.json"
     assert study("report", "quick", "quick-confirmed", "--json", str(numbers), cwd=tmp_path).returncode == 0
     study_rows, confirmed = json.loads(numbers.read_text())

@@ -209,6 +209,9 @@ def test_older_tables_are_read_and_migrated_on_both_databases(url: str) -> None:
             "ALTER TABLE trial_leases DROP COLUMN seconds",
             "ALTER TABLE trial_attempts DROP COLUMN share",
             "ALTER TABLE trial_epochs DROP COLUMN joules",
+            "ALTER TABLE trial_epochs DROP COLUMN validation_loss",
+            "ALTER TABLE trial_epochs DROP COLUMN balanced_accuracy",
+            "ALTER TABLE trial_epochs DROP COLUMN macro_f1",
             "UPDATE trial_attempts SET outcome = 'settled'",
             "UPDATE trial_user_attributes SET key = 'ticket' WHERE key = 'queue_position'",
         ):
