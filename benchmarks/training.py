@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from study.training.cuda_graphs import SWITCH, WARM_UPS
 from study.training.data import sources
-from study.training.data.placement import DeviceData
+from study.training.data.placement import DeviceData, Placement
 from study.training.data.split import Part, Split, split_dataset
 from study.training.device import be_deterministic, keep_freed_memory, pick_device
 from study.training.networks import CNN, make_network
@@ -187,7 +187,7 @@ def resident(task: Task) -> Iterator[None]:
         yield
 
 
-def ours(task: Task) -> Iterator[None]:
+def ours(task: Task, placement: Placement = "device") -> Iterator[None]:
     """The Trainer as a worker sets it up, deterministic; one validation image, for this counts training alone."""
     be_deterministic(True)
     keep_freed_memory()
@@ -195,12 +195,18 @@ def ours(task: Task) -> Iterator[None]:
     names = tuple(map(str, range(classes)))
     one = Part(images[:1], None, labels[:1])
     split = Split(Part(images, None, labels), one, one, names)
-    data, policy = DeviceData.from_split(split, task.device), make_policy("full", len(labels), 0)
+    data = DeviceData.from_split(split, task.device, placement=placement)
+    policy = make_policy("full", len(labels), 0)
     network = make_network("paper", {"width": task.width}, classes=data.classes, channels=3, size=32, seed=0)
     trainer = Trainer(data, network, policy, 0, TrainingOptions(epochs=10**6, batch_size=BATCH))
     for result in trainer.run():
         if result is not None:
             yield
+
+
+def hosted(task: Task) -> Iterator[None]:
+    """The same with the images on the host, gathered a batch ahead."""
+    return ours(task, "host")
 
 
 def launched(task: Task) -> Iterator[None]:
@@ -216,6 +222,7 @@ CONTESTANTS: dict[str, tuple[str, Callable[[Task], Iterator[None]]]] = {
     "tricks": ("(b) with all the usual tricks", tricks),
     "resident": ("(c) resident, bf16 weights", resident),
     "ours": ("Trainer", ours),
+    "hosted": ("Trainer, images on the host", hosted),
     "launched": ("Trainer without CUDA graphs", launched),
 }
 
