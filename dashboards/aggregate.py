@@ -85,7 +85,7 @@ def cells_of(data: StudyData) -> list[Cell]:
         if row.state in ("complete", "pruned") and row.value is not None:
             by_setting[tuple(chosen.items())].append(row)
     return [
-        Cell(dict(key), tuple(row for row in rows if row.state == "complete"), tuple(rows), data.counts)
+        Cell(dict(key), tuple(row for row in rows if row.state == "complete"), tuple(rows), data.measured_on)
         for key, rows in by_setting.items()
         if rows
     ]
@@ -120,7 +120,7 @@ def findings(data: StudyData) -> Findings:
     cells = cells_of(data)
     done = [row for cell in cells for row in cell.rows]
     measure = "test" if done and all(row.test is not None for row in done) else "value"
-    images = data.counts.get("test" if measure == "test" else "validation")
+    images = data.measured_on.get("test" if measure == "test" else "validation")
     resolution = 1 / images if images else 0.0
     pairs = [
         compare(a.label, b.label, a.by_seed(measure), b.by_seed(measure), resolution) for a, b in _opponents(cells)
@@ -221,7 +221,7 @@ def grid(data: StudyData) -> Grid | None:
 
 def noise(data: StudyData) -> float | None:
     """Standard deviation of the best trial's validation accuracy by the number of images alone."""
-    best, images = data.best, data.counts.get("validation")
+    best, images = data.best, data.measured_on.get("validation")
     return binomial_noise(best.value or 0.0, images) if best is not None and images else None
 
 

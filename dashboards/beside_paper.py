@@ -15,6 +15,8 @@ from dashboards.study_data import StudyData
 
 Lines = tuple[list[str], list[list[str]]]
 Match = tuple[Cell, Printed]
+OF_THE_TABLES = ("policy", "alpha", "beta", "augment")
+"""Parameters that the paper's tables have rows and columns for."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,22 @@ def papers(data: StudyData, cell: Cell) -> Printed | None:
 
 
 def scale_differences(data: StudyData) -> list[str]:
-    """In what a study differs from the paper's, beside its settings."""
+    """In what a study differs from the paper's, beside the settings of its tables."""
     config, counts = data.config, data.counts
-    training, network = config.training, config.network
-    facts = (
+    facts = [
         (config.data.name == "cifar10", f"data {config.data.name}"),
         (config.data.protocol == "paper", "a holdout of the training split validates"),
         (counts.get("train") == paper.IMAGES, f"{counts.get('train', 0):,} training images"),
-        (getattr(network, "name", "paper") == "paper" and network.width == 1, f"width {network.width:g}"),
-        (training.images is None, f"{training.images or 0:,} images trained on"),
-        (training.images is not None or training.epochs == 200, f"{_written(training.epochs)} epochs"),
-        (training.batch_size == 512, f"batch {_written(training.batch_size)}"),
-        (training.lr == 0.001, f"lr {_written(training.lr)}"),
-    )
+        (config.training.images is None, f"{config.training.images or 0:,} images trained on"),
+        (config.data.augment in (True, False), "other augmentation"),
+        (config.search.metric == "accuracy", f"metric {config.search.metric}"),
+    ]
+    # The defaults are the paper's: network, optimizer, epochs, delta, gamma.
+    usual = type(config).model_validate({"policy": {"alpha": 1}}).searchable()
+    for name, value in config.searchable().items():
+        told = name in OF_THE_TABLES or (name == "epochs" and config.training.images is not None)
+        if not told and config.is_meaningful(name):
+            facts.append((value == usual.get(name), f"{name} {_written(value)}"))
     return [text for alike, text in facts if not alike]
 
 

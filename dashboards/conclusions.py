@@ -63,9 +63,12 @@ def accuracy(of: Summary) -> str:
 
 
 def where(data: StudyData, measure: str) -> str:
+    metric = "" if data.metric == "accuracy" else f"({data.metric}) "
     if measure == "test":
-        return "on the test split"
-    return "on the test split, which chose the best epoch," if data.config.data.protocol == "paper" else "in validation"
+        return f"{metric}on the test split"
+    if data.config.data.protocol == "paper":
+        return f"{metric}on the test split, which chose the best epoch,"
+    return f"{metric}in validation"
 
 
 def is_confirmation(data: StudyData) -> bool:
@@ -255,7 +258,7 @@ def _chosen_on_the_test_split(data: StudyData) -> list[str]:
 
 def _small_differences(data: StudyData, findings: Findings) -> list[str]:
     split = "test" if findings.measure == "test" else "validation"
-    images, best = data.counts.get(split), findings.complete[0].measured(findings.measure).mean
+    images, best = data.measured_on.get(split), findings.complete[0].measured(findings.measure).mean
     if not images:
         return []
     spread = (best * (1 - best) / images) ** 0.5

@@ -11,6 +11,8 @@ from dashboards.study_data import StudyData
 from study.config.values import Range
 
 MOST_NAMED = 6
+ELSEWHERE = ("policy", "network", "width", "norm", "augment")
+"""Parameters that other lines than "Fixed" have."""
 
 
 def describe(data: StudyData) -> list[tuple[str, str]]:
@@ -22,8 +24,9 @@ def describe(data: StudyData) -> list[tuple[str, str]]:
         name: value
         for name, value in config.searchable().items()
         if name not in searched
-        and name != "policy"
-        and value is not None
+        and name not in ELSEWHERE
+        and not name.startswith("network.")
+        and value not in (None, 0, False, "none")
         and config.is_meaningful(name)
         and not (name == "epochs" and config.training.images is not None)
     }
@@ -36,6 +39,7 @@ def describe(data: StudyData) -> list[tuple[str, str]]:
         ("Searched", "; ".join(f"{name} {_values(value)}" for name, value in searched.items() if name != "policy")),
         ("Fixed", ", ".join(f"{name} {shown(value)}" for name, value in fixed.items())),
         ("Length", f"{config.training.images:,} images trained on" if config.training.images else ""),
+        ("Metric", data.metric),
         ("Search", _search(data)),
         ("Trials", ", ".join(f"{number:,} {name}" for name, number in data.status.states.items() if number)),
         ("Machines", _machines(row.attributes for row in ended)),
@@ -49,8 +53,8 @@ def _data(data: StudyData) -> str:
     parts: list[str] = [options.name]
     if data.classes:
         parts.append(count(data.classes, "class").replace("classs", "classes"))
-    if data.guess is not None:
-        parts.append(f"the largest {100 * data.guess:.1f} % of the validation images")
+    if data.largest_class is not None:
+        parts.append(f"the largest {100 * data.largest_class:.1f} % of the validation images")
     shape = facts.get("shape")
     if isinstance(shape, list) and len(shape) == 3:
         parts.append("{} x {} pixels, {}".format(*shape[:2], count(shape[2], "channel")))

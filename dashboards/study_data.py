@@ -114,6 +114,11 @@ class StudyData:
         return dict(self.study.user_attrs.get("data_facts", {}))
 
     @property
+    def metric(self) -> str:
+        """What the values are, as people write it."""
+        return self.config.search.metric.replace("_", " ").replace("macro f1", "macro-F1")
+
+    @property
     def classes(self) -> int | None:
         """None for studies of versions that did not store it."""
         count = self.facts.get("classes")
@@ -121,12 +126,24 @@ class StudyData:
 
     @property
     def guess(self) -> float | None:
-        """The accuracy in validation of always guessing the largest class, or one at random if that is more."""
-        if not self.classes:
+        """The accuracy in validation of always guessing the largest class, or one at random if that is more; None for
+        other metrics, and where the classes are not known.
+        """
+        if not self.classes or self.config.search.metric != "accuracy":
             return None
+        return max(1 / self.classes, self.largest_class or 0.0)
+
+    @property
+    def largest_class(self) -> float | None:
+        """Its share of the validation images."""
         largest = self.facts.get("largest")
         share = largest.get("validation") if isinstance(largest, dict) else None
-        return max(1 / self.classes, share if isinstance(share, float) and share <= 1 else 0.0)
+        return share if isinstance(share, float) and share <= 1 else None
+
+    @property
+    def measured_on(self) -> dict[str, int]:
+        """Images by split where a value is a share of them, with binomial noise; empty for other metrics."""
+        return self.counts if self.config.search.metric == "accuracy" else {}
 
     @property
     def best(self) -> TrialRow | None:

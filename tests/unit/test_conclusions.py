@@ -105,6 +105,18 @@ def test_guessing_is_told_from_learning() -> None:
     assert "guessing" not in said(unknown).answer
 
 
+def test_other_metrics_are_named_and_have_no_binomial_noise() -> None:
+    sizes = {"train": 200, "validation": 100, "test": 100}
+    config = {"search": {"replicates": 8, "metric": "macro_f1"}}
+    other = said(grid_of({0.2: 0.12, 0.4: 0.11}, seeds=8, spread=0.001, images=sizes, config=config))
+    assert "(macro-F1) in validation" in other.answer
+    assert "guessing" not in other.answer
+    assert not any("noise" in warning for warning in other.warnings)
+    plain = said(grid_of({0.2: 0.12, 0.4: 0.11}, seeds=8, spread=0.001, images=sizes))
+    assert "guessing" in plain.answer
+    assert any("noise" in warning for warning in plain.warnings)
+
+
 def test_an_unfinished_study_says_so() -> None:
     assert said(grid_of({0.2: 0.9, 0.4: 0.8}, seeds=8, waiting=3)).answer.endswith(
         "Not final: 16 of 19 trials have ended."

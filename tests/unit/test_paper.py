@@ -115,7 +115,7 @@ def test_another_scale_compares_shapes_only() -> None:
     data = grid_study(as_the_paper(GRID, training={"epochs": 15}))
     beside = beside_paper(data, aggregate.findings(data))
     assert beside is not None
-    assert beside.differs == ["15 epochs"]
+    assert beside.differs == ["epochs 15"]
     assert beside.tables() == []
     assert beside.rank_correlation is not None
     assert beside.rank_correlation["rho"] == pytest.approx(1.0)
@@ -151,6 +151,6 @@ def test_what_differs_from_the_paper_is_named() -> None:
     assert scale_differences(grid_study(as_the_paper(GRID))) == []
     small = grid_study(config_of(policy=GRID, data={"train_images": 50_000}), images=PAPERS | {"train": 60})
     assert scale_differences(small) == [
-        "data digits", "a holdout of the training split validates", "60 training images", "width 0.125", "3 epochs",
-        "batch 50", "lr 0.005",
+        "data digits", "a holdout of the training split validates", "60 training images", "epochs 3", "batch_size 50",
+        "lr 0.005", "width 0.125",
     ]  # fmt: skip
