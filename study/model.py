@@ -1,8 +1,11 @@
 """A trained model, from a study or from a file: its network, its classes, and what it says of pictures.
 
-from study.model import load_model
-model = load_model("my-study")                 # or load_model("my-study-trial-7.safetensors")
-print(model.predict(["picture.jpg"]).names)
+    from study import load_model
+
+    model = load_model("my-study")  # or load_model("my-study-trial-7.safetensors")
+    print(model.predict(["picture.jpg"]).names)
+
+Pictures become what those of a training folder become; arrays are taken as they are.
 """
 
 from __future__ import annotations

@@ -76,21 +76,20 @@ def model(
     else:
         stem = f"{source.replace(os.sep, '-')}-trial-{description.trial}"
     file = output or Path(f"{stem}.{'onnx' if onnx else 'safetensors'}")
-    if file.exists() and not force:
+    written = onnx or output is not None or not is_file(source)
+    if written and file.exists() and not force:
         raise UserError(f"the file {file} is there already; name another with --output, or replace it with --force")
     if onnx:
         from study.onnx_export import export
 
         loaded = load_model(source, storage_url(storage), trial, device="cpu")
         _write(file, lambda unfinished: export(loaded, unfinished))
-    elif is_file(source) and output is None:
-        file = Path(source)
-    else:
+    elif written:
         _write(file, lambda unfinished: unfinished.write_bytes(content))
     for line in _facts(description):
         out.print(line, soft_wrap=True)
     if not onnx:
-        out.print(f"\nfrom study.model import load_model\nmodel = load_model({str(file)!r})\n"
+        out.print(f"\nfrom study import load_model\nmodel = load_model({str(file)!r})\n"
                   'print(model.predict(["picture.jpg"]).names)', soft_wrap=True)  # fmt: skip
 
 
