@@ -1,4 +1,4 @@
-"""What a study is and how it runs; the Python API: `launch`, `open_study`, `Study`.
+"""What a study is and how it runs; the Python API: `launch`, `open_study`, `Study`, `load_model`.
 
 The API is loaded when it is first used: `import study` alone loads neither torch nor Optuna.
 """
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from study.api import Study, launch, open_study
+    from study.model import load_model
 
-__all__ = ["Study", "launch", "open_study"]
+__all__ = ["Study", "launch", "load_model", "open_study"]
 
 try:
     __version__ = version("dynamic-training-study")
@@ -20,6 +21,10 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'study' has no attribute {name!r}")
+    if name == "load_model":
+        from study import model
+
+        return model.load_model
     from study import api
 
     return getattr(api, name)

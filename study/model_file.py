@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from storage.errors import UserError
 from storage.object_store import MOST_BYTES
 from storage.text import one_line
+from study.config import extensions
 from study.config.values import Section
-from study.training.networks import CNN
-from study.training.rng import generator
+from study.training.data.dataset import DataError
+from study.training.networks import TORCHVISION, make_network
 
 FORMAT = 1
 """Of the description; grows when an older program could not use it."""
@@ -42,10 +43,10 @@ class ModelDescription(Section):
     """Names of the network's outputs, in order."""
     shape: tuple[_Size, ...] = Field(min_length=1, max_length=4)
     """Of one input: height, width, channels; or features of data that are no images."""
-    dtype: Literal["uint8", "float32"] = "uint8"
-    """Of an input, before it is normalised."""
+    dtype: Literal["uint8", "float32"]
+    """Of an input, before it is normalised: images are uint8."""
     mean: tuple[float, ...] = Field(min_length=1, max_length=100_000)
-    """Per channel of the training data; of images in [0, 255]. Inputs are normalised as (input - mean) / std."""
+    """Per channel of the training data, in their units. Inputs are normalised as (input - mean) / std."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1, max_length=100_000)
     network: _Text
     """`network.name` of the config."""
@@ -53,7 +54,7 @@ class ModelDescription(Section):
     """Of the network, as the trial had them."""
     code_sha256: _Text | None = None
     """Of the source of a network by import path."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"]
     """In which it was trained and validated."""
     seed: int = Field(ge=0, lt=2**63)
     """The trial's."""
@@ -62,8 +63,12 @@ class ModelDescription(Section):
     """Its number."""
     epoch: int = Field(ge=1)
     """After which the weights were taken: the best one."""
+    metric: _Text
+    """What the best epoch and the best trial are chosen by."""
+    value: float
+    """Of the metric on the validation images after that epoch, in [0, 1]."""
     accuracy: float
-    """On the validation images after that epoch, in [0, 1]."""
+    """Likewise."""
     parameters: dict[str, Any]
     """All of the trial's."""
     config: dict[str, Any]
@@ -84,7 +89,8 @@ class ModelDescription(Section):
 
     @property
     def is_images(self) -> bool:
-        return self.dtype == "uint8"
+        """Whether inputs are pictures: height, width, and one or three channels of uint8."""
+        return self.dtype == "uint8" and self.shape[-1] in (1, 3)
 
 
 def to_bytes(state: Mapping[str, Tensor], description: ModelDescription) -> bytes:
@@ -105,17 +111,17 @@ def to_bytes(state: Mapping[str, Tensor], description: ModelDescription) -> byte
     return content
 
 
-def from_bytes(
-    content: bytes, source: str, make: Callable[..., nn.Module] | None
-) -> tuple[nn.Module, ModelDescription]:
+def from_bytes(content: bytes, source: str) -> tuple[nn.Module, ModelDescription]:
     """The network with its weights, on the CPU and in evaluation mode, and the description.
+
+    A network of own code is made by a function of the allowed folders, if its source is as it was.
 
     Args:
         source: what the content is called in messages.
-        make: makes the network if it is of an import path.
 
     Raises:
-        UserError: it is no such file, is damaged, or does not fit the network that it names.
+        UserError: it is no such file, is damaged, or does not fit the network that it names; own code that is not
+            allowed, or another.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -123,9 +129,9 @@ def from_bytes(
     description = describe(content, source)
     try:
         tensors = load(content)
-        network = _network(description, tensors, make)
+        network = _network(description, tensors)
         network.load_state_dict(tensors)
-    except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError, OverflowError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError, OverflowError, DataError) as error:
         raise _wrong(source, error) from None
     return network.eval(), description
 
@@ -157,29 +163,42 @@ def describe(content: bytes, source: str) -> ModelDescription:
         raise _wrong(source, error) from None
 
 
-def _network(
-    description: ModelDescription, tensors: Mapping[str, Tensor], make: Callable[..., nn.Module] | None
-) -> nn.Module:
+def _network(description: ModelDescription, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A new network whose state has the names, shapes and types of `tensors`.
 
     Raises:
-        ValueError: it has others.
+        ValueError, DataError, UserError: it has others, or cannot be made.
     """
-    if make is None:  # first without memory: nobody knows yet whether the file's tensors are as large
-        with torch.device("meta"):
-            _check(_made(description, None), tensors)
-    network = _made(description, make)
+    if not extensions.is_import_path(description.network):
+        with torch.device("meta"):  # without memory: nobody knows yet whether the file's tensors are as large
+            _check(_made(description), tensors)
+    network = _made(description)
     _check(network, tensors)
     return network
 
 
-def _made(description: ModelDescription, make: Callable[..., nn.Module] | None) -> nn.Module:
-    try:
-        return CNN(len(description.classes), generator(description.seed, "weights"), **description.arguments)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 — whatever a network raises over arguments that nobody has checked
-        raise ValueError(f"its network {description.network!r} cannot be made: {error}") from None
+def _made(description: ModelDescription) -> nn.Module:
+    sides = description.shape[:-1] or (1,)
+    size: Any = sides[0] if len(set(sides)) == 1 else sides
+    arguments, make = description.arguments, None
+    if extensions.is_import_path(description.network):
+        make = extensions.load(description.network)
+        if (found := extensions.source_digest([description.network])) != description.code_sha256:
+            raise ValueError(
+                f"the source of its network {description.network!r} here (SHA-256 {str(found)[:16]}) is not the one "
+                f"that it was trained with ({str(description.code_sha256)[:16]}); allow the folder that holds that one"
+            )
+    elif description.network.startswith(TORCHVISION):  # the file has the weights that these have become
+        arguments = {name: value for name, value in arguments.items() if name != "weights"}
+    return make_network(
+        description.network,
+        arguments,
+        classes=len(description.classes),
+        channels=description.shape[-1],
+        size=size,
+        seed=description.seed,
+        make=make,
+    )
 
 
 def _check(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

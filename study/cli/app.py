@@ -26,7 +26,7 @@ import typer
 from storage.errors import UserError
 from storage.text import one_line
 from study import __version__, exit_codes, logs
-from study.cli import edit, manage, publish, run, show
+from study.cli import edit, manage, model, publish, run, show
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ app = typer.Typer(
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run a study": (run.launch, run.check, run.resume, run.stop, run.worker, run.confirm),
     "Look at it": (show.status, show.list_, show.report, publish.publish, show.dashboard),
+    "The model": (model.model, model.predict, model.evaluate),
     "Edit it": (edit.enqueue, edit.exclude, edit.skip),
     "Presets": (show.presets, run.bench),
     "Manage": (

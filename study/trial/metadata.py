@@ -16,7 +16,7 @@ import optuna
 import torch
 
 from study import __version__
-from study.config.extensions import is_import_path
+from study.config.extensions import is_import_path, source_digest
 from study.config.models import StudyConfig
 from study.model_file import ModelDescription
 from study.search.space import Parameters, settings
@@ -79,6 +79,7 @@ def model_description(
         chosen: the trial's searched parameters.
     """
     data, attributes, parameters = trainer.data, study.user_attrs, settings(config, chosen)
+    network = parameters["network"]
     names = attributes.get("classes", [])
     return ModelDescription(
         classes=tuple(names) if len(names) == data.classes else tuple(map(str, range(data.classes))),
@@ -86,15 +87,17 @@ def model_description(
         dtype=data.dtype,
         mean=tuple(data.mean.tolist()),
         std=tuple(data.std.tolist()),
-        network=parameters["network"],
+        network=network,
         arguments=network_arguments(parameters),
-        code_sha256=attributes.get("code_sha256") if is_import_path(parameters["network"]) else None,
+        code_sha256=source_digest([network]) if is_import_path(network) else None,
         precision=trainer.precision,
         seed=seed,
         study=study.study_name,
         trial=number,
         epoch=top.epoch,
-        accuracy=top.score(config.search.metric),
+        metric=config.search.metric,
+        value=top.score(config.search.metric),
+        accuracy=top.accuracy,
         parameters=parameters,
         config=config.model_dump(mode="json"),
         data_fingerprint=str(attributes.get("data_fingerprint", "")),

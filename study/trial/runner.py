@@ -321,7 +321,7 @@ def _keep_model(
     """
     keep = config.artifacts.count
     try:
-        if not artifacts.is_wanted(queue, lease, description.accuracy, keep):
+        if not artifacts.is_wanted(queue, lease, description.value, keep):
             return None
         content = model_bytes(state, description)
         return artifacts.save(queue, lease, content, store=config.artifacts.store, keep=keep)
