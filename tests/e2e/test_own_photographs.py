@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from storage.engine import open_engine
 from tests.e2e.test_command import wait_for
 
 STUDY = """
@@ -85,16 +86,11 @@ def done(home: Path, *arguments: str) -> str:
 
 
 def epochs_stored(home: Path) -> int:
-    if not (home / "study.db").exists():
-        return 0
-    engine = open_engine(f"sqlite:///{home / 'study.db'}")
     try:
-        with engine.connect() as connection:
-            return int(connection.exec_driver_sql("SELECT count(*) FROM trial_epochs").scalar() or 0)
-    except Exception:  # noqa: BLE001 - the tables are being made
+        with closing(sqlite3.connect(f"file:{home / 'study.db'}?mode=ro", uri=True, timeout=60)) as connection:
+            return int(connection.execute("SELECT count(*) FROM trial_epochs").fetchone()[0])
+    except sqlite3.OperationalError:  # no file or no tables yet
         return 0
-    finally:
-        engine.dispose()
 
 
 def test_from_a_folder_of_pictures_to_a_model(home: Path) -> None:
