@@ -423,7 +423,7 @@ def _test_split(data: StudyData) -> list[str]:
     ]
     record = data.study.user_attrs.get("test_asked")
     gone = [entry for entry in record or [] if isinstance(entry, dict) and entry.get("study") not in data.studies]
-    uses += [f"by {entry.get('study')}, which confirmed {entry.get('settings')} settings" for entry in gone]
+    uses += [f"by {entry.get('study')}, a confirmation that was deleted" for entry in gone]
     if not uses:
         return ["The test split is untouched: no study in this database has evaluated it."]
     again = " It was asked again with --again." if data.study.user_attrs.get("asked_again") else ""

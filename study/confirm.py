@@ -101,7 +101,7 @@ def ask_test_split(searched: OpenStudy, confirming: str, config: StudyConfig, *,
         if {**one, "again": False} == entry:
             return False
         if one["study"] not in names or asked.get(one["study"]):
-            earlier.append(f"by {one['study']!r} ({one['settings']} settings, {one['seeds']} seeds)")
+            earlier.append(f"by {one['study']!r} (settings: {one['settings']}, seeds: {one['seeds']})")
     if earlier and not again:
         raise UserError(
             f"the test split was asked for {searched.name!r} already: {', '.join(earlier)}; the more often it is "

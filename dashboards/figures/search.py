@@ -71,7 +71,7 @@ def cost(studies: Sequence[StudyData]) -> go.Figure | None:
     figure = go.Figure()
     one_set = len({validation_set(data) for data in studies}) == 1
     front = aggregate.pareto((row for _, row in ended), by) if one_set else []
-    whose = studies[0].name if len(studies) == 1 else "all studies here"
+    whose = ", ".join(data.name for data in studies) if len(studies) < 4 else f"these {len(studies)} studies"
     if len(front) > 1:
         figure.add_scatter(
             x=[getattr(row, by) for row in front], y=[100 * (row.value or 0) for row in front], mode="lines",

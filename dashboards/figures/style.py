@@ -32,16 +32,16 @@ def finished(figure: go.Figure, height: int, title: str, note: str = "") -> go.F
     text = "<br>".join([f"<b>{title}</b>", *(f"<span style='font-size:12px'>{line}</span>" for line in notes)])
     entries = sum(trace.showlegend is not False and trace.name is not None for trace in figure.data)
     entries = entries if entries > 1 else 0
-    top = 44 + 16 * len(notes)
+    top = 54 + 18 * len(notes)
     figure.update_layout(
-        title={"text": text, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 10, "l": 8},
+        title={"text": text, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 20, "l": 8},
                "font": {"size": 15}},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK},
-        height=height + LINE_HEIGHT * entries + 16 * len(notes),
+        height=height + LINE_HEIGHT * entries + 18 * len(notes) + 10,
         margin={"l": 50, "r": 16, "t": top, "b": 50}, font={"color": INK, "size": 13},
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", template="none", hovermode="closest",
         showlegend=entries > 1,
-        legend={"traceorder": "normal", "orientation": "h", "x": 0, "xanchor": "left", "y": -60 / (height - top - 50),
+        legend={"traceorder": "normal", "orientation": "h", "x": 0, "xanchor": "left", "y": -60 / (height - 94),
                 "yanchor": "top"},
     )  # fmt: skip
     return figure

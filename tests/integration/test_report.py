@@ -323,7 +323,7 @@ def test_the_test_split_is_asked_once_or_knowingly_again(sqlite_url: str) -> Non
     assert not confirm("changed-my-mind", 2)[0]  # nothing has been evaluated yet
     Harness(sqlite_url, first.config, "first").work()
     assert not confirm("first", 1)[0]  # continued
-    with pytest.raises(UserError, match=r"asked for 'tpe' already: by 'first' \(1 settings, 1 seeds\).*--again"):
+    with pytest.raises(UserError, match=r"asked for 'tpe' already: by 'first' \(settings: 1, seeds: 1\).*--again"):
         confirm("third", 1)
     assert "third" not in queries.study_names(searched.storage.engine)
     asked, third = confirm("third", 1, again=True)

@@ -341,7 +341,7 @@ def test_untouched_is_said_only_while_it_is_true() -> None:
         (elsewhere, "12 times in other."),
         (validating, "in grid it validates every epoch."),
         (here, "in this study it validates every epoch."),
-        (deleted, "by gone, which confirmed 3 settings."),
+        (deleted, "by gone, a confirmation that was deleted."),
     ):
         text = " ".join(said(data).lines)
         assert "untouched" not in text

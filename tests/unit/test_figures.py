@@ -134,12 +134,12 @@ def test_studies_on_other_images_have_no_common_front() -> None:
     other = search.cost([one, replace(two, name="other")])
     assert same is not None
     assert other is not None
-    assert any(trace.name == "Pareto front of all studies here" for trace in same.data)
+    assert any(trace.name == "Pareto front of made, again" for trace in same.data)
     assert not any("Pareto" in trace.name for trace in other.data)
     page = html.page([one, replace(two, name="other")])
     assert "their accuracies do not compare" in page
-    assert "Pareto front of all studies here" not in page
-    assert "Pareto front of all studies here" in html.page([one, replace(one, name="again")])
+    assert "Pareto front of made, " not in page
+    assert "Pareto front of made, again" in html.page([one, replace(one, name="again")])
 
 
 @pytest.mark.parametrize(("trials", "says"), [(5, ""), (40, "all others grey"), (200, "all others as a band")])
