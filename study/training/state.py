@@ -172,7 +172,7 @@ def _plan(state: Mapping[str, Any], trainer: Trainer, policy: Policy) -> None:
         length = min(length, trainer.images - sum(row["images"] for row in state["history"]))
     is_drawn = len(order) == length and bool(torch.isin(order, active).all())
     _require(is_drawn, "its plan is not of the policy's active set")
-    steps = math.ceil(length / trainer.batch_size)
+    steps = trainer.train_steps(length)
     steps += math.ceil(len(trainer.data.validation_labels) / VALIDATION_BATCH)
     _require(_is_count(step, most=steps - 1), "its step is outside the epoch")
     _require((weights is None) == (policy.weights is None), "the weights of its plan are not its policy's")

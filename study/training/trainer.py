@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -216,13 +216,15 @@ class Trainer:
             order, weights, jitter = self._plan()
             self.selection_seconds += time.perf_counter() - started
             started = time.perf_counter()
-            train_steps = math.ceil(len(order) / self.batch_size)
+            train_steps = self.train_steps(len(order))
             validation_steps = math.ceil(len(self.data.validation_labels) / VALIDATION_BATCH)
 
             self.network.train()
-            ahead = self._gathered(self.data.train_images, self.order, self.batch_size, self.step)
+            assert self.order is not None
+            parts = [self._batch(step, len(order)) for step in range(self.step, train_steps)]
+            ahead = self._gathered(self.data.train_images, [self.order[part] for part in parts])
             while self.step < train_steps:
-                batch = slice(self.step * self.batch_size, (self.step + 1) * self.batch_size)
+                batch = self._batch(self.step, len(order))
                 self._train(
                     order[batch],
                     next(ahead),
@@ -235,7 +237,10 @@ class Trainer:
                 started = time.perf_counter()
 
             self.evaluated.eval()
-            ahead = self._gathered(self.data.validation_images, None, VALIDATION_BATCH, self.step - train_steps)
+            ahead = self._gathered(
+                self.data.validation_images,
+                _in_order(len(self.data.validation_labels))[self.step - train_steps :],
+            )
             while self.step < train_steps + validation_steps:
                 if self.step == train_steps:
                     if not math.isfinite(self.loss_sum.item()):  # the one wait for the device that training needs
@@ -260,15 +265,25 @@ class Trainer:
             started = time.perf_counter()
             yield self._ended(scores, started)
 
-    def _gathered(self, images: Stored, order: Tensor | None, size: int, first: int) -> Iterator[Tensor | None]:
-        """The batches from number `first` on of images on the host, on the device; None for those that are there."""
-        total = len(images) if order is None else len(order)
-        count = math.ceil(total / size)
-        if not isinstance(images, HostImages):
-            yield from [None] * (count - first)
-            return
-        index = torch.arange(total) if order is None else order
-        yield from batches(images, [index[n * size : (n + 1) * size] for n in range(first, count)], self.device)
+    def train_steps(self, images: int) -> int:
+        """Steps of an epoch on so many images. A single image that is left over joins the batch before: batch norm
+        cannot train on it. The paper's network can, and keeps its batches.
+        """
+        steps = math.ceil(images / self.batch_size)
+        is_alone = images > 1 and images % self.batch_size == 1 and self.batch_size > 1
+        return steps - 1 if is_alone and steps > 1 and not isinstance(self.network, CNN) else steps
+
+    def _batch(self, step: int, images: int) -> slice:
+        """Where the images of a step are in the epoch's order."""
+        end = images if step + 1 == self.train_steps(images) else (step + 1) * self.batch_size
+        return slice(step * self.batch_size, end)
+
+    def _gathered(self, images: Stored, parts: Sequence[Tensor]) -> Iterator[Tensor | None]:
+        """The batches of images on the host, by their indices, on the device; None for those that are there."""
+        if isinstance(images, HostImages):
+            yield from batches(images, parts, self.device)
+        else:
+            yield from [None] * len(parts)
 
     def _scores(self, labels: Tensor) -> Scores:
         """Of the images counted since the last epoch's end.
@@ -329,7 +344,7 @@ class Trainer:
         self.evaluated.eval()
         self._forget_scores()
         labels, images = self.data.test_labels, self.data.test_images
-        for number, batch in enumerate(self._gathered(images, None, VALIDATION_BATCH, 0)):
+        for number, batch in enumerate(self._gathered(images, _in_order(len(labels)))):
             part = slice(number * VALIDATION_BATCH, (number + 1) * VALIDATION_BATCH)
             if batch is None:
                 assert isinstance(images, Tensor)
@@ -492,6 +507,11 @@ class Trainer:
         self.history = [
             EpochResult(**(row | {"resampling": Resampling(**row["resampling"])})) for row in state["history"]
         ]
+
+
+def _in_order(images: int) -> Sequence[Tensor]:
+    """Indices of so many images, in batches of VALIDATION_BATCH."""
+    return torch.split(torch.arange(images), VALIDATION_BATCH)
 
 
 def scores_of(hits: Tensor, answers: Tensor, images: Tensor, loss: float) -> Scores:

@@ -29,12 +29,12 @@ augment = ["flip"]
 name = "torchvision:resnet18"
 
 [policy]
-alpha = { low = "40 %", high = "100 %" }
+alpha = { low = "50 %", high = "100 %" }
 beta = { low = 0.1, high = 1.0 }
 
 [training]
 epochs = 4
-batch_size = 8
+batch_size = 16
 optimizer = "sgd"
 lr = { low = 0.005, high = 0.05, log = true }
 schedule = "cosine"

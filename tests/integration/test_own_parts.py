@@ -172,3 +172,15 @@ def test_other_code_than_the_studys_is_refused(
     monkeypatch.delenv(extensions.VARIABLE)
     with pytest.raises(UserError, match="--code"):
         check_code(run.study, run.config)
+
+
+def test_a_single_image_that_is_left_over_joins_the_batch_before(sqlite_url: str) -> None:
+    """Batch norm over one value a channel cannot train."""
+    config = config_of(
+        policy={"alpha": 51, "beta": 0.5},
+        training={"epochs": 1, "batch_size": 25},
+        network={"name": "torchvision:resnet18"},
+    )
+    run = Harness(sqlite_url, config)
+    run.work()
+    assert run.study.trials[0].user_attrs["images"] == 51

@@ -21,6 +21,7 @@ def make_trainer(
     norm: str = "batch",
     augment: bool = False,
     lr: float = 0.001,
+    weight_decay: float = 0.0,
     **options: Any,
 ) -> Trainer:
     """A trainer of the paper's network with Adam."""
@@ -28,6 +29,6 @@ def make_trainer(
     network = make_network(
         "paper", {"width": width, "norm": norm}, classes=data.classes, channels=shape[-1], size=shape[0], seed=seed
     )
-    options.setdefault("optimizer", OptimizerOptions(lr=lr))
+    options.setdefault("optimizer", OptimizerOptions(lr=lr, weight_decay=weight_decay))
     options["augmentation"] = make_augmentation([("flip", {}), ("crop", {})] if augment else [])
     return Trainer(data, network, policy, seed, TrainingOptions(**options))
