@@ -201,6 +201,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 def _as_toml(source: str, storage: str | None, trial: int | None) -> str:
     """A trial as a config file of its own."""
+    from storage.text import one_line
     from study.config.loading import parse_config
     from study.config.toml import to_toml
     from study.model import is_file
@@ -237,7 +238,7 @@ def _as_toml(source: str, storage: str | None, trial: int | None) -> str:
         f"Its data have the fingerprint {fingerprint[:16]}; where they are is not part of a config (--data-root).",
         "Train it again: study launch FILE.toml",
     )
-    return to_toml(winner, shown, comments)
+    return to_toml(winner, shown, [one_line(comment) for comment in comments])
 
 
 def _trial(name: str, storage: str | None, trial: int | None) -> tuple[int, dict[str, Any], int, float, Any, str]:

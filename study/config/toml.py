@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from storage.text import one_line
 from study.config.models import StudyConfig
 
 
@@ -18,9 +17,9 @@ def to_toml(config: StudyConfig, shown: Mapping[str, Collection[str]], comments:
     later versions have as defaults.
 
     Args:
-        comments: lines for the top.
+        comments: lines for the top, without control characters.
     """
-    lines = [f"# {one_line(comment)}" for comment in comments]
+    lines = [f"# {comment}" for comment in comments]
     sections = []
     for name, value in config:
         if isinstance(value, BaseModel):
