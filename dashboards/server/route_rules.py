@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 
 from storage.engine import database_time
 from storage.errors import UserError
+from storage.object_store import MODEL
 from storage.optuna_internals import DashboardRoute as Route
 from storage.schema import FINISHED, LEASES, STUDIES, TRIALS
 from storage.text import command
@@ -36,6 +37,8 @@ REFUSED: dict[str, str] = {
     Route.RENAME: "rename a study with: study copy NAME --from URL --to URL --name NEW, then: study delete NAME",
     Route.UPLOAD_STUDY_ARTIFACT: "files are not uploaded through the dashboard",
     Route.UPLOAD_TRIAL_ARTIFACT: "files are not uploaded through the dashboard",
+    Route.DELETE_STUDY_ARTIFACT: "files are not deleted through the dashboard",
+    Route.DELETE_TRIAL_ARTIFACT: "a model goes with its study, or when others become better",
     Route.MIGRATE: "migrate the database with: study init",
 }
 
@@ -74,12 +77,14 @@ class RouteRules:
         def checked(**arguments: Any) -> Any:
             study, trial = self._located(arguments)
             if route.method == "GET":
-                return self._read(rule, view, arguments, study)
+                return self._read(rule, view, arguments, study, trial)
             return self._write(rule, view, arguments, study, trial)
 
         return checked
 
-    def _read(self, rule: str, view: Callable[..., Any], arguments: dict[str, Any], study: _Study | None) -> Any:
+    def _read(
+        self, rule: str, view: Callable[..., Any], arguments: dict[str, Any], study: _Study | None, trial: _Trial | None
+    ) -> Any:
         match rule:
             case Route.STUDY:
                 _check_after(bottle.request.query.get("after", "0"))
@@ -88,7 +93,7 @@ class RouteRules:
             case Route.CSV if study and _CONTROLS.search(study.name):
                 _refuse(400, "the study's name has control characters, which no file name may have; copy it first")
             case Route.STUDY_ARTIFACT | Route.TRIAL_ARTIFACT:
-                return _as_download(view, arguments)
+                return _as_download(view, arguments, trial)
         return view(**arguments)
 
     def _write(
@@ -116,12 +121,6 @@ class RouteRules:
                 self._check_unleased(study, arguments["trial_id"], "changing a trial")
                 _check_unfinished(trial)
                 _check_user_attributes(_body())
-            case Route.DELETE_STUDY_ARTIFACT:
-                assert study is not None
-                self._check_unleased(study, None, "deleting a file of a study")
-            case Route.DELETE_TRIAL_ARTIFACT:
-                assert study is not None
-                self._check_unleased(study, arguments["trial_id"], "deleting a file of a trial")
             case Route.DELETE:
                 assert study is not None
                 _body(required=False)
@@ -188,15 +187,18 @@ def _refuse(status: int, reason: str) -> NoReturn:
     raise bottle.HTTPResponse(json.dumps({"reason": reason}), status, {"Content-Type": "application/json"})
 
 
-def _as_download(view: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+def _as_download(view: Callable[..., Any], arguments: dict[str, Any], trial: _Trial | None) -> Any:
     """An artifact is saved, not shown: its type is whatever its author wrote, and a page would run on our origin."""
     try:
         response = view(**arguments)
     except (ArtifactNotFound, KeyError, OSError, TypeError, ValueError):
-        _refuse(404, "this artifact cannot be read")
+        _refuse(404, "this artifact cannot be read: it is damaged, or no longer among the best")
     if isinstance(response, bottle.HTTPResponse):
-        response.headers.pop("Access-Control-Allow-Origin", None)
-        response.set_header("Content-Disposition", "attachment")
+        for header in ("Access-Control-Allow-Origin", "Content-Encodings"):
+            response.headers.pop(header, None)
+        name = "" if trial is None else f'; filename="trial-{trial.number}.{MODEL}"'
+        response.set_header("Content-Disposition", f"attachment{name}")
+        response.set_header("Content-Type", "application/octet-stream")
         response.set_header("Content-Security-Policy", ARTIFACT_POLICY)
     return response
 

@@ -27,6 +27,7 @@ from waitress.server import TcpWSGIServer
 
 from dashboards.server.access_control import LOOPBACK, MAX_FORM_BYTES, AccessControl
 from dashboards.server.route_rules import RouteRules
+from storage.artifacts import DatabaseArtifactStore
 from storage.errors import UserError
 
 PASSWORD_VARIABLE = "STUDY_DASHBOARD_PASSWORD"
@@ -137,7 +138,8 @@ def serve(
     check_proxy(trusted_proxy)
     if read_only:
         make_read_only(storage.engine)
-    dashboard = optuna_dashboard.wsgi(optuna.storages.get_storage(storage))
+    models = DatabaseArtifactStore(storage.engine)
+    dashboard = optuna_dashboard.wsgi(optuna.storages.get_storage(storage), artifact_store=models)
     dashboard.install(RouteRules(storage))
     names = {*LOOPBACK, *allowed} | (set() if is_any(host) else {host})
     application = AccessControl(dashboard, names, password=password, read_only=read_only)

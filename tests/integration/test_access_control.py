@@ -611,8 +611,6 @@ def test_what_workers_hold_is_neither_ended_nor_changed_nor_deleted(url: str) ->
         ("POST", f"/api/trials/{lease.trial_id}/tell", {"state": "Fail"}),
         ("POST", f"/api/trials/{lease.trial_id}/tell", {"state": "Complete", "values": [0.5]}),
         ("POST", f"/api/trials/{lease.trial_id}/user-attrs", {"user_attrs": {"best_epoch": 7}}),
-        ("DELETE", f"/api/artifacts/{study_id}/{lease.trial_id}/0-1", None),
-        ("DELETE", f"/api/artifacts/{study_id}/0-1", None),
         ("DELETE", f"/api/studies/{study_id}", None),
         ("DELETE", f"/api/studies/{study_id}", {"remove_associated_artifacts": False}),
     ]
@@ -645,6 +643,8 @@ def test_what_workers_hold_is_neither_ended_nor_changed_nor_deleted(url: str) ->
         ("POST", "/api/artifacts/1"),
         ("POST", "/api/artifacts/1/1"),
         ("POST", "/api/artifacts/1/1/"),
+        ("DELETE", "/api/artifacts/1/0-0"),
+        ("DELETE", "/api/artifacts/1/1/0-0"),
         ("POST", "/incompatible-rdb-schema"),
         ("POST", "/api/llm/trial_filter_query"),
         ("POST", "/api/studies/1/preference"),
@@ -676,6 +676,7 @@ def test_an_artifact_is_saved_and_not_shown(sqlite_url: str, tmp_path: Path) -> 
     status, headers, text = browser("GET", f"/artifacts/1/{ids[0]}")
     assert (status, text) == (200, page.read_text())
     assert headers["content-disposition"] == "attachment"
+    assert headers["content-type"] == "application/octet-stream"
     assert headers["content-security-policy"] == "sandbox; default-src 'none'"  # the first of two; both hold
     assert headers["x-content-type-options"] == "nosniff"
     assert "access-control-allow-origin" not in headers  # or any site could read it

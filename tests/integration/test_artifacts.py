@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import threading
@@ -27,6 +28,7 @@ from storage.exclusions import exclude
 from storage.queue import Lease, LeaseLost, Queue
 from storage.schema import ARTIFACT_CHUNKS, ARTIFACTS, LEASES, TRIAL_SYSTEM_ATTRS, TRIALS
 from storage.url import sqlite_url as sqlite_url_of
+from tests.support.served import dashboard
 
 LARGE = artifacts.CHUNK_BYTES + 1000
 """Bytes, of two chunks."""
@@ -360,3 +362,53 @@ def test_files_with_impossible_artifacts_are_refused(
     close(shelf.engine)
     with pytest.raises(UserError, match=fault):
         transfer.import_study(file, sqlite_url)
+
+
+def test_the_dashboard_lists_and_downloads_them_and_changes_none(sqlite_url: str, tmp_path: Path) -> None:
+    """Whatever their description says: they are saved, never shown, and no route writes or deletes one."""
+    shelf = Shelf(sqlite_url, 2)
+    shelf.finish([0.3], None)
+    queue = shelf.worker()
+    lease = claimed(queue)
+    large = b"large" * (artifacts.IN_MEMORY_BYTES // 4)  # goes through a temporary file
+    artifact = artifacts.save(queue, lease, large, store=object_store.DATABASE, keep=None)
+    queue.finish(lease, TrialState.COMPLETE, [0.9], artifact=artifact)
+    first, second = (
+        model.id for model in sorted(artifacts.stored(shelf.engine, shelf.study_id), key=lambda m: m.trial)
+    )
+    evil = {"artifact_id": first, "filename": "a.html", "mimetype": "text/html", "encoding": "gzip"}
+    with shelf.engine.begin() as connection:
+        row = TRIAL_SYSTEM_ATTRS.c.key == artifacts.ATTRIBUTE + first
+        connection.execute(sa.update(TRIAL_SYSTEM_ATTRS).where(row).values(value_json=json.dumps(json.dumps(evil))))
+    with dashboard(sqlite_url, tmp_path) as served:
+
+        def ask(method: str, path: str, body: str | None = None) -> tuple[int, dict[str, str], bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+
+        listed = json.loads(ask("GET", "/api/studies/1")[2])["trials"]
+        assert [[each["artifact_id"] for each in trial["artifacts"]] for trial in listed] == [[first], [second]]
+        for number, (artifact_id, content) in enumerate([(first, content_of(0)), (second, large)]):
+            status, headers, body = ask("GET", f"/artifacts/1/{number + 1}/{artifact_id}")
+            assert (status, body == content) == (200, True)
+            assert headers["content-type"] == "application/octet-stream"
+            assert headers["content-disposition"] == f'attachment; filename="trial-{number}.safetensors"'
+            assert headers["x-content-type-options"] == "nosniff"
+            assert "access-control-allow-origin" not in headers
+            assert not {"content-encoding", "content-encodings"} & headers.keys()
+        assert ask("GET", f"/artifacts/1/1/{second}")[0] == 404  # not this trial's
+        file = json.dumps({"file": "data:text/html;base64,PHA+", "filename": "a.html"})
+        for method, path in (
+            ("POST", "/api/artifacts/1"),
+            ("POST", "/api/artifacts/1/1"),
+            ("DELETE", f"/api/artifacts/1/{first}"),
+            ("DELETE", f"/api/artifacts/1/1/{first}"),
+        ):
+            assert ask(method, path, file)[0] == 403
+        with shelf.engine.begin() as connection:
+            connection.execute(sa.delete(ARTIFACT_CHUNKS).where(ARTIFACT_CHUNKS.c.artifact_id == first))
+        status, _, body = ask("GET", f"/artifacts/1/1/{first}")
+        assert (status, "damaged" in body.decode()) == (404, True)
+    assert "Traceback" not in served.log.read_text()
