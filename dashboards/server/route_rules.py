@@ -174,6 +174,8 @@ class RouteRules:
             delete(self.storage, study.name)
         except UserError:
             _refuse(409, f"deleting a study needs it at rest, but workers hold trials of it; first: {_stop(study)}")
+        # Its models are gone already; optuna-dashboard would look for them in a study that is no longer there.
+        bottle.request.environ["bottle.request.json"] = {"remove_associated_artifacts": False}
         view(**arguments)  # removes it from Optuna's cache, and then reports that the database does not have it
         bottle.response.status = 204
         return {}
@@ -205,7 +207,7 @@ def _as_download(view: Callable[..., Any], arguments: dict[str, Any], trial: _Tr
 
 def _body(*, required: bool = True) -> dict[str, Any]:
     """The request's JSON object. Bottle keeps what it has parsed, so the route then reads the same."""
-    if not required and not bottle.request.content_length:
+    if not required and bottle.request.content_length <= 0:  # -1: there is no such header
         return {}
     try:
         body = bottle.request.json

@@ -629,10 +629,10 @@ def test_what_workers_hold_is_neither_ended_nor_changed_nor_deleted(url: str) ->
     queues[0].release(lease)
     assert browser.json(*writes[0])[0] == 204
     assert browser.json(*writes[0])[0] == 409  # finished
-    assert browser.json(*writes[5])[0] == 409  # the other trial is still held
+    assert browser.json(*writes[3])[0] == 409  # the other trial is still held
     queues[1].release(other)
-    assert browser.json(*writes[5])[0] == 204
-    assert browser.json(*writes[5])[0] == 404
+    assert browser.json(*writes[3])[0] == 204
+    assert browser.json(*writes[3])[0] == 404
     assert browser.json("GET", f"/api/studies/{study_id}")[0] == 404
     assert not any(rows for name, rows in contents(harness.storage.engine).items() if "version" not in name)
 

@@ -411,4 +411,8 @@ def test_the_dashboard_lists_and_downloads_them_and_changes_none(sqlite_url: str
             connection.execute(sa.delete(ARTIFACT_CHUNKS).where(ARTIFACT_CHUNKS.c.artifact_id == first))
         status, _, body = ask("GET", f"/artifacts/1/1/{first}")
         assert (status, "damaged" in body.decode()) == (404, True)
+        assert ask("DELETE", "/api/studies/1")[0] == 204  # the study, and its models with it
+        with shelf.engine.connect() as connection:
+            for table in (ARTIFACTS, ARTIFACT_CHUNKS, TRIAL_SYSTEM_ATTRS):
+                assert connection.execute(sa.select(table)).all() == []
     assert "Traceback" not in served.log.read_text()
