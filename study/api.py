@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -202,6 +202,7 @@ class Study:
         workers: int | None = None,
         device: str = "auto",
         data_root: str | Path | None = None,
+        again: bool = False,
     ) -> Study:
         """Run the best settings again on fresh seeds, then evaluate them once on the test split; the confirming study.
 
@@ -210,14 +211,19 @@ class Study:
             seeds: for each.
             name: of the confirming study. None: NAME-confirmed.
             workers, device, data_root: as for `launch`.
+            again: ask the test split although a confirmation has; both studies record it.
 
         Raises:
-            UserError: fewer settings than `top` have a complete trial, or the data here are others.
+            UserError: fewer settings than `top` have a complete trial, the test split has been asked, or the data here
+                are others.
         """
-        config, origin = confirming.confirmation(self._opened.study, self.config, top, seeds)
+        searched, new = self._opened, name or f"{self.name}-confirmed"
+        config, origin, again = confirming.plan(searched, new, top, seeds, again=again)
         options = LaunchOptions(device=device, workers=workers)
-        new, url = name or f"{self.name}-confirmed", self._opened.url
-        return _run(config, new, f"confirm {self.name}", url, options, data_root, more=origin, like=self._opened)
+        return _run(
+            config, new, f"confirm {self.name}", searched.url, options, data_root, more=origin, like=searched,
+            created=lambda study: confirming.record_test_split(searched, study, again=again),
+        )  # fmt: skip
 
     @property
     def optuna(self) -> optuna.Study:
@@ -247,12 +253,14 @@ def _run(
     budget: Iterable[str] | None = None,
     more: Mapping[str, Any] | None = None,
     like: OpenStudy | None = None,
+    created: Callable[[OpenStudy], None] = lambda _: None,
 ) -> Study:
     """Create the study or find it, and run it.
 
     Args:
         more: further user attributes of the study.
         like: a study whose data must be the same.
+        created: called once the study is there, before it runs.
     """
     check_study_name(name)
     url = _url(storage)
@@ -265,8 +273,9 @@ def _run(
     if like is not None:
         create.check_fingerprint(like.study, data)
     opened = open_storage(url)
-    create.create_study(opened, name, origin, config, data, more)
+    create.create_study(opened, name, origin, data.config, data, more)
     study = OpenStudy(url, opened, *create.load_study(opened, name))
+    created(study)
     if copy := study.study.user_attrs.get(COPIED_TO):
         raise UserError(f"the study {name!r} was copied (to {copy}); continue the copy, or: study resume --force")
     if budgets is not None:

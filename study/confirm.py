@@ -73,6 +73,21 @@ def confirmation(
     return StudyConfig.model_validate(tree), {"confirms": origin}
 
 
+def plan(
+    searched: OpenStudy, confirming: str, top: int, seeds: int, *, again: bool
+) -> tuple[StudyConfig, dict[str, Any], bool]:
+    """The config of the study that confirms `searched`, further attributes of it, and whether it asks the test split
+    again: what `record_test_split` records once that study is there.
+
+    Raises:
+        UserError: fewer than `top` settings have a complete trial, or the test split has been asked and `again` is
+            false.
+    """
+    earlier = earlier_confirmations(searched, confirming)
+    config, origin = confirmation(searched.study, searched.config, top, seeds, earlier)
+    return config, origin, ask_test_split(searched, confirming, config, again=again)
+
+
 def earlier_confirmations(searched: OpenStudy, confirming: str) -> int:
     """How many confirmations of the study have been recorded before the one of this name."""
     names = [one["study"] for one in _asked(searched)]
@@ -105,8 +120,7 @@ def ask_test_split(searched: OpenStudy, confirming: str, config: StudyConfig, *,
     if earlier and not again:
         raise UserError(
             f"the test split was asked for {searched.name!r} already: {', '.join(earlier)}; the more often it is "
-            "asked, "
-            "the more the best answer is luck; ask it again with --again, which is recorded"
+            "asked, the more the best answer is luck; ask it again with --again, which is recorded"
         )
     return bool(earlier)
 

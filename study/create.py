@@ -161,19 +161,22 @@ def load_images(config: StudyConfig, root: str | None) -> dataset.Dataset:
 
 
 def _check_trials(config: StudyConfig, data: PreparedData) -> None:
-    """Make each network and policy that is not ours once, so that a fault in it is found before the launch."""
+    """Make each network, policy and augmentation that is not ours once, so that a fault in it is found before the launch."""
     is_image = len(data.shape) == 3
     if not is_image and config.data.augment:
         raise UserError(f"data.augment is for images; those of {config.data.name!r} have the shape {data.shape}")
+    augmentations = [text for text in config.augmentations() if text not in ("none", "flip", "crop", "flip+crop")]
     networks = [name for name in config.networks() if name != "paper" or not is_image or data.shape[-1] != 3]
     policies = [name for name in config.policies() if is_import_path(name)]
-    if networks or policies:
+    if networks or policies or augmentations:
         from study.trial import components  # loads torch, which the launcher of our own network does without
 
         for name in networks:
             components.check_network(
                 config, components.first_parameters(config, network=name), data.shape, len(data.classes)
             )
+        for text in augmentations:
+            components.check_augmentation(text, data.shape)
         for name in policies:
             components.make_policy(
                 components.first_parameters(config, policy=name), data.images["train"], config.search.seed

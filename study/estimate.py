@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib import metadata
@@ -151,6 +152,19 @@ def estimate(config: StudyConfig, pace: Pace, devices: int, sizes: tuple[int, in
         f"{sum(load.train for load in work):,} training images at {pace.train:,.0f}/s, "
         f"{sum(load.validate for load in work):,} validation images at {pace.validate:,.0f}/s"
     )
+
+
+def parallel(devices: Sequence[str]) -> int:
+    """How many workers of these devices train at full pace: one a core, or one a GPU."""
+    return len(devices) if devices[0] == "cpu" else len(set(devices))
+
+
+def recalled(config: StudyConfig, devices: Sequence[str], sizes: tuple[int, int, int]) -> str | None:
+    """`estimate` from what `study bench` has measured on this machine; None: it has not."""
+    pace = recall(config, devices[0].partition(":")[0])
+    if pace is None:
+        return None
+    return f"{estimate(config, pace, parallel(devices), sizes)} (pace measured by `study bench` on {pace.on})"
 
 
 def duration(seconds: float) -> str:

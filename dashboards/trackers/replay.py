@@ -19,7 +19,6 @@ from study.config.models import means_something
 MEASURES = ("accuracy", "loss", "images", "k", "train_seconds", "validation_seconds", "selection_seconds", "joules")
 """Columns of `trial_epochs` that trackers get, a value an epoch."""
 FINISHED = ("complete", "pruned", "failed")
-TRACKERS = ("tensorboard", "mlflow", "wandb")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Tracker(Protocol):
 
 
 def make_tracker(kind: str, at: str | None, study: str) -> Tracker:
-    """The tracker of a kind in TRACKERS.
+    """The tracker `tensorboard`, `mlflow` or `wandb`.
 
     Args:
         at: TensorBoard's folder, MLflow's tracking URI, or the W&B project; None: the tracker's own default.

@@ -104,7 +104,7 @@ def launch(
     opened = open_storage(url)
     is_new = create_study(opened, study_name, loaded.name, data.config, data)
     study = OpenStudy(url, opened, *load_study(opened, study_name))
-    with _resumable(study):
+    with _resumable(study, images):
         _refuse_if_copied(study, force)
         _set_budgets(study, budgets)
         _refuse_if_stopped(study)
@@ -154,12 +154,8 @@ def check(
         network = components.make_network(parameters, data.shape, len(data.classes), config.search.seed)
         count = sum(math.prod(each.shape) for each in network.parameters())
         typer.echo(f"network: {name}, {count:,} parameters")
-    devices = local_devices(device, None)
-    parallel = devices if devices[0] == "cpu" else set(devices)
-    if pace := estimate.recall(config, devices[0].partition(":")[0]):
-        typer.echo(f"time: {estimate.estimate(config, pace, len(parallel), data.sizes)} (measured on {pace.on})")
-    else:
-        typer.echo(f"time: not measured on this machine; study bench {source}")
+    text = estimate.recalled(config, local_devices(device, None), data.sizes)
+    typer.echo(f"time: {text or f'not measured on this machine; study bench {source}'}")
     for sentence in config_warnings(config, data):
         logger.warning("%s", sentence)
 
@@ -208,7 +204,7 @@ def resume(
     workforce, budgets = _launcher(options, url, budget)
     hook = _event_command(on_event, detach)
     study = open_study(url, name)
-    with _resumable(study):
+    with _resumable(study, data_root(root)):
         present = early_end.read_rules(study.engine, study.id)
         rules = early_end.parse_rules(present, target, patience)
         if launcher == "local":  # elsewhere the workers check theirs
@@ -282,7 +278,7 @@ def confirm(
 
     Example: study confirm tpe --top 3 --seeds 5
     """
-    from study.confirm import ask_test_split, confirmation, earlier_confirmations, record_test_split
+    from study.confirm import plan, record_test_split
     from study.create import OpenStudy, create_study, load_study, open_study, prepare
     from study.launchers.launcher import LaunchOptions
 
@@ -290,17 +286,15 @@ def confirm(
     _allow_code(code)
     searched = open_study(url, name)
     confirming = new_name or f"{name}-confirmed"
-    earlier = earlier_confirmations(searched, confirming)
-    config, origin = confirmation(searched.study, searched.config, top, seeds, earlier)
+    config, origin, again = plan(searched, confirming, top, seeds, again=again)
     workforce, _ = _launcher(LaunchOptions(device=device, workers=workers, threads=threads), url, None)
     data = prepare(config, data_root(root))
     if data.fingerprint != searched.study.user_attrs["data_fingerprint"]:
         raise UserError(f"the data here are not those of the study {name!r}; use the same images (--data-root)")
-    again = ask_test_split(searched, confirming, data.config, again=again)
     create_study(searched.storage, confirming, f"confirm {name}", data.config, data, origin)
     study = OpenStudy(url, searched.storage, *load_study(searched.storage, confirming))
     record_test_split(searched, study, again=again)
-    with _resumable(study):
+    with _resumable(study, data_root(root)):
         _refuse_if_stopped(study)
         logger.info("confirming %d settings of %r as %r in %s", top, name, confirming, shown(url))
         _run(study, workforce, data_root(root), allow_failures)
@@ -328,14 +322,13 @@ def bench(
         _allow_code(code, loaded.folder)
         configs[loaded.name] = loaded.config
     devices = local_devices(device, None)
-    parallel = devices if devices[0] == "cpu" else set(devices)
     paces: dict[tuple[object, ...], estimate.Pace] = {}
     for name, config in configs.items():
         key = estimate.key(config)
         if key not in paces:
             paces[key] = estimate.measure(config, devices[0], worker_threads())
             estimate.remember(config, devices[0].partition(":")[0], paces[key])
-        typer.echo(f"{name}: {estimate.estimate(config, paces[key], len(parallel))}")
+        typer.echo(f"{name}: {estimate.estimate(config, paces[key], estimate.parallel(devices))}")
 
 
 def _allow_code(folders: list[Path] | None, config_folder: Path | None = None) -> None:
@@ -402,7 +395,7 @@ def _refuse_if_copied(study: OpenStudy, force: bool) -> None:
 
 
 @contextmanager
-def _resumable(study: OpenStudy) -> Iterator[None]:
+def _resumable(study: OpenStudy, root: str | None) -> Iterator[None]:
     """Once its database was open, a study that cannot connect to it any more has met an outage, not bad input."""
     from storage.errors import Unreachable
     from storage.retry import is_transient
@@ -413,7 +406,7 @@ def _resumable(study: OpenStudy) -> Iterator[None]:
         if not (isinstance(error, Unreachable) or is_transient(error)):
             raise
         logger.error("%s", error if isinstance(error, Unreachable) else getattr(error, "orig", None) or error)
-        logger.warning("%s", _how_to_continue(study, exit_codes.DATABASE_UNAVAILABLE))
+        logger.warning("%s", _how_to_continue(study, exit_codes.DATABASE_UNAVAILABLE, root))
         raise typer.Exit(exit_codes.DATABASE_UNAVAILABLE) from None
 
 
@@ -424,11 +417,8 @@ def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int, 
 
     if not isinstance(workforce, LocalLauncher):
         return
-    devices = workforce.devices
-    parallel = devices if devices[0] == "cpu" else set(devices)
-    if pace := estimate.recall(study.config, devices[0].partition(":")[0]):
-        text = estimate.estimate(study.config, pace, len(parallel), sizes)
-        logger.info("%s (pace measured by `study bench` on %s)", text, pace.on)
+    if text := estimate.recalled(study.config, workforce.devices, sizes):
+        logger.info("%s", text)
 
 
 def _run(
@@ -471,7 +461,7 @@ def _run(
         raise typer.Exit(exit_codes.TRIALS_FAILED)
 
 
-def _how_to_continue(study: OpenStudy, code: int, root: str | None = None) -> str:
+def _how_to_continue(study: OpenStudy, code: int, root: str | None) -> str:
     from study.config.extensions import allowed_folders
 
     words = ["resume", study.name]

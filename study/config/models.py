@@ -56,9 +56,7 @@ OPTIMIZER_PARAMETERS: dict[str, tuple[str, ...]] = {
 NETWORK_PARAMETERS: dict[str, tuple[str, ...]] = {"paper": ("width", "norm")}
 """The network of the paper and the keys of `network` that mean something to it; to others `network.arguments` do."""
 SCHEDULES = ("constant", "cosine", "one-cycle", "step")
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
 NAMED_DATA = ("digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "imagefolder")
-TORCHVISION = "torchvision:"
 PARAMETERS: dict[str, tuple[str, str]] = {
     "policy": ("policy", "name"),
     "alpha": ("policy", "alpha"),
@@ -659,6 +657,10 @@ class StudyConfig(Section):
             arguments: dict[str, Argument] = getattr(self, section).arguments
             values |= {f"{section}.{name}": value for name, value in arguments.items()}
         return values
+
+    def augmentations(self) -> tuple[str, ...]:
+        """All that its trials train with, as values of the parameter `augment`."""
+        return self._values("augment")
 
     def own_code(self) -> tuple[str, ...]:
         """The import paths that it names."""

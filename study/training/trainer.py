@@ -177,8 +177,7 @@ class Trainer:
         state = seeded_state(seed, "network", self.device)
         if self.options.augmentation.transforms:
             return state
-        kind = torch.float32
-        images = torch.zeros((4, *self.data.shape), dtype=kind, device=self.device)
+        images = torch.zeros((4, *self.data.shape), device=self.device)
         with self._autocast():
             return state if draws_random_numbers(self.network, self._normalised(images)) else None
 
@@ -337,7 +336,7 @@ class Trainer:
         return self.joules + now - self._metered
 
     def test(self) -> Scores:
-        """Of the best epoch's network on the test split: the last word, asked for once."""
+        """Of the best epoch's network on the test split."""
         assert self.data.test_images is not None and self.data.test_labels is not None  # noqa: PT018
         assert self.best_network is not None
         self.evaluated.load_state_dict(self.best_network)

@@ -13,6 +13,7 @@ from study.config.values import first
 from study.search.space import Parameters
 from study.training import networks, policies
 from study.training.augment import make_augmentation
+from study.training.data.dataset import DataError
 from study.training.optimizers import OptimizerOptions
 from study.training.policies import Policy
 from study.training.schedules import Schedule
@@ -85,6 +86,22 @@ def check_network(config: StudyConfig, parameters: Parameters, shape: tuple[int,
     images = torch.zeros((2, *shape))
     batch = images.permute(0, 3, 1, 2) if images.ndim == 4 else images
     networks.check_output(network, batch, classes, parameters["network"])
+
+
+def check_augmentation(text: str, shape: tuple[int, ...]) -> None:
+    """Apply an augmentation, a value of the parameter `augment`, to two empty images of this shape.
+
+    Raises:
+        DataError: it cannot be made, or does not give such images.
+    """
+    images = torch.zeros((2, *shape), dtype=torch.uint8)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            changed = make_augmentation(augmentations.steps(text)).transform(images)
+    except Exception as error:
+        raise DataError(f"data.augment {text!r} fails on images of {shape}: {error}; give what it needs") from error
+    if changed.shape != images.shape or changed.dtype != images.dtype:
+        raise DataError(f"data.augment {text!r} must give images of {shape}, and gives {tuple(changed.shape[1:])}")
 
 
 def first_parameters(config: StudyConfig, **chosen: Any) -> Parameters:

@@ -196,7 +196,7 @@ def ask(study: optuna.Study, config: StudyConfig, lease: Lease, train_images: in
     forget_cached_trials(study)
     trial = optuna.Trial(study, lease.trial_id)
     try:
-        chosen = _feasible(study, config, trial) if config.search.constraints else space.suggest(trial, config)
+        chosen = _feasible(study, config, trial, lease.trial_id) if config.search.constraints else space.suggest(trial, config)
     except ValueError as error:
         raise InvalidParameters(f"its parameters do not fit this study: {error}") from None
     faults = config.faults_of(chosen)
@@ -212,7 +212,7 @@ MOST_DRAWS = 100
 """Of a trial's parameters, until they satisfy the constraints."""
 
 
-def _feasible(study: optuna.Study, config: StudyConfig, trial: optuna.Trial) -> space.Parameters:
+def _feasible(study: optuna.Study, config: StudyConfig, trial: optuna.Trial, trial_id: int) -> space.Parameters:
     """The trial's parameters: the sampler's first draw that satisfies the constraints. No other is stored.
 
     Raises:
@@ -224,10 +224,10 @@ def _feasible(study: optuna.Study, config: StudyConfig, trial: optuna.Trial) -> 
     for _ in range(MOST_DRAWS):
         recorder = _ParameterRecorder(storage)
         shadow = with_storage(study, recorder, study.study_name)  # type: ignore[arg-type]
-        chosen = space.suggest(optuna.Trial(shadow, trial._trial_id), config)
+        chosen = space.suggest(optuna.Trial(shadow, trial_id), config)
         if not space.broken_constraints(config, chosen):
             for name, value, distribution in recorder.parameters:
-                storage.set_trial_param(trial._trial_id, name, value, distribution)
+                storage.set_trial_param(trial_id, name, value, distribution)
             return chosen
     raise ValueError(f"none of {MOST_DRAWS} draws satisfies search.constraints")
 

@@ -90,6 +90,8 @@ def test_a_launch_from_python_runs_continues_and_confirms(tmp_path: Path) -> Non
     confirmed = launched.confirm(top=1, seeds=2, workers=1)
     assert (confirmed.name, len(confirmed.trials())) == ("mine-confirmed", 2)
     assert confirmed.trials()["test"].notna().all()
+    with pytest.raises(UserError, match="asked for 'mine' already"):
+        launched.confirm(top=1, seeds=2, name="more", workers=1)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from storage.errors import UserError
 from study.config import extensions
-from study.create import prepare
+from study.create import check_code, prepare
 from study.training.data.dataset import DataError
 from study.training.trainer import Trainer
 from tests.support import own_code
@@ -23,9 +24,9 @@ CODE = Path(own_code.__file__).parent
 @pytest.fixture(autouse=True)
 def _code_is_allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(extensions.VARIABLE, str(CODE))
-    path = list(__import__("sys").path)
+    path = list(sys.path)
     yield
-    __import__("sys").path[:] = path
+    sys.path[:] = path
 
 
 ONE_TRIAL: dict[str, Any] = {"policy": {"alpha": 60, "beta": 0.5}, "training": {"epochs": 3, "batch_size": 25}}
@@ -155,6 +156,15 @@ def test_a_network_that_cannot_be_is_refused_before_the_launch(network: dict[str
         prepare(config_of(**ONE_TRIAL, network=network), None)
 
 
+@pytest.mark.parametrize(
+    ("augment", "fault"),
+    [(["RandomRotation"], "degrees"), (["flip", "ColorJitter(colour=1)"], "colour"), (["RandAugment(num_ops='x')"], "x")],
+)
+def test_an_augmentation_that_cannot_be_is_refused_before_the_launch(augment: list[str], fault: str) -> None:
+    with pytest.raises(DataError, match=fault):
+        prepare(config_of(**ONE_TRIAL, data={"augment": augment}), None)
+
+
 def test_other_code_than_the_studys_is_refused(
     sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,8 +175,6 @@ def test_other_code_than_the_studys_is_refused(
     config = config_of(**ONE_TRIAL, network={"name": "my_network_of_a_test:make"})
     run = Harness(sqlite_url, config)
     file.write_text(source + "\n# changed\n")
-    from study.create import check_code
-
     with pytest.raises(UserError, match="is not that of the study"):
         check_code(run.study, run.config)
     monkeypatch.delenv(extensions.VARIABLE)
