@@ -161,7 +161,7 @@ def load_images(config: StudyConfig, root: str | None) -> dataset.Dataset:
 
 
 def _check_trials(config: StudyConfig, data: PreparedData) -> None:
-    """Make each network, policy and augmentation that is not ours once, so that a fault in it is found before the launch."""
+    """Try each network, policy and augmentation that is not ours, so that a fault is found before the launch."""
     is_image = len(data.shape) == 3
     if not is_image and config.data.augment:
         raise UserError(f"data.augment is for images; those of {config.data.name!r} have the shape {data.shape}")

@@ -196,7 +196,11 @@ def ask(study: optuna.Study, config: StudyConfig, lease: Lease, train_images: in
     forget_cached_trials(study)
     trial = optuna.Trial(study, lease.trial_id)
     try:
-        chosen = _feasible(study, config, trial, lease.trial_id) if config.search.constraints else space.suggest(trial, config)
+        chosen = (
+            _feasible(study, config, trial, lease.trial_id)
+            if config.search.constraints
+            else space.suggest(trial, config)
+        )
     except ValueError as error:
         raise InvalidParameters(f"its parameters do not fit this study: {error}") from None
     faults = config.faults_of(chosen)

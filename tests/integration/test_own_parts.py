@@ -158,7 +158,11 @@ def test_a_network_that_cannot_be_is_refused_before_the_launch(network: dict[str
 
 @pytest.mark.parametrize(
     ("augment", "fault"),
-    [(["RandomRotation"], "degrees"), (["flip", "ColorJitter(colour=1)"], "colour"), (["RandAugment(num_ops='x')"], "x")],
+    [
+        (["RandomRotation"], "degrees"),
+        (["flip", "ColorJitter(colour=1)"], "colour"),
+        (["RandAugment(num_ops='x')"], "x"),
+    ],
 )
 def test_an_augmentation_that_cannot_be_is_refused_before_the_launch(augment: list[str], fault: str) -> None:
     with pytest.raises(DataError, match=fault):
