@@ -10,6 +10,7 @@ Pictures become what those of a training folder become; arrays are taken as they
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from study.training.data import decoding
 from study.training.data.dataset import DataError, Images, printable
 from study.training.data.decoding import Files, Form, Report
 from study.training.device import pick_device, pick_precision
+
+logger = logging.getLogger(__name__)
 
 BATCH = 256
 """Inputs that pass through the network at a time."""
@@ -192,6 +195,13 @@ def read_model(source: str | os.PathLike[str], storage: str | None, trial: int |
     study_id, attributes = queries.find(engine, name)
     models = artifacts.stored(engine, study_id)
     chosen = next((model for model in models if trial is None or model.trial == trial), None)
+    with engine.connect() as connection:
+        best = queries.best_trial(connection, study_id)
+    if chosen is not None and trial is None and best is not None and best[1] != chosen.trial:
+        logger.warning(
+            "the best trial of %r is %d (%.4f), and its model was not kept: this is trial %d (%.4f)",
+            name, best[1], best[0], chosen.trial, chosen.value,
+        )  # fmt: skip
     if chosen is None:
         raise UserError(_why_none(name, attributes, [model.trial for model in models], trial))
     try:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import torch
 from PIL import Image
 from safetensors.torch import load as load_tensors
@@ -24,6 +25,7 @@ import study
 from storage import artifacts
 from storage.errors import UserError
 from storage.optuna_internals import study_id_of
+from storage.schema import ARTIFACTS
 from study import model_file
 from study.cli import app
 from study.config import extensions
@@ -212,6 +214,18 @@ def test_a_store_that_refuses_does_not_undo_a_finished_trial(sqlite_url: str, tm
     assert any("trial 0: its model is not kept" in line for line in harness.messages)
     with pytest.raises(UserError, match="has no model"):
         load_model("s", sqlite_url)
+
+
+def test_who_gets_another_than_the_best_is_warned(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As where the store refused the best one."""
+    values = iter([0.9, 0.5])
+    harness = Harness(sqlite_url, config_of(policy={"alpha": 60}, training={"epochs": 1}, artifacts={"keep": "all"}))
+    with scripted_accuracies(lambda _: next(values)):
+        harness.work()
+    with harness.storage.engine.begin() as connection:
+        connection.execute(sa.delete(ARTIFACTS).where(ARTIFACTS.c.trial_id == 1))
+    assert load_model("s", sqlite_url, device="cpu").description.trial == 1
+    assert "the best trial of 's' is 0 (0.9000), and its model was not kept: this is trial 1 (0.5000)" in caplog.text
 
 
 def test_models_go_to_the_studys_store(sqlite_url: str, tmp_path: Path) -> None:
