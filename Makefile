@@ -5,6 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTABLE := .venv/.testable
 TRAINING_TESTS := tests/unit/test_training.py tests/unit/test_cuda_graphs.py tests/unit/test_policies.py tests/integration/test_study.py
+RANDOM_TESTS := tests/integration/test_import.py tests/integration/test_trial_checkpoint.py tests/unit/test_checkpoint_state.py
 # Every worker is a process that imports torch: 2.0 s of processor time from byte code, 4.2 s without.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -25,7 +26,7 @@ test-slow: $(TESTABLE)  ## the tests that take minutes each
 
 fuzz: $(TESTABLE)  ## random input for 4 minutes, with its seeds; FUZZ_SECONDS=… (of each parser) and FUZZ_SEED=… change them
 	$(BIN)/python -m pytest -m fuzz -s
-	FUZZ_EXAMPLES=100 $(BIN)/python -m pytest tests/integration/test_import.py -k any_value
+	FUZZ_EXAMPLES=100 $(BIN)/python -m pytest $(RANDOM_TESTS) -k 'any_value or mutated or damage'
 
 lint: $(TESTABLE)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test,dev]'

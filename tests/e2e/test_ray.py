@@ -30,8 +30,9 @@ from storage.schema import ATTEMPTS, EPOCHS
 from study import exit_codes
 from study.create import open_study
 from study.launchers.ray import RayLauncher, secret_url
-from tests.e2e.test_command import study, there
+from tests.e2e.test_command import there
 from tests.e2e.test_command import wait_for as wait
+from tests.support.command import study, study_process
 from tests.support.harness import Harness, config_of
 from tests.support.hosts import Database, Hosts
 from tests.support.hosts import can_be_made as hosts_can_be_made
@@ -134,10 +135,10 @@ def test_a_cluster_of_its_own(sqlite_url: str, undisturbed: list[tuple[Any, ...]
     """Where none runs (so before the others here), one is started for the command; it cannot be left behind."""
     harness = Harness(sqlite_url, config_of())
     asked = ["resume", "s", "--storage", sqlite_url, "--launcher", "ray", "--device", "cpu", "--workers", "1"]
-    refused = study(*asked, "--detach", cwd=tmp_path)
+    refused = study_process(*asked, "--detach", cwd=tmp_path)
     assert refused.returncode == 2
     assert "ray start --head" in refused.stderr
-    done = study(*asked, cwd=tmp_path)
+    done = study_process(*asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert harness.outcome() == undisturbed
 
@@ -300,14 +301,14 @@ def test_launchers_come_and_go(
     assert not running(harness)
     third = started(cluster, url, tmp_path, "--workers", "2")
     wait_for(lambda: len(running(harness)) == 2)
-    assert study("stop", "s", "--storage", url, cwd=tmp_path).returncode == 0
+    assert study_process("stop", "s", "--storage", url, cwd=tmp_path).returncode == 0
     asked = time.monotonic()
     wait_for(lambda: not running(harness))
     assert time.monotonic() - asked < 10  # seconds, on two crowded cores
     _, err = third.communicate(timeout=100)
     assert third.returncode == exit_codes.STOPPED, err
     assert "stopped by `study stop`; nothing is lost; continue with: study resume s" in err
-    left = study(*command(cluster, url, "--workers", "2", "--detach"), cwd=tmp_path)
+    left = study_process(*command(cluster, url, "--workers", "2", "--detach"), cwd=tmp_path)
     assert left.returncode == 0, left.stderr
     wait_for(lambda: not harness.queue().unfinished())
     assert set(outcomes(harness)) == {"released", "finished"}
@@ -370,11 +371,11 @@ def test_a_node_that_refuses_and_a_worker_that_dies_are_not_the_studys_end(
     node = cluster.add_node(**NODE, env_vars={"STUDY_CACHE": "/proc/none"})
     asked = ["launch", "quick", "--set", "data.name=imagefolder", "--data-root", str(root), "--storage", url]
     asked += ["--set", "policy.alpha=[50]", "--set", "training.epochs=100", "--set", "pruning=none"]
-    created = study(*asked, "--device", "cpu", "--budget", "1 images", cwd=tmp_path)
+    created = study_process(*asked, "--device", "cpu", "--budget", "1 images", cwd=tmp_path)
     assert created.returncode == exit_codes.BUDGET_SPENT, created.stderr
     there_it_is = ["--launcher", "ray", "--address", cluster.address, *HALF, "--workers", "4"]
     nowhere = ["resume", "quick", "--storage", url, "--data-root", "/nowhere", "--budget", "none"]
-    refused = study(*nowhere, *there_it_is, cwd=tmp_path)
+    refused = study_process(*nowhere, *there_it_is, cwd=tmp_path)
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.splitlines()[-1].startswith("study: no folder /nowhere")
     asked += there_it_is
@@ -412,7 +413,7 @@ def test_a_database_unavailable_for_too_long_ends_a_launch_with_75(
         assert "ended: the database was unavailable for over 5 s; checkpoints that it lacks are in" in err
         assert "when it is back: study resume s" in err
         server.control("start")
-        done = study(*command(cluster, url, "--workers", "2"), cwd=tmp_path)
+        done = study_process(*command(cluster, url, "--workers", "2"), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert harness.outcome() == long_undisturbed
     finally:
@@ -467,11 +468,11 @@ def test_machines_with_addresses_of_their_own(
     token = os.environ | TOKEN
     asked = ["resume", "s", "--launcher", "ray", "--address", f"ray://{net.address('head')}:10001", "--device", "cpu"]
     Harness(f"sqlite:///{tmp_path / 'study.db'}", config_of())
-    stranger = study(*asked, "--storage", url, cwd=tmp_path)
+    stranger = study_process(*asked, "--storage", url, cwd=tmp_path)
     assert stranger.returncode == 2, stranger.stderr
     assert len(stranger.stderr.splitlines()) == 1
     assert "set RAY_AUTH_MODE=token" in stranger.stderr
-    refused = study(*asked, "--storage", f"sqlite:///{tmp_path / 'study.db'}", cwd=tmp_path, env=token)
+    refused = study_process(*asked, "--storage", f"sqlite:///{tmp_path / 'study.db'}", cwd=tmp_path, env=token)
     assert refused.returncode == 2, refused.stderr
     assert f"a file of this machine, which the cluster's other nodes ({net.address('head')}" in refused.stderr
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -496,7 +497,7 @@ def test_a_second_machine_makes_loopback_unreachable(cluster: Cluster, postgres:
     try:
         url = postgres.new_database()
         Harness(url, config_of())
-        refused = study(*command(cluster, url), cwd=tmp_path)
+        refused = study_process(*command(cluster, url), cwd=tmp_path)
     finally:
         cluster.remove_node(node)
     assert refused.returncode == 2

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,27 +23,34 @@ from storage.engine import open_storage
 from storage.queries import epoch_rows, progress
 from storage.queue import Queue
 from study import exit_codes
-from study.cli import app
 from study.create import load_study
 from study.launchers.local import LocalLauncher
 from study.launchers.progress import ProgressDisplay
 from study.training.trainer import Trainer
 from study.trial.runner import DatabaseUnavailable
-from study.worker.stop_monitor import STOP_SIGNALS
 from study.worker.worker import work
-from tests.e2e.test_command import is_stopped, there, wait_for, within_a_transaction
+from tests.e2e.test_command import is_stopped, started, there, wait_for, within_a_transaction
+from tests.support.command import process_state_kept, study
 from tests.support.harness import Harness, StopAfter, config_of, scripted_accuracies, writers_have_ended
 from tests.support.postgres import Postgres, free_port
 
 Outcome = list[tuple[Any, ...]]
 
 
-@pytest.fixture
-def restartable() -> Iterator[Postgres]:
-    """A server of this test's own: others need theirs running."""
+@pytest.fixture(scope="module")
+def server_of_these_tests() -> Iterator[Postgres]:
+    """Not that of the session: others need theirs running."""
     server = Postgres()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def restartable(server_of_these_tests: Postgres) -> Iterator[Postgres]:
+    """A server that a test may restart, or stop and leave so."""
+    yield server_of_these_tests
+    if not server_of_these_tests.is_running():
+        server_of_these_tests.control("start")
 
 
 def test_restarts_of_the_database_are_waited_out(restartable: Postgres, undisturbed: Outcome) -> None:
@@ -108,18 +114,13 @@ def test_a_long_outage_keeps_a_fallback_checkpoint_and_resumes_from_it(
 def test_a_launch_ends_with_75_when_the_database_stays_unavailable(restartable: Postgres, tmp_path: Path) -> None:
     url = restartable.new_database()
     environment = os.environ | {"STUDY_PATIENCE_SECONDS": "1", "STUDY_STORAGE": url}
-    launched = subprocess.Popen(
-        [sys.executable, "-m", "study", "launch", "quick", "--device", "cpu", "--set", "training.epochs=500"],
-        env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-    )  # fmt: skip
+    asked = ["--device", "cpu", "--workers", "1", "--set", "training.epochs=500"]
+    launched = started("launch", "quick", *asked, cwd=tmp_path, env=environment)
     engine, study_id = wait_for(lambda: there(url, "quick"))
     wait_for(lambda: progress(engine, study_id).running)
     engine.dispose()
     restartable.control("stop", "-m", "immediate")
-    try:
-        _, err = launched.communicate(timeout=200)
-    finally:
-        restartable.control("start")
+    _, err = launched.communicate(timeout=200)
     assert launched.returncode == 75, err
     assert "when it is back: study resume quick" in err
 
@@ -134,13 +135,10 @@ def test_a_launch_ends_with_75_when_the_database_stays_unavailable(restartable: 
 )
 def test_who_connects_again_when_the_database_is_unavailable_ends_with_75(
     owner: type[Any], method: str, reason: str, restartable: Postgres, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The launcher had it open before: it is not the URL that is wrong."""
-    monkeypatch.setenv("STUDY_STORAGE", restartable.new_database())
-    monkeypatch.setenv("STUDY_PATIENCE_SECONDS", "1")
-    monkeypatch.setattr(sys, "argv", ["study", "launch", "quick", "--device", "cpu", "--workers", "1"])
-    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"STUDY_STORAGE": restartable.new_database(), "STUDY_PATIENCE_SECONDS": "1"}
     connects = getattr(owner, method)
 
     def with_the_server_stopped(*arguments: Any) -> None:
@@ -148,32 +146,18 @@ def test_who_connects_again_when_the_database_is_unavailable_ends_with_75(
         connects(*arguments)
 
     monkeypatch.setattr(owner, method, with_the_server_stopped)
-    with signals_restored(), pytest.raises(SystemExit) as end:
-        app.main()
-    restartable.control("start")
-    err = capfd.readouterr().err
-    assert end.value.code == exit_codes.DATABASE_UNAVAILABLE, err
-    assert reason in err
-    assert "when it is back: study resume quick" in err
+    done = study("launch", "quick", "--device", "cpu", "--workers", "1", cwd=tmp_path, env=environment)
+    assert done.returncode == exit_codes.DATABASE_UNAVAILABLE, done.stderr
+    assert reason in done.stderr
+    assert "when it is back: study resume quick" in done.stderr
 
 
 def test_a_worker_that_is_to_stop_before_it_could_connect_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not refused, which on a Ray cluster would end the use of its node."""
     monkeypatch.setenv("STUDY_SUPERVISED", str(os.getppid() + 1))  # a launcher that has ended
-    with signals_restored():
+    with process_state_kept():
         code = work("s", f"postgresql://postgres@127.0.0.1:{free_port()}/nothing", "cpu", None)
     assert code == exit_codes.INTERRUPTED
-
-
-@contextmanager
-def signals_restored() -> Iterator[None]:
-    """A command that runs in this process handles them for the rest of it."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_asked_to_stop_while_the_database_is_unavailable(

@@ -160,7 +160,17 @@ PRUNERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("pruning", PRUNERS, ids=lambda p: "-".join(map(str, p.values())))
+def label(case: Any) -> str:
+    return case if isinstance(case, str) else "-".join(map(str, case.values()))
+
+
+ON_POSTGRESQL = [(PRUNERS[i], "postgresql") for i in (0, 3, 5)]
+"""A pruner for each way to read the database: the reports of a step, the attributes of all trials, brackets."""
+
+
+@pytest.mark.parametrize(
+    ("pruning", "url"), [*((each, "sqlite") for each in PRUNERS), *ON_POSTGRESQL], indirect=["url"], ids=label
+)
 def test_pruners_decide_as_on_stock_optuna(pruning: dict[str, Any], url: str) -> None:
     """At every state a study passes through, about every trial that runs."""
     config = config_of(pruning=pruning, training={"epochs": EPOCHS})
@@ -207,9 +217,15 @@ SAMPLERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("sampler", "pruner"),
-    [*((sampler, "none") for sampler in SAMPLERS), (SAMPLERS[1], "hyperband")],  # which shows samplers one bracket only
-    ids=lambda p: p if isinstance(p, str) else "-".join(map(str, p.values())),
+    ("sampler", "pruner", "url"),
+    [
+        *((sampler, "none", "sqlite") for sampler in SAMPLERS),
+        (SAMPLERS[1], "hyperband", "sqlite"),  # which shows samplers one bracket only
+        (SAMPLERS[1], "hyperband", "postgresql"),
+        (SAMPLERS[5], "none", "postgresql"),  # keeps its state in attributes
+    ],
+    indirect=["url"],
+    ids=label,
 )
 def test_samplers_suggest_as_on_stock_optuna(sampler: dict[str, Any], pruner: str, url: str, tmp_path: Path) -> None:
     """Ten suggestions in a study of trials of every state, and in its copy through Optuna's own storage."""

@@ -48,6 +48,12 @@ class Postgres:
         arguments = ("-w", "-D", str(data), "-o", settings, *log, *options, verb)
         pgexec("pg_ctl", arguments, bin_path=self.server.bin_path, user=self.server.system_user, timeout=60)
 
+    def is_running(self) -> bool:
+        with suppress(subprocess.CalledProcessError):
+            self.control("status")
+            return True
+        return False
+
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -298,7 +299,12 @@ def ends(trainer: Trainer) -> bool:
     return trainer.over
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
+"""Without it the same examples each time."""
+SEEDED: Any = {"deadline": None, "derandomize": EXAMPLES is None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=int(EXAMPLES or 40), **SEEDED)
 @given(random=st.data())
 def test_mutated_states_are_refused_or_train_to_their_end(
     random: st.DataObject, data: DeviceData, good: dict[tuple[str, int], bytes]
@@ -326,7 +332,7 @@ def test_mutated_states_are_refused_or_train_to_their_end(
         assert changes_weights  # whose values only training can produce
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=int(EXAMPLES or 40), **SEEDED)
 @given(random=st.data())
 def test_damaged_bytes_are_refused_or_loaded_whole(
     random: st.DataObject, data: DeviceData, good: dict[tuple[str, int], bytes]

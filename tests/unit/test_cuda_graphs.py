@@ -31,7 +31,8 @@ BATCH = 64
 @pytest.fixture(scope="module")
 def digits() -> DeviceData:
     be_deterministic(True)
-    return DeviceData.from_split(split_dataset(sources.load("digits"), "holdout", holdout=0.25), DEVICE, test=True)
+    split = split_dataset(sources.load("digits"), "holdout", holdout=0.25, train_images=400)
+    return DeviceData.from_split(split, DEVICE, test=True)
 
 
 class Counting:

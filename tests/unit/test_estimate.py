@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from study import estimate
+from study.cli import run
 from study.config.loading import load_config, preset_names
 from study.config.models import StudyConfig
+from tests.support.command import study
 from tests.support.harness import Harness, config_of
 
 PACE = estimate.Pace(train=1000.0, validate=4000.0, device="a device", on="2026-01-01")
 SMALL = ("--set", "network.width=0.125", "--set", "training.epochs=1", "--set", "policy.alpha=[50, 60]")
-
-
-def study(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "study", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
 
 
 def test_the_papers_grid_is_counted_by_hand() -> None:
@@ -105,6 +100,7 @@ def test_launch_shows_what_bench_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
         r"quick: (about .+ if nothing is pruned on (?:\d+ x )?cpu .*: 8 trials, 440 training images .*)\n",
         measured.stdout,
     )
+    monkeypatch.setattr(run, "_run", lambda *_: None)  # what it shows, it shows before it runs the study
     after = study("launch", "quick", *SMALL, "--device", "cpu", cwd=tmp_path)
     assert measured.stdout.removeprefix("quick: ").strip() in after.stderr
 
