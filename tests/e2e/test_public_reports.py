@@ -418,7 +418,7 @@ def test_a_name_with_markup_or_quotes_is_a_name(tmp_path: Path) -> None:
     assert name in study("status", name, cwd=tmp_path).stdout
 
 
-def test_files_in_the_current_folder_do_not_run_in_the_place_of_ours(tmp_path: Path) -> None:
+def test_a_file_in_the_current_folder_does_not_run_in_the_place_of_ours(tmp_path: Path) -> None:
     """Public report on a neighbouring tool: a user's own study.py ran as the worker, and no trial was trained."""
     for file in ("study.py", "storage.py", "torch.py", "logging.py", "dashboards/__init__.py"):
         own = tmp_path / file
