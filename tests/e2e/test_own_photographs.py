@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.test_command import wait_for
+from tests.e2e.test_command import study, wait_for
 
 STUDY = """
 description = "How little of my photographs does an epoch need?"
@@ -45,6 +45,9 @@ trials = 2
 
 [checkpoint]
 every_seconds = 0
+
+[lease]
+seconds = 5
 """
 COLOURS = ("blue", "green", "red")
 
@@ -79,10 +82,9 @@ def started(home: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def done(home: Path, *arguments: str) -> str:
-    process = started(home, *arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
+    process = study(*arguments, cwd=home)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def epochs_stored(home: Path) -> int:
