@@ -30,7 +30,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from storage import migrations
 from storage.errors import Unreachable, UserError
 from storage.older_schema import read_as_current
-from storage.optuna_internals import models, schema_revisions, stamp_new_schema
+from storage.optuna_internals import models, schema_revisions
 from storage.schema import BASELINE, LEASES, METADATA, SCHEMA_VERSION, STUDIES, STUDY_ATTRS, VERSION
 from storage.url import file_of, parse, redact
 
@@ -196,7 +196,7 @@ def network_filesystem(path: Path, mounts: Path = Path("/proc/mounts")) -> str |
 def _open_to_read(url: URL, path: Path | None, may_write: bool) -> RDBStorage:
     settings = _engine_settings(url, path, reading=True, may_write=may_write)
     versions = _readable(url, _plain_engine(url, path))
-    storage = RDBStorage(_secret(url), engine_kwargs=settings, skip_table_creation=True, skip_compatibility_check=True)
+    storage = RDBStorage(_secret(url), engine_kwargs=settings, skip_table_creation=True)
     storage.engine.dispose()  # connections made before the settings were
     _configure(storage.engine, reading=True)
     if versions.ours != SCHEMA_VERSION:
@@ -207,7 +207,7 @@ def _open_to_read(url: URL, path: Path | None, may_write: bool) -> RDBStorage:
 def _open_to_write(url: URL, path: Path | None, create: bool) -> RDBStorage:
     def optunas() -> RDBStorage:
         settings = _engine_settings(url, path, reading=False)
-        return RDBStorage(_secret(url), engine_kwargs=settings, skip_table_creation=True, skip_compatibility_check=True)
+        return RDBStorage(_secret(url), engine_kwargs=settings, skip_table_creation=True)
 
     there = path is None or path.exists()
     versions = _versions(_plain_engine(url, path)) if there else _Versions(None, None)
@@ -233,7 +233,6 @@ def _open_to_write(url: URL, path: Path | None, create: bool) -> RDBStorage:
         engine = _writing_engine(url)
         with _only_one(engine, path):
             models.BaseModel.metadata.create_all(engine)
-            stamp_new_schema(engine)
             _make_current(url, engine)
             storage = optunas()  # writes Optuna's schema version, so still under the lock
     storage.engine.dispose()  # connections made before the settings were

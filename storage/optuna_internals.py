@@ -13,7 +13,6 @@ from enum import StrEnum
 from pathlib import Path
 
 import optuna
-import sqlalchemy as sa
 from optuna.pruners._percentile import _is_first_in_interval_step as is_first_in_interval_step
 from optuna.storages import BaseStorage
 from optuna.storages import _CachedStorage as OptunaCachedStorage
@@ -28,7 +27,6 @@ __all__ = [
     "is_first_in_interval_step",
     "models",
     "schema_revisions",
-    "stamp_new_schema",
     "storage_of",
     "study_id_of",
     "trial_note_keys",
@@ -92,25 +90,6 @@ def schema_revisions() -> list[str]:
     folder = Path(models.__file__).parent / "alembic" / "versions"
     names = [file.stem.rstrip("_") for file in folder.glob("v*.py")]
     return sorted(names, key=lambda name: [int(part) if part.isdecimal() else part for part in name[1:].split(".")])
-
-
-ALEMBIC_VERSION = sa.Table(
-    "alembic_version", sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True, nullable=False)
-)
-"""Where Alembic keeps the version of Optuna's schema."""
-
-
-def stamp_new_schema(engine: sa.Engine) -> None:
-    """Store that Optuna's tables, if nobody has used them yet, have its present schema.
-
-    Optuna asks Alembic to, which loads all of its migrations twice: that takes as long as all else that makes a
-    database ready (0.02 of 0.05 s).
-    """
-    with engine.begin() as connection:
-        if connection.scalar(sa.select(sa.func.count()).select_from(models.VersionInfoModel)) == 0:
-            ALEMBIC_VERSION.create(connection, checkfirst=True)
-            if connection.scalar(sa.select(sa.func.count()).select_from(ALEMBIC_VERSION)) == 0:
-                connection.execute(sa.insert(ALEMBIC_VERSION).values(version_num=schema_revisions()[-1]))
 
 
 def study_id_of(study: optuna.Study) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 import optuna
 import optuna_dashboard
 import pytest
-import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.storage import _VersionManager
 from optuna.trial import TrialState
@@ -82,28 +81,6 @@ def test_schema_versions(storage: RDBStorage) -> None:
     assert isinstance(manager, _VersionManager)
     assert internals.schema_revisions() == manager.get_all_versions()[::-1]
     assert internals.schema_revisions()[-1] == manager.get_head_version() == manager.get_current_version()
-
-
-def test_a_stamped_schema_is_the_one_that_optuna_makes(storage: RDBStorage, tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'stamped.db'}"
-    engine = sa.create_engine(url)
-    internals.models.BaseModel.metadata.create_all(engine)
-    for _ in range(2):  # a process may have died before Optuna's own row was written
-        internals.stamp_new_schema(engine)
-
-    def shape(of: sa.Engine) -> list[Any]:
-        columns = sa.inspect(of).get_columns("alembic_version")
-        key = sa.inspect(of).get_pk_constraint("alembic_version")["constrained_columns"]
-        return [key, *((each["name"], repr(each["type"]), each["nullable"]) for each in columns)]
-
-    assert shape(engine) == shape(storage.engine)
-    stamped = RDBStorage(url, skip_table_creation=True)  # with its check
-    assert stamped._version_manager.get_current_version() == internals.schema_revisions()[-1]
-    with engine.begin() as connection:
-        connection.exec_driver_sql("DELETE FROM alembic_version")
-    internals.stamp_new_schema(engine)
-    with engine.connect() as connection:  # a schema in use, of whatever age, is not stamped
-        assert connection.exec_driver_sql("SELECT count(*) FROM alembic_version").scalar() == 0
 
 
 def test_rdb_storage_takes_what_the_engine_gives_it() -> None:
