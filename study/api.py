@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -218,12 +218,9 @@ class Study:
                 are others.
         """
         searched, new = self._opened, name or f"{self.name}-confirmed"
-        config, origin, again = confirming.plan(searched, new, top, seeds, again=again)
+        confirms = confirming.plan(searched, new, top, seeds, again=again)
         options = LaunchOptions(device=device, workers=workers)
-        return _run(
-            config, new, f"confirm {self.name}", searched.url, options, data_root, more=origin, like=searched,
-            created=lambda study: confirming.record_test_split(searched, study, again=again),
-        )  # fmt: skip
+        return _run(confirms.config, new, f"confirm {self.name}", searched.url, options, data_root, confirms=confirms)
 
     @property
     def optuna(self) -> optuna.Study:
@@ -251,16 +248,12 @@ def _run(
     options: LaunchOptions,
     data_root: str | Path | None,
     budget: Iterable[str] | None = None,
-    more: Mapping[str, Any] | None = None,
-    like: OpenStudy | None = None,
-    created: Callable[[OpenStudy], None] = lambda _: None,
+    confirms: confirming.Confirmation | None = None,
 ) -> Study:
     """Create the study or find it, and run it.
 
     Args:
-        more: further user attributes of the study.
-        like: a study whose data must be the same.
-        created: called once the study is there, before it runs.
+        confirms: what the study confirms: the data must be the same.
     """
     check_study_name(name)
     url = _url(storage)
@@ -270,12 +263,13 @@ def _run(
     root = data_root or os.environ.get("STUDY_DATA_ROOT")
     folder = None if root is None else str(Path(root).expanduser().resolve())
     data = create.prepare(config, folder)  # everything that can be wrong is found before the database is touched
-    if like is not None:
-        create.check_fingerprint(like.study, data)
+    if confirms is not None:
+        create.check_fingerprint(confirms.searched.study, data)
     opened = open_storage(url)
-    create.create_study(opened, name, origin, data.config, data, more)
+    create.create_study(opened, name, origin, data.config, data, confirms.attributes if confirms else None)
     study = OpenStudy(url, opened, *create.load_study(opened, name))
-    created(study)
+    if confirms is not None:
+        confirms.record(study)
     if copy := study.study.user_attrs.get(COPIED_TO):
         raise UserError(f"the study {name!r} was copied (to {copy}); continue the copy, or: study resume --force")
     if budgets is not None:

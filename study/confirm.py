@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -73,11 +74,24 @@ def confirmation(
     return StudyConfig.model_validate(tree), {"confirms": origin}
 
 
-def plan(
-    searched: OpenStudy, confirming: str, top: int, seeds: int, *, again: bool
-) -> tuple[StudyConfig, dict[str, Any], bool]:
-    """The config of the study that confirms `searched`, further attributes of it, and whether it asks the test split
-    again: what `record_test_split` records once that study is there.
+@dataclass(frozen=True)
+class Confirmation:
+    """What the study that confirms another is created with."""
+
+    searched: OpenStudy
+    config: StudyConfig
+    attributes: dict[str, Any]
+    """Further user attributes of the confirming study."""
+    again: bool
+    """Whether it asks the test split again."""
+
+    def record(self, confirming: OpenStudy) -> None:
+        """Record in both studies, once the confirming one is there, that it asks the test split."""
+        record_test_split(self.searched, confirming, again=self.again)
+
+
+def plan(searched: OpenStudy, confirming: str, top: int, seeds: int, *, again: bool) -> Confirmation:
+    """The confirmation of the `top` best settings on `seeds` fresh seeds by a study of the name `confirming`.
 
     Raises:
         UserError: fewer than `top` settings have a complete trial, or the test split has been asked and `again` is
@@ -85,7 +99,7 @@ def plan(
     """
     earlier = earlier_confirmations(searched, confirming)
     config, origin = confirmation(searched.study, searched.config, top, seeds, earlier)
-    return config, origin, ask_test_split(searched, confirming, config, again=again)
+    return Confirmation(searched, config, origin, ask_test_split(searched, confirming, config, again=again))
 
 
 def earlier_confirmations(searched: OpenStudy, confirming: str) -> int:

@@ -278,7 +278,7 @@ def confirm(
 
     Example: study confirm tpe --top 3 --seeds 5
     """
-    from study.confirm import plan, record_test_split
+    from study.confirm import plan
     from study.create import OpenStudy, create_study, load_study, open_study, prepare
     from study.launchers.launcher import LaunchOptions
 
@@ -286,14 +286,14 @@ def confirm(
     _allow_code(code)
     searched = open_study(url, name)
     confirming = new_name or f"{name}-confirmed"
-    config, origin, again = plan(searched, confirming, top, seeds, again=again)
+    confirmation = plan(searched, confirming, top, seeds, again=again)
     workforce, _ = _launcher(LaunchOptions(device=device, workers=workers, threads=threads), url, None)
-    data = prepare(config, data_root(root))
+    data = prepare(confirmation.config, data_root(root))
     if data.fingerprint != searched.study.user_attrs["data_fingerprint"]:
         raise UserError(f"the data here are not those of the study {name!r}; use the same images (--data-root)")
-    create_study(searched.storage, confirming, f"confirm {name}", data.config, data, origin)
+    create_study(searched.storage, confirming, f"confirm {name}", data.config, data, confirmation.attributes)
     study = OpenStudy(url, searched.storage, *load_study(searched.storage, confirming))
-    record_test_split(searched, study, again=again)
+    confirmation.record(study)
     with _resumable(study, data_root(root)):
         _refuse_if_stopped(study)
         logger.info("confirming %d settings of %r as %r in %s", top, name, confirming, shown(url))
