@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import logging
+import pickle
 import re
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import optuna
 from optuna.pruners._percentile import _is_first_in_interval_step as is_first_in_interval_step
 from optuna.storages import BaseStorage
 from optuna.storages import _CachedStorage as OptunaCachedStorage
 from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial
+
+if TYPE_CHECKING:
+    import cmaes
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "DASHBOARD_NOTE",
     "NOTE_LENGTH",
     "DashboardRoute",
     "OptunaCachedStorage",
+    "PlainCmaEsSampler",
     "forget_cached_trials",
     "is_first_in_interval_step",
     "models",
@@ -37,6 +49,7 @@ __all__ = [
 # own; Optuna's public storage has no transaction that others could join.
 # `OptunaCachedStorage`: what optuna.load_study wraps an RDBStorage in. `CachedStorage` derives from it, so that
 # load_study takes it as it is.
+# `PlainCmaEsSampler`: overrides how CmaEsSampler stores and reads its optimizer, and reads the state of a cmaes.CMA.
 # `is_first_in_interval_step`: at which steps PercentilePruner looks; our faster one must look at the same.
 
 DASHBOARD_NOTE = re.compile(r"dashboard:(\d+):")
@@ -114,3 +127,68 @@ def with_storage(study: optuna.Study, storage: BaseStorage, name: str) -> optuna
 def forget_cached_trials(study: optuna.Study) -> None:
     """What `Study.ask` does first: samplers must see the trials that have finished since."""
     study._thread_local.cached_all_trials = None
+
+
+_CMA_VECTORS = ("_mean", "_p_sigma", "_pc", "_c_1d")
+_MOST_CMA_NUMBER = 1e32
+"""The limit of cmaes for a mean and for a step size."""
+
+
+class PlainCmaEsSampler(optuna.samplers.CmaEsSampler):
+    """Optuna's CmaEsSampler, with the state of its optimizer in the database as JSON.
+
+    Optuna's own stores a pickle there and loads it in every worker: who can write to the database, or made a file that
+    somebody imports, could run code on the machines of all others. It suggests what Optuna's own would. States that
+    Optuna's own stored are not read: a study that an older version began starts the optimizer again.
+
+    Only what a generation changes is stored. All else follows from the number of parameters.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._attr_prefix = "plain-cma:"
+
+    def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
+        """Called with the pickle that Optuna has just made of its own optimizer, before it is stored."""
+        state = pickle.loads(bytes.fromhex(optimizer_str)).__getstate__()
+        plain = {name: state[name].tolist() for name in _CMA_VECTORS}
+        plain |= {"_sigma": float(state["_sigma"]), "_g": int(state["_g"])}
+        return super()._split_optimizer_str(json.dumps(plain))
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> cmaes.CMA | None:
+        for trial in reversed(completed_trials):
+            parts = {
+                key: value for key, value in trial.system_attrs.items() if key.startswith(self._attr_key_optimizer)
+            }
+            if parts:
+                try:
+                    return _cma(json.loads(self._concat_optimizer_attrs(parts)))
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                    logger.warning("the CMA-ES state of trial %d is damaged and was not used", trial.number)
+        return None
+
+
+def _cma(state: Any) -> cmaes.CMA:
+    """The optimizer with this state.
+
+    Raises:
+        ValueError, KeyError, TypeError, OverflowError: it is the state of none.
+    """
+    import cmaes
+
+    arrays = {name: np.array(state[name], dtype=np.float64) for name in _CMA_VECTORS}
+    sigma, generation = state["_sigma"], state["_g"]
+    dimensions = len(arrays["_mean"])
+    sizes = dict.fromkeys(_CMA_VECTORS, dimensions) | {"_c_1d": dimensions * (dimensions + 1) // 2}
+    if dimensions == 0 or not all(
+        array.shape == (sizes[name],) and np.all(np.abs(array) < _MOST_CMA_NUMBER) for name, array in arrays.items()
+    ):
+        raise ValueError("an array has another size, or numbers that no optimizer has")
+    if not (isinstance(sigma, float) and 0 < sigma < _MOST_CMA_NUMBER):
+        raise ValueError("the step size is not a positive number")
+    if type(generation) is not int or not 0 <= generation < 2**31:
+        raise ValueError("the generation is not a count")
+    bounds = np.tile([0.0, 1.0], (dimensions, 1))  # Optuna maps every parameter to [0, 1]
+    optimizer = cmaes.CMA(mean=np.full(dimensions, 0.5), sigma=1.0, bounds=bounds, n_max_resampling=10 * dimensions)
+    optimizer.__setstate__(optimizer.__getstate__() | arrays | {"_sigma": sigma, "_g": generation})
+    return optimizer

@@ -291,6 +291,8 @@ def each_epoch(engine: sa.Engine, study_id: int, numbers: Collection[int] | None
     if wanted is not None and len(wanted) <= MOST_BOUND:
         query, wanted = query.where(TRIALS.c.number.in_(wanted)), None
     with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":  # a cursor on the server needs a transaction
+            connection = connection.execution_options(isolation_level="READ COMMITTED")
         for row in connection.execution_options(yield_per=MOST_FETCHED).execute(query).mappings():
             if wanted is None or row["trial"] in wanted:
                 yield dict(row)

@@ -8,6 +8,7 @@ import warnings
 import optuna
 from optuna import samplers
 
+from storage.optuna_internals import PlainCmaEsSampler
 from study.config.models import StudyConfig
 
 
@@ -29,10 +30,10 @@ def make_sampler(config: StudyConfig, number: int) -> samplers.BaseSampler:
             case "gp":
                 return samplers.GPSampler(seed=seed, **options)
             case "cma-es":
-                return samplers.CmaEsSampler(seed=seed, **options)
+                return PlainCmaEsSampler(seed=seed, **options)
             case "qmc":
                 return samplers.QMCSampler(
                     seed=search.seed, independent_sampler=samplers.RandomSampler(seed=seed), **options
                 )
-            case _:  # a grid's tickets leave nothing to sample
+            case _:  # a grid's queued trials leave nothing to sample
                 return samplers.RandomSampler(seed=seed)

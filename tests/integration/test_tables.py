@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dashboards import study_data
+from dashboards import study_data, tables
 from dashboards.reports import csv as csv_report
 from dashboards.reports import json as json_report
 from dashboards.study_data import StudyData
@@ -47,6 +47,13 @@ def test_csv_has_trials_epochs_attempts_and_settings(data: StudyData, tmp_path: 
     assert best["1"] == max(float(row["accuracy"]) for row in epochs if row["trial"] == "1")
     assert [row["outcome"] for row in attempts] == ["finished"] * 4
     assert [(row["setting"], row["complete"]) for row in settings] == [("static", "2"), ("full", "2")]
+
+
+def test_epochs_are_read_from_every_database(url: str) -> None:
+    harness = Harness(url, config_of(policy={"alpha": 60, "beta": 0.5}))
+    harness.work()
+    epochs = tables.epochs(study_data.read(harness.storage, "s"))
+    assert [(row["trial"], row["epoch"]) for row in epochs] == [(0, 1), (0, 2), (0, 3)]
 
 
 def test_several_studies_share_the_files(data: StudyData, tmp_path: Path) -> None:

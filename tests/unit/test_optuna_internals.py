@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cmaes
+import numpy as np
 import optuna
 import optuna_dashboard
 import pytest
@@ -126,6 +128,25 @@ def test_studies_and_trials(storage: RDBStorage) -> None:
     drawn = trial.suggest_float("x", 0, 1)
     resumed = optuna.Trial(study, trial._trial_id)  # as another process does
     assert resumed.suggest_float("x", 0, 1) == drawn
+
+
+def test_the_state_of_cma_es() -> None:
+    """What is stored of it, and where CmaEsSampler writes and reads it; test_cma_es.py compares suggestions."""
+    optuna_own = optuna.samplers.CmaEsSampler
+    assert optuna_own()._attr_prefix == "cma:"
+    assert issubclass(internals.PlainCmaEsSampler, optuna_own)
+    for method, argument in (("_split_optimizer_str", "optimizer_str"), ("_restore_optimizer", "completed_trials")):
+        assert list(inspect.signature(getattr(optuna_own, method)).parameters) == ["self", argument]
+    state = cmaes.CMA(mean=np.zeros(2), sigma=1.0).__getstate__()
+    changing = {"_mean", "_p_sigma", "_pc", "_c_1d", "_sigma", "_g"}
+    ending = {"_funhist_values", "_Emean", "_ESigma", "_Vmean", "_VSigma", "_eta_mean", "_eta_Sigma"}
+    """When to end, and the learning rate's adaptation: CmaEsSampler uses neither as `make_sampler` makes it."""
+    computed = {"_B", "_D"}
+    assert changing <= state.keys()
+    other = cmaes.CMA(mean=np.zeros(2), sigma=1.0)
+    other.tell([(np.array([x, 0.1]), x) for x in np.linspace(0, 0.5, other.population_size)])
+    changed = {key for key, value in other.__getstate__().items() if not np.array_equal(value, state[key])}
+    assert changed - ending - computed == changing
 
 
 def test_the_dashboards_notes(storage: RDBStorage) -> None:
