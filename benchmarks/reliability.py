@@ -75,7 +75,7 @@ def ours_worker(url: str, seed: int, error_rate: float, count: int, grid: bool) 
         x, y = trial.suggest_float("x", 0, 3), trial.suggest_float("y", 0, 5)
         for n in (1, 2, 3):
             time.sleep(0.02)
-            queue.record(lease, EPOCH | {"epoch": n, "accuracy": 0.1 * n}, {n: 0.1 * n})
+            queue.record(lease, [EPOCH | {"epoch": n, "accuracy": 0.1 * n}], {n: 0.1 * n})
         if chance.random() < error_rate:
             queue.release(lease, error="RuntimeError: one in four")
             continue
@@ -164,7 +164,7 @@ def crowd_worker(url: str, seed: int, reports: int, pause: float, times: Any) ->
     time.sleep(pause * random.random())
     for n in range(1, reports + 1):
         started = time.perf_counter()
-        queue.record(lease, EPOCH | {"epoch": n, "accuracy": 0.5}, {n: 0.5})
+        queue.record(lease, [EPOCH | {"epoch": n, "accuracy": 0.5}], {n: 0.5})
         taken.append(time.perf_counter() - started)
         time.sleep(max(0.0, pause - taken[-1]))
     queue.finish(lease, TrialState.COMPLETE, [0.5])

@@ -1,6 +1,6 @@
 """How many workers one PostgreSQL serves: 1 to 256 simulated trainings, their statements and waiting times.
 
-    python -m benchmarks.scale [workers] [nodes] [bouncer] [growth] [polls] [checkpoints]
+    python -m benchmarks.scale [workers] [nodes] [bouncer] [growth] [polls] [checkpoints] [short]
 
 A worker is a forked process with the queue, the sampler, the lease and the stop monitor of a real one; its training is
 a pause. It waits for every report, which a real one leaves to a thread, so its idle share is an upper bound.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import multiprocessing
 import os
 import random
@@ -34,7 +35,11 @@ from storage.schema import SPENDING
 from storage.stop_requests import read_controls
 from study.config.loading import parse_config
 from study.create import PreparedData, create_study, load_study
+from study.training.policies import KEEP
+from study.training.trainer import EpochResult
+from study.trial import writer as writer_module
 from study.trial.runner import ask
+from study.trial.writer import TrialWriter
 from study.worker.stop_monitor import StopMonitor
 from tests.support.bouncer import Bouncer, usable
 from tests.support.hosts import NETWORK, Hosts
@@ -119,7 +124,7 @@ def worker(url: str, ready: Any, ends: Any, results: Any, net: Hosts | None = No
                 time.sleep(EPOCH_SECONDS)
                 tally.trained += EPOCH_SECONDS
                 with timed("report"):
-                    queue.record(lease, ROW | {"epoch": epoch, "accuracy": 0.1 * epoch}, {epoch: 0.1 * epoch})
+                    queue.record(lease, [ROW | {"epoch": epoch, "accuracy": 0.1 * epoch}], {epoch: 0.1 * epoch})
             with timed("end"):
                 queue.finish(lease, TrialState.COMPLETE, [0.5], {"best_epoch": EPOCHS, "epochs": EPOCHS})
         tally.finished += 1
@@ -254,7 +259,7 @@ def growth() -> None:
         queue = Queue(storage.engine, study._study_id)
         while (lease := queue.claim()) is not None:
             for epoch in range(1, 201):
-                queue.record(lease, ROW | {"epoch": epoch, "accuracy": 0.001 * epoch}, {epoch: 0.001 * epoch})
+                queue.record(lease, [ROW | {"epoch": epoch, "accuracy": 0.001 * epoch}], {epoch: 0.001 * epoch})
             queue.finish(lease, TrialState.COMPLETE, [0.2], {"best_epoch": 200, "epochs": 200})
         storage.engine.dispose()
         time.sleep(2)  # the server's statistics come late
@@ -346,8 +351,72 @@ def saving() -> None:
         server.stop()
 
 
+SHORT_WORKERS, SHORT_SECONDS, SHORT_EPOCHS = 16, 0.15, 100
+
+
+def short_worker(url: str, ready: Any, end: Any) -> None:
+    """Trials of short epochs through the writer of a real worker."""
+    storage = open_storage(url, create=False)
+    study, config = load_study(storage, "s")
+    queue = Queue(storage.engine, study._study_id, seconds=config.lease.seconds)
+    ready.wait()
+    time.sleep(random.uniform(0, 1))
+    while time.monotonic() < end.value:
+        lease = queue.claim()
+        assert lease is not None
+        with queue.renewing(lease), TrialWriter(study, queue, lease, identity={}) as writer:
+            for n in range(1, SHORT_EPOCHS + 1):
+                time.sleep(SHORT_SECONDS)
+                result = EpochResult(n, 0.5, 1.0, 5000, 0.1, 0.05, 0.0, 5000, None, KEEP, 0.0, 0.0, 0.0)
+                writer.write_epoch(result, {n: 0.5}, last=n == SHORT_EPOCHS)
+                if time.monotonic() > end.value:
+                    break
+            writer.flush()
+        if n == SHORT_EPOCHS:
+            queue.finish(lease, TrialState.COMPLETE, [0.5], {"best_epoch": 1, "epochs": SHORT_EPOCHS})
+        else:
+            queue.release(lease)
+    storage.engine.dispose()
+
+
+def short() -> None:
+    """Epochs of 0.15 s: the server's cores, by how long the writers wait between two transactions."""
+    print(f"\n{SHORT_WORKERS} workers, epochs of {SHORT_SECONDS} s, cores of the server for 1,000 such workers:")
+    server = Postgres()
+    try:
+        for pause in (0.0, 0.1, 0.3, 1.0) * 2:
+            url = new_study(server, SHORT_WORKERS * 20)
+            writer_module.SECONDS_A_WORKER = pause / SHORT_WORKERS
+            ready, end = FORK.Barrier(SHORT_WORKERS + 1), FORK.Value("d", math.inf)
+            processes = [
+                FORK.Process(target=short_worker, args=(url, ready, end), daemon=True) for _ in range(SHORT_WORKERS)
+            ]
+            for process in processes:
+                process.start()
+            end.value = time.monotonic() + 25
+            ready.wait()
+            time.sleep(4)  # until each has counted the workers
+            started, cpu = time.monotonic(), cpu_seconds(server)
+            (before,) = ask_server(url, "SELECT count(*) FROM trial_epochs")
+            time.sleep(15)
+            used, lasted = cpu_seconds(server) - cpu, time.monotonic() - started
+            (after,) = ask_server(url, "SELECT count(*) FROM trial_epochs")
+            for process in processes:
+                process.join(timeout=60)
+            epochs = (after[0] - before[0]) / lasted
+            cores = used / lasted * 1000 / SHORT_WORKERS
+            each = epochs / SHORT_WORKERS
+            print(
+                f"  {pause:.1f} s: {cores:.2f} cores, {each:.1f} epochs/s a worker, load {os.getloadavg()[0]:.1f}",
+                flush=True,
+            )
+    finally:
+        server.stop()
+
+
 SCENES = {
-    "workers": workers, "nodes": nodes, "bouncer": bouncer, "growth": growth, "polls": polls, "checkpoints": saving
+    "workers": workers, "nodes": nodes, "bouncer": bouncer, "growth": growth, "polls": polls, "checkpoints": saving,
+    "short": short,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import threading
 from array import array
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -74,18 +75,39 @@ class CachedStorage(OptunaCachedStorage):
             self._engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._pasts: dict[int, _Past] = defaultdict(_Past)
         self._turn = threading.Lock()  # the training thread asks for trials, the writer's for decisions
+        self._looked = threading.local()
 
     @property
     def engine(self) -> sa.Engine:
         """Of the database, for reading."""
         return self._engine
 
+    @contextmanager
+    def one_look(self) -> Iterator[None]:
+        """In it, this thread reads what is new of a study once, for the first question, and not again."""
+        self._looked.at = set()
+        try:
+            yield
+        finally:
+            self._looked.at = None
+
+    @contextmanager
+    def _fresh(self, study_id: int, *, running: bool) -> Iterator[_Past]:
+        """Bring what is known of a study up to date, and keep it from other threads meanwhile."""
+        looked: set[tuple[int, bool]] | None = getattr(self._looked, "at", None)
+        with self._turn:
+            past = self._pasts[study_id]
+            if looked is None or not looked & {(study_id, True), (study_id, running)}:
+                with self._engine.connect() as connection:
+                    _refresh(connection, study_id, past, running=running)
+                if looked is not None:
+                    looked.add((study_id, running))
+            yield past
+
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        with self._turn, self._engine.connect() as connection:
-            past = self._pasts[study_id]
-            _refresh(connection, study_id, past, running=states is None or TrialState.RUNNING in states)
+        with self._fresh(study_id, running=states is None or TrialState.RUNNING in states) as past:
             trials = [
                 trial
                 for trial in past.ordered
@@ -95,9 +117,7 @@ class CachedStorage(OptunaCachedStorage):
 
     def all_trials(self, study_id: int, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
         """By number, the excluded ones too; not copied."""
-        with self._turn, self._engine.connect() as connection:
-            past = self._pasts[study_id]
-            _refresh(connection, study_id, past, running=states is None or TrialState.RUNNING in states)
+        with self._fresh(study_id, running=states is None or TrialState.RUNNING in states) as past:
             return [trial for trial in past.ordered if states is None or trial.state in states]
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
@@ -109,9 +129,7 @@ class CachedStorage(OptunaCachedStorage):
 
     def reports_at(self, study_id: int, step: int) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
         """How many trials are COMPLETE, and what those that reported at `step` reported there."""
-        with self._turn, self._engine.connect() as connection:
-            past = self._pasts[study_id]
-            _refresh(connection, study_id, past, running=False)
+        with self._fresh(study_id, running=False) as past:
             if past.columns is None:
                 columns: dict[int, array[float]] = defaultdict(lambda: array("d"))
                 complete = [
@@ -119,7 +137,8 @@ class CachedStorage(OptunaCachedStorage):
                     for id, trial in past.trials.items()
                     if trial.state == TrialState.COMPLETE and trial.number not in past.excluded
                 ]
-                _add_reports(connection, complete, columns)
+                with self._engine.connect() as connection:
+                    _add_reports(connection, complete, columns)
                 past.columns = columns
             return past.complete, np.array(past.columns.get(step, ()), dtype=float)
 

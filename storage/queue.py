@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -106,6 +107,7 @@ class Queue:
         self.seconds, self.max_attempts, self.device, self.share = seconds, max_attempts, device, share
         # Containers share host names and process ids: the last part alone makes it one of a kind.
         self.owner = owner or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._live = -math.inf, 0
         epoch = upsert(engine, EPOCHS)
         undecided = sa.and_(EPOCHS.c.decision.is_(None), epoch.excluded.decision.is_not(None))
         self._epoch = epoch.on_conflict_do_update(
@@ -241,12 +243,12 @@ class Queue:
     def record(
         self,
         lease: Lease,
-        row: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]],
         reports: Mapping[int, float],
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Store an epoch (a row of `trial_epochs` without its trial_id), what it reports to Optuna (step to value), and
-        with the pruner's decision its notes (the rungs of successive halving are system attributes of the trial).
+        """Store epochs (rows of `trial_epochs` without their trial_id), what they report to Optuna (step to value), and
+        with the pruner's decisions its notes (the rungs of successive halving are system attributes of the trial).
 
         An epoch that is stored already stays as it is, so a resumed trial may repeat what it did since its checkpoint;
         only a decision that it lacks is added.
@@ -254,15 +256,16 @@ class Queue:
         Raises:
             LeaseLost: nothing was stored.
         """
-
-        lease.images, lease.joules = lease.images + row["images"], lease.joules + (row.get("joules") or 0.0)
+        lease.images += sum(row["images"] for row in rows)
+        lease.joules += sum(row.get("joules") or 0.0 for row in rows)
         spent = {"images": lease.images, "joules": lease.joules}  # sums, which may be written twice
 
         def once() -> None:
             this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
             with self.engine.begin() as connection:
                 # Further than any attempt before: the attempts are counted anew.
-                further = connection.scalar(self._epoch, {"trial_id": lease.trial_id, **row}) is not None
+                epochs = [{"trial_id": lease.trial_id, "decision": None, **row} for row in rows]
+                further = bool(connection.execute(self._epoch, epochs).all())
                 self.fence(connection, lease, **({"attempts": 0} if further else {}))
                 connection.execute(sa.update(ATTEMPTS).where(this).values(spent))
                 steps = [
@@ -406,6 +409,16 @@ class Queue:
         if value is not None:
             row = {"objective": 0, "value": value, "value_type": VALUE_TYPE.FINITE}
             connection.execute(sa.insert(TRIAL_VALUES).values(trial_id=trial_id, **row))
+
+    def live_leases(self, within: float) -> int:
+        """Trials that anybody holds, of all studies, as counted in the last `within` seconds: how many workers this
+        database serves.
+        """
+        counted_at, count = self._live
+        if time.monotonic() - counted_at > within:
+            count = self._count(sa.select(sa.func.count()).select_from(LEASES).where(live_lease(self.engine)))
+            self._live = time.monotonic(), count
+        return count
 
     def unfinished(self) -> int:
         query = sa.select(sa.func.count()).select_from(TRIALS)

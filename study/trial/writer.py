@@ -1,17 +1,25 @@
 """Writes what a trial produces to the database from a thread of its own, in order: epochs, decisions, checkpoints.
 
-Training continues meanwhile, also while the database is unavailable. The pruner decides about epoch n from the reports
-of the epochs up to n alone, so its decision does not depend on how far training has gone. It is stored with the epoch
-and never made again, also not by another worker. If it is to prune, what was trained past n is dropped.
+Training continues meanwhile, also while the database is unavailable. Epochs that end soon after a transaction wait for
+the next one, so that a thousand workers with epochs of a tenth of a second do not commit ten thousand times a second:
+as many milliseconds as the database has workers, a second at most. Whatever must not wait (the last epoch, a
+checkpoint, the end of a budget) takes them with it.
+
+The pruner decides about epoch n from the reports of the epochs up to n alone, so its decision does not depend on how
+far training has gone. It is stored with the epoch and never made again, also not by another worker. If it is to prune,
+what was trained past n is dropped.
 """
 
 from __future__ import annotations
 
+import math
 import queue as standard
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +29,30 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from storage import checkpoints
+from storage.cached_storage import CachedStorage
 from storage.optuna_internals import storage_of, study_id_of, with_storage
 from storage.queue import Lease, Queue
 from storage.retry import retry
 from storage.transfer import ORIGINAL_NAME
 from study.training.trainer import EpochResult
 from study.trial.checkpoint import Identity, State, to_bytes
+
+SECONDS_A_WORKER = 0.001
+"""Between two transactions with epochs of one trial, for each worker that the database serves."""
+MOST_SECONDS = 1.0
+COUNT_SECONDS = 60.0
+"""Between two counts of the workers."""
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    result: EpochResult
+    reports: Mapping[int, float]
+    last: bool
+
+
+def _nothing() -> None:
+    pass
 
 
 class TrialWriter:
@@ -49,7 +75,9 @@ class TrialWriter:
         self._study_name = str(study.user_attrs.get(ORIGINAL_NAME, study.study_name))
         self._trial: FrozenTrial | None = None
         """The trial as the pruner sees it: read once, for while we hold its lease nobody else writes to it."""
-        self._jobs: standard.Queue[Callable[[], None] | None] = standard.Queue()
+        self._jobs: standard.Queue[_Epoch | Callable[[], None] | None] = standard.Queue()
+        self._stored_at = -math.inf
+        self._pause = 0.0
         self._thread = threading.Thread(target=self._run, name=f"writer-{lease.number}", daemon=True)
 
     def __enter__(self) -> TrialWriter:
@@ -67,7 +95,7 @@ class TrialWriter:
 
     def write_epoch(self, result: EpochResult, reports: Mapping[int, float], *, last: bool) -> None:
         """Store an epoch, report it (step to value), and ask the pruner unless it is the last. In order of epochs."""
-        self._jobs.put(lambda: self._write_epoch(result, reports, last))
+        self._jobs.put(_Epoch(result, reports, last))
 
     def write_checkpoint(self, epoch: int, state: State) -> None:
         """Store a checkpoint; `state` belongs to the writer from now on."""
@@ -85,23 +113,64 @@ class TrialWriter:
         return written.is_set() and self.error is None
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except Exception as error:  # noqa: BLE001 — the training thread handles it
-                self.error = error
-                return
+        waiting: list[_Epoch] = []
+        try:
+            while True:
+                job = self._next_job(self._seconds_to_wait() if waiting else None)
+                if isinstance(job, _Epoch):
+                    waiting.append(job)
+                    if not job.last and self._seconds_to_wait() > 0:
+                        continue
+                if waiting:
+                    self._write_epochs(waiting)
+                    waiting = []
+                if job is None:
+                    return
+                if not isinstance(job, _Epoch):
+                    job()
+        except Exception as error:  # noqa: BLE001 — the training thread handles it
+            self.error = error
 
-    def _write_epoch(self, result: EpochResult, reports: Mapping[int, float], last: bool) -> None:
-        if self.pruned_at is not None and result.epoch > self.pruned_at:
+    def _next_job(self, seconds: float | None) -> _Epoch | Callable[[], None] | None:
+        """One that does nothing, if there is none within `seconds`; None ends the thread."""
+        try:
+            return self._jobs.get(timeout=seconds)
+        except standard.Empty:
+            return _nothing
+
+    def _seconds_to_wait(self) -> float:
+        """Until the next transaction with epochs alone."""
+        return max(0.0, self._stored_at + self._pause - time.monotonic())
+
+    def _write_epochs(self, epochs: Sequence[_Epoch]) -> None:
+        rows: list[dict[str, Any]] = []
+        reports: dict[int, float] = {}
+        notes: dict[str, Any] = {}
+        prune = self.pruned_at is not None
+        storage = storage_of(self.study)
+        with storage.one_look() if isinstance(storage, CachedStorage) else nullcontext():
+            for epoch in epochs:
+                number = epoch.result.epoch
+                if prune and (self.pruned_at is None or number > self.pruned_at):
+                    break
+                row = epoch_row(epoch.result)
+                if not (isinstance(self.study.pruner, NopPruner) or number <= self.stored.decided or epoch.last):
+                    more: dict[str, Any] = {}
+                    if epoch.reports:
+                        prune, more = retry(partial(self._ask_pruner, epoch.reports))
+                    row["decision"] = "prune" if prune else "go"
+                    notes |= more
+                rows.append(row)
+                reports |= epoch.reports
+        if not rows:
             return
-        row, notes = epoch_row(result), None
-        if not (isinstance(self.study.pruner, NopPruner) or result.epoch <= self.stored.decided or last):
-            prune, notes = retry(lambda: self._ask_pruner(reports)) if reports else (False, {})
-            row["decision"] = "prune" if prune else "go"
-        self.queue.record(self.lease, row, reports, notes)
-        if row.get("decision") == "prune":
-            self.pruned_at = result.epoch
+        self.queue.record(self.lease, rows, reports, notes)
+        if rows[-1].get("decision") == "prune":
+            self.pruned_at = rows[-1]["epoch"]
+        now = time.monotonic()
+        if now - self._stored_at < MOST_SECONDS:
+            self._pause = min(MOST_SECONDS, SECONDS_A_WORKER * self.queue.live_leases(COUNT_SECONDS))
+        self._stored_at = now
 
     def _ask_pruner(self, reports: Mapping[int, float]) -> tuple[bool, dict[str, Any]]:
         """What `Trial.should_prune` says, and the system attributes that the pruner would have set on the trial."""

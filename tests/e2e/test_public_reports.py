@@ -373,7 +373,7 @@ def test_watching_fits_80_columns(sqlite_url: str) -> None:
     lease = queue.claim()
     assert lease is not None
     row = {"epoch": 1, "accuracy": 0.5, "loss": 1.0, "images": 60, "train_seconds": 2.0, "validation_seconds": 1.0}
-    queue.record(lease, row | {"kind": "keep", "k": 0, "beta": 0.0}, {1: 0.5})
+    queue.record(lease, [row | {"kind": "keep", "k": 0, "beta": 0.0}], {1: 0.5})
     lines = shown(harness).splitlines()
     assert max(map(len, lines)) <= 80
     head = next(line for line in lines if "machine" in line)

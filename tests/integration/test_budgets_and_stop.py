@@ -218,7 +218,7 @@ def test_an_epoch_whose_commit_was_not_answered_counts_once(url: str, monkeypatc
     row = {"accuracy": 0.5, "loss": 1.0, "images": 60, "train_seconds": 2.0, "validation_seconds": 1.0}
     row |= {"kind": "keep", "k": 0, "beta": 0.0, "joules": 5.0}  # type: ignore[dict-item]
     for epoch in (1, 2):
-        work.record(lease, row | {"epoch": epoch}, {epoch: 0.5})
+        work.record(lease, [row | {"epoch": epoch}], {epoch: 0.5})
     spent = budgets.spending(harness.storage.engine, harness.study._study_id).amounts
     assert spent["images"] == 120
     assert spent["kWh"] == pytest.approx(10.0 / 3.6e6)

@@ -118,7 +118,7 @@ def test_all_that_can_happen_to_a_trial_is_seen(url: str) -> None:
     check(history, storage, study._study_id)
     check(history, storage, other._study_id)
 
-    queue.record(lease, ROW | {"epoch": 1, "accuracy": 0.5}, {1: 0.5})
+    queue.record(lease, [ROW | {"epoch": 1, "accuracy": 0.5}], {1: 0.5})
     history.set_trial_param(lease.trial_id, "beta", 0.25, SPACE["beta"])
     history.set_trial_system_attr(lease.trial_id, "completed_rung_0", 0.5)
     check(history, storage, study._study_id)
@@ -136,7 +136,7 @@ def test_all_that_can_happen_to_a_trial_is_seen(url: str) -> None:
         lease = queue.claim()  # the first two have failed before
         assert lease is not None
         assert lease.number == step
-        queue.record(lease, ROW | {"epoch": step, "accuracy": 0.5}, {step: 0.5})
+        queue.record(lease, [ROW | {"epoch": step, "accuracy": 0.5}], {step: 0.5})
         queue.finish(lease, state, [0.5])
         check(history, storage, study._study_id)
     assert transfer.requeue(storage, "s", trials=[3]) == [3]

@@ -127,14 +127,14 @@ def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> N
     study, engine = queued(url, 1)
     old, new = (Queue(engine, study._study_id, owner=name) for name in ("old", "new"))
     stale = claimed(old)
-    old.record(stale, epoch(1), {1: 0.5})
+    old.record(stale, [epoch(1)], {1: 0.5})
     assert new.claim() is None
     expire(engine, stale)
     lease = claimed(new)
     assert (lease.number, lease.token) == (stale.number, stale.token + 1)
 
     forbidden_writes: tuple[Callable[[], object], ...] = (
-        lambda: old.record(stale, epoch(2), {2: 0.6}),
+        lambda: old.record(stale, [epoch(2)], {2: 0.6}),
         lambda: old.finish(stale, TrialState.COMPLETE, [0.6]),
         lambda: checkpoints.save(old, stale, 1, b"old"),
     )
@@ -148,8 +148,8 @@ def test_an_expired_lease_is_taken_over_and_fences_the_old_worker(url: str) -> N
     assert trial.user_attrs == {"queue_position": 0}
     assert checkpoints.load(new, lease) is None
 
-    new.record(lease, epoch(1, 0.9), {1: 0.9})  # repeated since the checkpoint: the first record stays
-    new.record(lease, epoch(2), {2: 0.7})
+    new.record(lease, [epoch(1, 0.9)], {1: 0.9})  # repeated since the checkpoint: the first record stays
+    new.record(lease, [epoch(2)], {2: 0.7})
     new.finish(lease, TrialState.COMPLETE, [0.7], {"best_epoch": 2})
     trial = state(study, lease)
     assert (trial.value, trial.intermediate_values) == (0.7, {1: 0.5, 2: 0.7})
@@ -164,7 +164,7 @@ def test_finishing_leaves_what_stock_optuna_leaves(url: str, end: TrialState) ->
     worker = Queue(engine, study._study_id)
     lease = claimed(worker)
     for n, value in enumerate((0.25, 0.5), 1):
-        worker.record(lease, epoch(n), {n: value})
+        worker.record(lease, [epoch(n)], {n: value})
     worker.finish(lease, end, [0.5], {"seconds": 1.5})
     stock = optuna.create_study(study_name="stock", storage=study._storage, direction="maximize")
     stock.add_trial(some_trials(1)[0])
@@ -214,7 +214,7 @@ def test_an_attempt_that_gets_further_starts_the_count_anew(url: str) -> None:
     for attempt in range(10):
         worker = Queue(engine, study._study_id, owner=f"w{attempt}", max_attempts=2)
         lease = claimed(worker)
-        worker.record(lease, epoch(attempt + 1), {attempt + 1: 0.5})
+        worker.record(lease, [epoch(attempt + 1)], {attempt + 1: 0.5})
         expire(engine, lease)
     assert study.trials[0].state == TrialState.RUNNING
 
@@ -280,11 +280,11 @@ def test_progress_counts(url: str) -> None:
     worker = Queue(engine, study._study_id, owner="me")
     for end in (TrialState.COMPLETE, TrialState.PRUNED):
         lease = claimed(worker)
-        worker.record(lease, epoch(1), {1: 0.5})
+        worker.record(lease, [epoch(1)], {1: 0.5})
         worker.finish(lease, end, [0.5])
     lease = claimed(worker)
-    worker.record(lease, epoch(1, 0.25), {1: 0.25})
-    worker.record(lease, epoch(2, 0.75), {2: 0.75})
+    worker.record(lease, [epoch(1, 0.25)], {1: 0.25})
+    worker.record(lease, [epoch(2, 0.75)], {2: 0.75})
     now = queries.progress(engine, study._study_id)
     assert now.states == {"waiting": 1, "running": 1, "complete": 1, "pruned": 1, "failed": 0}
     assert (now.total, now.finished, now.epochs, now.best) == (4, 2, 2, 0.5)
@@ -298,7 +298,7 @@ def test_a_new_study_inherits_nothing_of_a_deleted_one(url: str) -> None:
     study, engine = queued(url, 1)
     worker = Queue(engine, study._study_id)
     lease = claimed(worker)
-    worker.record(lease, epoch(1), {1: 0.5})
+    worker.record(lease, [epoch(1)], {1: 0.5})
     checkpoints.save(worker, lease, 1, b"x")
     optuna.delete_study(study_name="s", storage=study._storage)
     study, engine = queued(url, 1)
@@ -330,7 +330,7 @@ def _run_all(url: str) -> list[int]:
     study, engine = queued(url, 40)
     worker, ran = Queue(engine, study._study_id), []
     while (lease := worker.claim()) is not None:
-        worker.record(lease, epoch(1), {1: 0.5})
+        worker.record(lease, [epoch(1)], {1: 0.5})
         worker.finish(lease, TrialState.COMPLETE, [0.5])
         ran.append(lease.number)
     return ran
@@ -363,7 +363,7 @@ def test_a_reader_does_not_hold_up_the_writers(sqlite_url: str, monkeypatch: pyt
     reader = open_storage(sqlite_url, create=False, reading=True)
     with reader.engine.connect() as connection:
         connection.execute(sa.select(LEASES)).all()  # its transaction stays open
-        worker.record(lease, epoch(1), {1: 0.5})
+        worker.record(lease, [epoch(1)], {1: 0.5})
 
 
 @pytest.mark.parametrize("doing", ["renewing", "recording"])
@@ -389,7 +389,7 @@ def test_a_connection_frozen_within_a_transaction_loses_its_locks(
         with engine.begin() as connection:
             frozen.fence(connection, lease)
 
-    writes = {"renewing": lambda: retry(renew), "recording": lambda: frozen.record(lease, epoch(1), {1: 0.5})}
+    writes = {"renewing": lambda: retry(renew), "recording": lambda: frozen.record(lease, [epoch(1)], {1: 0.5})}
 
     def work() -> None:
         with pytest.raises(LeaseLost):
@@ -402,4 +402,4 @@ def test_a_connection_frozen_within_a_transaction_loses_its_locks(
     thaw.set()
     assert lost.wait(60)
     assert queries.epoch_rows(other.engine, study._study_id) == {}
-    other.record(taken, epoch(1), {1: 0.5})
+    other.record(taken, [epoch(1)], {1: 0.5})

@@ -370,7 +370,7 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     lease = second.claim()
     assert lease is not None
     row = {"epoch": 1, "accuracy": 0.5, "loss": 1.0, "images": 60, "train_seconds": 2.0, "validation_seconds": 1.0}
-    second.record(lease, row | {"kind": "keep", "k": 0, "beta": 0.0}, {1: 0.5})
+    second.record(lease, [row | {"kind": "keep", "k": 0, "beta": 0.0}], {1: 0.5})
     engine, study_id = harness.storage.engine, harness.study._study_id
     budgets.set_budgets(engine, study_id, {"images": 1000})
     console = Console(file=io.StringIO(), width=200)

@@ -75,7 +75,7 @@ def rich(storage: RDBStorage) -> optuna.Study:
     leases = [claimed(worker) for worker in workers]
     for worker, lease in list(zip(workers, leases, strict=True))[1:]:
         for n, value in enumerate((0.1 + 0.2, 1e-300, 0.5), 1):
-            worker.record(lease, epoch(n, value), {n: value})
+            worker.record(lease, [epoch(n, value)], {n: value})
         for step, value in ((10, math.nan), (11, math.inf), (12, -math.inf), (13, 5e-324)):
             study._storage.set_trial_intermediate_value(lease.trial_id, step, value)
         study._storage.set_trial_system_attr(lease.trial_id, "completed_rung_0", 0.1 + 0.2)
@@ -248,7 +248,7 @@ def test_an_unfinished_copy_is_claimed_and_resumes_from_its_checkpoint(url: str)
             assert checkpoints.load(worker, lease) is None
             continue
         assert checkpoints.load(worker, lease) == checkpoints.StoredCheckpoint(3, PAYLOAD + bytes([number]))
-        worker.record(lease, epoch(4, 0.75), {4: 0.75})
+        worker.record(lease, [epoch(4, 0.75)], {4: 0.75})
         worker.finish(lease, TrialState.COMPLETE, [0.75])
         done = load(storage, "t").trials[number]
         assert (done.value, done.params) == (0.75, PARAMS)
@@ -412,7 +412,7 @@ def failing(storage: RDBStorage, count: int, fails: set[int]) -> optuna.Study:
     for i in range(count):
         worker = Queue(storage.engine, study._study_id, owner=f"w{i}")
         lease = claimed(worker)
-        worker.record(lease, epoch(1, 0.5), {1: 0.5})
+        worker.record(lease, [epoch(1, 0.5)], {1: 0.5})
         study._storage.set_trial_system_attr(lease.trial_id, "completed_rung_0", 0.5)
         study._storage.set_trial_system_attr(lease.trial_id, "fixed", 1)
         checkpoints.save(worker, lease, 1, b"x")
@@ -462,13 +462,13 @@ def test_a_trial_put_back_is_worked_on_anew_and_only_by_whoever_claims_it(url: s
     study._storage.set_trial_state_values(stale.trial_id, TrialState.FAIL)  # by hand, while `late` trains
     assert transfer.requeue(storage, "s", trials=None) == [0]
     with pytest.raises(LeaseLost):
-        late.record(stale, epoch(1, 0.1), {1: 0.1})
+        late.record(stale, [epoch(1, 0.1)], {1: 0.1})
     worker = Queue(storage.engine, study._study_id, owner="new", max_attempts=1)
     lease = claimed(worker)
     with pytest.raises(LeaseLost):
         late.finish(stale, TrialState.COMPLETE, [0.1])
     assert checkpoints.load(worker, lease) is None
-    worker.record(lease, epoch(1, 0.75), {1: 0.75})
+    worker.record(lease, [epoch(1, 0.75)], {1: 0.75})
     worker.finish(lease, TrialState.COMPLETE, [0.75])
     trial = load(storage).trials[0]
     assert (trial.value, trial.intermediate_values) == (0.75, {1: 0.75})
@@ -515,7 +515,7 @@ def test_a_study_that_is_worked_on_is_deleted_by_force_only(url: str) -> None:
     assert rows(storage) == before
     transfer.delete(storage, "s", force=True)
     forbidden_writes: tuple[Callable[[], object], ...] = (
-        lambda: worker.record(lease, epoch(1, 0.5), {1: 0.5}),
+        lambda: worker.record(lease, [epoch(1, 0.5)], {1: 0.5}),
         lambda: checkpoints.save(worker, lease, 1, b"x"),
         lambda: worker.finish(lease, TrialState.COMPLETE, [0.5]),
     )
