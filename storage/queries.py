@@ -269,6 +269,53 @@ def epoch_totals(engine: sa.Engine, study_id: int) -> dict[int, Totals]:
         return {number: Totals(*values) for number, *values in connection.execute(query)}
 
 
+@dataclass(frozen=True)
+class MeasuredPace:
+    """What the last finished trials of a study took on one machine."""
+
+    trials: int
+    epochs: int
+    images: int
+    """Trained on."""
+    train_seconds: float
+    """Selection included."""
+    validation_seconds: float
+
+
+def measured_pace(engine: sa.Engine, study_id: int, host: str, kind: str, most: int = 50) -> MeasuredPace | None:
+    """Args:
+    host: as `platform.node()` gives it.
+    kind: of the device: cpu, cuda or mps.
+    most: trials to look at.
+
+    Returns:
+        None if the study has no finished trial of such a device there.
+    """
+    of_host, of_device = TRIAL_ATTRS.alias(), TRIAL_ATTRS.alias()
+    named = [of_device.c.value_json.startswith(f'"{other} (', autoescape=True) for other in ("cpu", "mps")]
+    right = sa.not_(sa.or_(*named)) if kind == "cuda" else named[("cpu", "mps").index(kind)]
+    last = (
+        sa.select(TRIALS.c.trial_id)
+        .join(of_host, sa.and_(of_host.c.trial_id == TRIALS.c.trial_id, of_host.c.key == "host"))
+        .join(of_device, sa.and_(of_device.c.trial_id == TRIALS.c.trial_id, of_device.c.key == "device"))
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED)))
+        .where(of_host.c.value_json == json.dumps(host), right)
+        .order_by(TRIALS.c.number.desc())
+        .limit(most)
+        .scalar_subquery()
+    )
+    query = sa.select(
+        sa.func.count(EPOCHS.c.trial_id.distinct()),
+        sa.func.count(),
+        sa.func.sum(EPOCHS.c.images),
+        sa.func.sum(EPOCHS.c.train_seconds + sa.func.coalesce(EPOCHS.c.selection_seconds, 0.0)),
+        sa.func.sum(EPOCHS.c.validation_seconds),
+    ).where(EPOCHS.c.trial_id.in_(last))
+    with engine.connect() as connection:
+        trials, epochs, images, train, validation = connection.execute(query).one()
+    return MeasuredPace(trials, epochs, int(images), train, validation) if trials else None
+
+
 def epoch_rows(
     engine: sa.Engine, study_id: int, numbers: Collection[int] | None = None
 ) -> dict[int, list[dict[str, Any]]]:

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 
+from storage import queries
+from storage.study_attributes import read_attributes
 from study.config.models import StudyConfig, means_something
 from study.config.values import largest, middle
 from study.search import space
@@ -164,7 +167,44 @@ def recalled(config: StudyConfig, devices: Sequence[str], sizes: tuple[int, int,
     pace = recall(config, devices[0].partition(":")[0])
     if pace is None:
         return None
-    return f"{estimate(config, pace, parallel(devices), sizes)} (pace measured by `study bench` on {pace.on})"
+    days = (date.today() - date.fromisoformat(pace.on)).days
+    age = "today" if days <= 0 else "yesterday" if days == 1 else f"{days} days ago"
+    return f"{estimate(config, pace, parallel(devices), sizes)} (pace measured by `study bench` {age})"
+
+
+def time_left(engine: sa.Engine, study_id: int, config: StudyConfig, devices: Sequence[str]) -> str | None:
+    """What is left of a study that has begun, at the pace of its own last finished trials on this machine and kind of
+    device; None: it has none, or is over.
+    """
+    kind = devices[0].partition(":")[0]
+    measured = queries.measured_pace(engine, study_id, platform.node(), kind)
+    counts = read_attributes(engine, study_id, ["images"]).get("images", {})
+    now = queries.progress(engine, study_id)
+    unfinished = now.total - now.finished
+    if measured is None or not unfinished or not {"train", "validation", "test"} <= counts.keys():
+        return None
+    if not (0 < measured.train_seconds < math.inf and 0 < measured.validation_seconds < math.inf and measured.images):
+        return None
+    pace = Pace(
+        measured.images / measured.train_seconds,
+        measured.epochs * counts["validation"] / measured.validation_seconds,
+        kind,
+        date.today().isoformat(),
+    )
+    loads = trial_loads(config, (counts["train"], counts["validation"], counts["test"]))
+    each = Load(
+        round(statistics.mean(load.train for load in loads)), round(statistics.mean(load.validate for load in loads))
+    )
+    left = max(0.0, 1 - now.images / (unfinished * each.train))
+    workers = parallel(devices)
+    took = seconds([each] * unfinished, pace, workers) * left
+    pruned = "" if config.pruning.kind == "none" else " if nothing is pruned"
+    where = f"{workers} workers" if workers > 1 else "1 worker"
+    ended = f"the last {measured.trials} trials" if measured.trials > 1 else "the trial"
+    return (
+        f"about {duration(took)} left{pruned} with {where}: {unfinished} unfinished trials, at the pace of {ended} of "
+        f"this study that ended on this machine ({pace.train:,.0f} training images/s a worker)"
+    )
 
 
 def duration(seconds: float) -> str:

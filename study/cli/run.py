@@ -112,7 +112,7 @@ def launch(
         if is_new:
             for sentence in config_warnings(data.config, data):
                 logger.warning("%s", sentence)
-            _log_estimate(study, workforce, data.sizes)
+        _log_estimate(study, workforce, data.sizes)
         _run(study, workforce, images, allow_failures, hook)
 
 
@@ -215,6 +215,7 @@ def resume(
             early_end.set_rules(study.engine, study.id, rules)
         withdraw_stop(study.engine, study.id)
         _refuse_if_stopped(study)
+        _log_estimate(study, workforce)
         _run(study, workforce, data_root(root), allow_failures, hook)
 
 
@@ -410,15 +411,25 @@ def _resumable(study: OpenStudy, root: str | None) -> Iterator[None]:
         raise typer.Exit(exit_codes.DATABASE_UNAVAILABLE) from None
 
 
-def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int, int]) -> None:
-    """From what `study bench` has measured on this machine: measuring now would keep the study waiting."""
+def _log_estimate(study: OpenStudy, workforce: Launcher, sizes: tuple[int, int, int] | None = None) -> None:
+    """What the study will take: from its own trials, else from what `study bench` has measured on this machine.
+
+    Args:
+        sizes: images that train, that validate, and of the test split, of a new study.
+    """
     from study import estimate
     from study.launchers.local import LocalLauncher
+    from study.launchers.worker_count import load_warning
 
     if not isinstance(workforce, LocalLauncher):
         return
-    if text := estimate.recalled(study.config, workforce.devices, sizes):
+    text = estimate.time_left(study.engine, study.id, study.config, workforce.devices)
+    if text is None and sizes is not None:
+        text = estimate.recalled(study.config, workforce.devices, sizes)
+    if text:
         logger.info("%s", text)
+    if warning := load_warning(workforce.devices, int(workforce.threads)):
+        logger.warning("%s", warning)
 
 
 def _run(

@@ -62,8 +62,30 @@ def worker_threads(option: int | None = None) -> int:
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may run on, and a container's limit of processor time lets it use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+LOAD_SLACK = 1.0
+"""Of a core, that other programs may use before a launch mentions it."""
+
+
+def load_warning(devices: list[str], threads: int) -> str | None:
+    """A sentence where workers on CPUs would have to share their cores with what runs on the machine already."""
+    if devices[0] != "cpu" or not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if len(devices) * threads + load <= cores + LOAD_SLACK:
+        return None
+    return (
+        f"other programs have kept {load:.1f} of {cores} cores busy in the last minute, and the workers want "
+        f"{len(devices) * threads}: trials may take longer than estimated"
+    )
 
 
 def available_memory() -> int:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+from dataclasses import replace
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from storage.optuna_internals import study_id_of
 from study import estimate
 from study.cli import run
 from study.config.loading import load_config, preset_names
 from study.config.models import StudyConfig
+from study.launchers.worker_count import load_warning, usable_cores
 from tests.support.command import study
 from tests.support.harness import Harness, config_of
 
@@ -103,6 +109,56 @@ def test_launch_shows_what_bench_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(run, "_run", lambda *_: None)  # what it shows, it shows before it runs the study
     after = study("launch", "quick", *SMALL, "--device", "cpu", cwd=tmp_path)
     assert measured.stdout.removeprefix("quick: ").strip() in after.stderr
+
+
+def test_what_is_left_is_estimated_from_the_studys_own_trials(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(url, config_of(search={"replicates": 2}))
+    of_study = harness.storage.engine, study_id_of(harness.study), harness.config
+    assert estimate.time_left(*of_study, ["cpu"]) is None  # nothing has finished
+    harness.work(most=6)
+    with harness.storage.engine.begin() as connection:  # 60 images/s, whatever this machine did
+        connection.exec_driver_sql(
+            "UPDATE trial_epochs SET train_seconds = images / 60.0, selection_seconds = 0.0, validation_seconds = 1.0"
+        )
+    text = estimate.time_left(*of_study, ["cpu", "cpu"])
+    # Two trials, of 3 epochs of 60 or 90 images and of one second of validation each.
+    assert text is not None
+    assert re.match(r"about (6|7) s left with 2 workers: 2 unfinished trials, at the pace of the last 6 trials", text)
+    assert "(60 training images/s a worker)" in text
+    assert estimate.time_left(*of_study, ["cuda:0"]) is None
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    assert estimate.time_left(*of_study, ["cpu"]) is None
+
+
+def test_the_age_of_a_measurement_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = (1000, 100, 100)
+    for days, text in ((0, "today"), (1, "yesterday"), (9, "9 days ago")):
+        on = (date.today() - timedelta(days=days)).isoformat()
+        monkeypatch.setattr(estimate, "recall", lambda *_, on=on: replace(PACE, on=on))
+        said = estimate.recalled(config_of(), ["cpu"], sizes)
+        assert said is not None
+        assert said.endswith(f"(pace measured by `study bench` {text})")
+
+
+@pytest.mark.parametrize(
+    ("load", "workers", "said"), [(0.2, 4, False), (0.9, 4, False), (1.4, 4, True), (1.4, 2, False), (3.5, 2, True)]
+)
+def test_busy_cores_are_mentioned(load: float, workers: int, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    text = load_warning(["cpu"] * workers, 1)
+    assert (text is not None) is said
+    assert load_warning(["cuda:0"] * workers, 1) is None
+    if text is not None:
+        assert f"{load} of 4 cores" in text
+
+
+def test_a_containers_limit_of_processor_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    read = Path.read_text
+    for text, cores in (("300000 100000\n", 3), ("50000 100000\n", 1), ("max 100000\n", 8), ("nonsense", 8)):
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: text if path.name == "cpu.max" else read(path))
+        assert usable_cores() == cores
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
