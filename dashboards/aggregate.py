@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from dashboards.formatting import label
@@ -109,7 +110,7 @@ class Findings:
     fall: float | None = None
     """By how much the highest mean is expected to be lower on fresh seeds; None where that cannot be estimated."""
 
-    @property
+    @cached_property
     def complete(self) -> list[Cell]:
         """Cells with complete trials, the highest mean first."""
         having = [cell for cell in self.cells if cell.rows]

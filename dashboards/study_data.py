@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy as sa
@@ -20,6 +21,8 @@ from storage.queries import Attempt, TestSplitUse
 from study.config.loading import parse_config
 from study.config.models import StudyConfig, means_something
 from study.search.space import settings
+
+T = TypeVar("T")
 
 MOST_CURVES = 400
 NOTHING = queries.Totals(0, 0.0, 0, 0, 0.0, 0.0, 0.0, None)
@@ -207,6 +210,14 @@ def _chosen(totals: dict[int, queries.Totals]) -> list[int] | None:
     """Whose epochs to read one by one; None: everybody's."""
     if len(totals) <= MOST_CURVES:
         return None
-    ranked = sorted(totals, key=lambda number: (-totals[number].accuracy, number))
-    best, others = ranked[: MOST_CURVES // 4], ranked[MOST_CURVES // 4 :]
-    return best + others[:: -(-len(others) // (MOST_CURVES - len(best)))]
+    return best_and_sample(list(totals), lambda number: totals[number].accuracy, MOST_CURVES)
+
+
+def best_and_sample(items: Sequence[T], value: Callable[[T], float], most: int) -> list[T]:
+    """At most so many of the items, in their order: a quarter of them the best, the others evenly spread."""
+    if len(items) <= most:
+        return list(items)
+    ranked = sorted(range(len(items)), key=lambda i: (-value(items[i]), i))
+    best, others = ranked[: most // 4], sorted(ranked[most // 4 :])
+    step = -(-len(others) // (most - len(best)))
+    return [items[i] for i in sorted(best + others[::step])]

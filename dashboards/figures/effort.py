@@ -22,6 +22,9 @@ OUTCOMES = {
     None: (REST, "running, or vanished and not taken over yet"),
 }
 
+MOST_BARS = 2000
+"""Attempts in the figure of workers, the latest."""
+
 
 def exchange(data: StudyData, findings: Findings) -> go.Figure | None:
     """Share of the active set that is replaced after each epoch, a line a setting; None where nothing is."""
@@ -114,12 +117,13 @@ def timeline(data: StudyData) -> go.Figure | None:
     """Who worked on what, when: a line a worker, a bar an attempt; None before the first."""
     if not data.attempts:
         return None
-    latest = max(a.ended_at or a.started_at for a in data.attempts)
-    workers = list(dict.fromkeys(a.owner for a in data.attempts))
+    attempts = data.attempts[-MOST_BARS:]
+    latest = max(a.ended_at or a.started_at for a in attempts)
+    workers = list(dict.fromkeys(a.owner for a in attempts))
     names = {owner: f"{owner.split(':')[0][:24]} #{i}" for i, owner in enumerate(workers, 1)}
     figure = go.Figure()
     for outcome, (colour, meaning) in OUTCOMES.items():
-        these = [a for a in data.attempts if a.outcome == outcome]
+        these = [a for a in attempts if a.outcome == outcome]
         if not these:
             continue
         ends = [max(a.ended_at or latest, a.started_at) for a in these]
@@ -128,7 +132,7 @@ def timeline(data: StudyData) -> go.Figure | None:
             x=[1000 * (end - a.started_at) for a, end in zip(these, ends, strict=True)],
             y=[names[a.owner] for a in these],
             orientation="h", name=meaning, marker={"color": colour, "line": {"color": "rgba(0,0,0,0)"}},
-            text=[str(a.number) for a in these] if len(data.attempts) <= 100 else None, textposition="inside",
+            text=[str(a.number) for a in these] if len(attempts) <= 100 else None, textposition="inside",
             customdata=[
                 (a.number, f"{end - a.started_at:.1f} s", a.device, f"<br>{a.error[:100]}" if a.error else "")
                 for a, end in zip(these, ends, strict=True)
@@ -140,4 +144,6 @@ def timeline(data: StudyData) -> go.Figure | None:
     figure.update_xaxes(title="time (UTC)", type="date")
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
     note = "A line for each worker, a bar for each attempt at a trial."
+    if len(attempts) < len(data.attempts):
+        note += f" Shown are the last {len(attempts):,} of {len(data.attempts):,} attempts."
     return finished(figure, min(900, 150 + 26 * len(workers)), "Workers", note)

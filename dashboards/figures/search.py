@@ -16,8 +16,10 @@ from dashboards import aggregate
 from dashboards.figures.accuracy import _label
 from dashboards.figures.style import COLOURS, INK, REST, finished
 from dashboards.formatting import count, shown
-from dashboards.study_data import StudyData, TrialRow
+from dashboards.study_data import StudyData, TrialRow, best_and_sample
 
+MOST_POINTS = 2000
+"""Trials in one figure: with all of 10,000 a page has 10 MB, and every poll of the dashboard carries the figures."""
 FEWEST = 10
 """Complete trials below which importances say nothing."""
 NUMBER = (int, float)
@@ -29,8 +31,10 @@ def history(data: StudyData) -> go.Figure | None:
     if len(done) < 2:
         return None
     figure = go.Figure()
+    ended = [row for row in data.rows if row.state in ("complete", "pruned") and row.value]
+    drawn, note = _drawn(ended)
     for state, colour, symbol in (("complete", COLOURS[0], "circle"), ("pruned", REST, "circle-open")):
-        rows = [row for row in data.rows if row.state == state and row.value]
+        rows = [row for row in drawn if row.state == state]
         if rows:
             figure.add_scatter(
                 x=[row.number for row in rows], y=[100 * (row.value or 0) for row in rows], mode="markers", name=state,
@@ -38,13 +42,14 @@ def history(data: StudyData) -> go.Figure | None:
                 hovertemplate="%{text}<br>%{y:.2f} %<extra></extra>",
             )  # fmt: skip
     highest = np.maximum.accumulate([100 * (row.value or 0) for row in done])
+    steps = [i for i in range(len(done)) if i in (0, len(done) - 1) or highest[i] > highest[i - 1]]
     figure.add_scatter(
-        x=[row.number for row in done], y=highest.tolist(), mode="lines", name="highest complete so far",
+        x=[done[i].number for i in steps], y=highest[steps].tolist(), mode="lines", name="highest complete so far",
         line={"color": COLOURS[1], "width": 2, "shape": "hv"}, hoverinfo="skip",
     )  # fmt: skip
     figure.update_xaxes(title="trial")
     figure.update_yaxes(title="best validation accuracy (%)")
-    return finished(figure, 380, "Optimisation history")
+    return finished(figure, 380, "Optimisation history", note)
 
 
 def validation_set(data: StudyData) -> tuple[object, ...]:
@@ -77,8 +82,12 @@ def cost(studies: Sequence[StudyData]) -> go.Figure | None:
             x=[getattr(row, by) for row in front], y=[100 * (row.value or 0) for row in front], mode="lines",
             line={"color": INK, "width": 2, "shape": "hv"}, name=f"Pareto front of {whose}", hoverinfo="skip",
         )  # fmt: skip
+    drawn, sampled = _drawn([row for _, row in ended])
+    shown_rows = set(map(id, drawn))
     groups: dict[tuple[str, str], list[TrialRow]] = {}
     for data, row in ended:
+        if id(row) not in shown_rows:
+            continue
         groups.setdefault((row.policy if len(studies) == 1 else data.name, row.state), []).append(row)
     names = sorted({name for name, _ in groups})
     for (name, state), rows in sorted(groups.items()):
@@ -99,7 +108,7 @@ def cost(studies: Sequence[StudyData]) -> go.Figure | None:
     note = "Single runs; the front takes pruned trials with what they reached."
     if not one_set:
         note = "No common front: the studies validate on different images, so their accuracies do not compare."
-    return finished(figure, 400, "Accuracy against cost", note)
+    return finished(figure, 400, "Accuracy against cost", f"{note} {sampled}".strip())
 
 
 def slices(data: StudyData) -> go.Figure | None:
@@ -112,12 +121,13 @@ def slices(data: StudyData) -> go.Figure | None:
     ]
     if not names:
         return None
+    drawn, sampled = _drawn(rows)
     columns = min(2, len(names))  # more are not readable on a narrow screen
     lines = math.ceil(len(names) / columns)
     figure = make_subplots(lines, columns, shared_yaxes=True, horizontal_spacing=0.05, vertical_spacing=0.28 / lines)
     for i, name in enumerate(names):
         at = {"row": i // columns + 1, "col": i % columns + 1}
-        having = [row for row in rows if name in row.parameters]
+        having = [row for row in drawn if name in row.parameters]
         figure.add_scatter(
             x=[row.parameters[name] for row in having], y=[100 * (row.value or 0) for row in having], mode="markers",
             marker={"color": COLOURS[0], "size": 6, "opacity": 0.6}, showlegend=False,
@@ -126,7 +136,7 @@ def slices(data: StudyData) -> go.Figure | None:
         figure.update_xaxes(title=name, type="log" if _is_log(data, name) else "linear", nticks=5, **at)
     figure.update_yaxes(title="accuracy (%)", col=1)
     note = f"{count(len(rows), 'complete trial')}, best validation accuracy; pruned trials are left out."
-    return finished(figure, 110 + 220 * lines, "Accuracy by parameter", note)
+    return finished(figure, 110 + 220 * lines, "Accuracy by parameter", f"{note} {sampled}".strip())
 
 
 def parallel(data: StudyData) -> go.Figure | None:
@@ -154,7 +164,8 @@ def parallel(data: StudyData) -> go.Figure | None:
     for rank, (name, start, end, colour, width, opacity) in reversed(list(enumerate(groups))):
         x: list[float | None] = []
         y: list[float | None] = []
-        for i in range(start, end):
+        step = max(1, math.ceil((end - start) * len(groups) / MOST_POINTS))
+        for i in range(start, end, step):
             points = [(float(axis), place[i]) for axis, place in enumerate(places) if place[i] is not None]
             x += [*(axis for axis, _ in points), None]
             y += [*(place for _, place in points), None]
@@ -173,6 +184,8 @@ def parallel(data: StudyData) -> go.Figure | None:
     for axis, (_, high) in enumerate(ends):
         figure.add_annotation(x=axis, y=1.03, text=high, showarrow=False, yanchor="bottom", font={"size": 12})
     note = f"{count(len(rows), 'complete trial')}; each axis from its lowest value below to its highest above."
+    if len(rows) > MOST_POINTS:
+        note += f" Of each colour an even sample, {MOST_POINTS:,} in all at most."
     return finished(figure, 420, "Parameters of each trial", note)
 
 
@@ -217,6 +230,14 @@ def importance(data: StudyData) -> go.Figure | str:
             f" {count(pruned, 'pruned trial')} left out: a parameter whose bad values were pruned looks less important."
         )
     return finished(figure, 150 + 34 * len(names), "Importance of parameters for accuracy", note)
+
+
+def _drawn(rows: list[TrialRow]) -> tuple[list[TrialRow], str]:
+    """What a figure shows of them, and the sentence that says so if it is not all."""
+    drawn = best_and_sample(rows, lambda row: row.value or 0.0, MOST_POINTS)
+    if len(drawn) == len(rows):
+        return drawn, ""
+    return drawn, f"Shown are {len(drawn):,} of {len(rows):,} trials: the best {MOST_POINTS // 4:,} and an even sample."
 
 
 def _complete(data: StudyData) -> list[TrialRow]:

@@ -14,6 +14,7 @@ from dashboards.figures import accuracy, effort, search
 from dashboards.figures.style import COLOURS, INK, REST
 from dashboards.reports import html
 from dashboards.study_data import StudyData
+from storage.queries import Attempt
 from tests.support.harness import config_of
 from tests.support.made_studies import made, made_cells
 
@@ -185,3 +186,50 @@ def test_the_history_rises_and_parallel_lines_end_at_the_accuracy() -> None:
         "alpha", "beta", "lr", "accuracy (%)",
     ]  # fmt: skip
     assert sum(trace.x.count(0.0) for trace in parallel.data) == 27
+
+
+def note_of(figure: Any) -> str:
+    return re.sub("<[^>]*>", "", figure.layout.title.text.replace("<br>", " "))
+
+
+def test_of_many_trials_the_best_and_a_sample_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said below the figure; what is computed from trials is computed from all of them."""
+    monkeypatch.setattr(search, "MOST_POINTS", 40)
+    data = search_study(200)
+    best = max(row.value or 0 for row in data.rows)
+    for figure in (search.history(data), search.cost([data]), search.slices(data)):
+        assert figure is not None
+        marked = [trace for trace in figure.data if trace.mode == "markers"]
+        drawn = len(marked[0].x)
+        assert 30 <= drawn <= 40
+        assert f"Shown are {drawn} of 200 trials: the best 10 and an even sample." in note_of(figure)
+        assert 100 * best in list(marked[0].y)
+    lines = search.parallel(data)
+    assert lines is not None
+    assert sum(trace.x.count(None) for trace in lines.data) <= 43
+    assert "Of each colour an even sample, 40 in all at most." in note_of(lines)
+    assert "Shown are" not in note_of(search.history(search_study(40)))
+
+
+def test_the_line_of_the_best_so_far_has_every_rise() -> None:
+    data = search_study(50)
+    figure = search.history(data)
+    assert figure is not None
+    (line,) = (trace for trace in figure.data if trace.mode == "lines")
+    assert list(line.y) == sorted(100 * (row.value or 0) for row in data.rows)
+    falling = replace(data, rows=tuple(replace(row, value=1 - 0.01 * row.number) for row in data.rows))
+    (line,) = (trace for trace in search.history(falling).data if trace.mode == "lines")  # type: ignore[union-attr]
+    assert (list(line.x), list(line.y)) == ([0, 49], [100, 100])
+
+
+def test_of_many_attempts_the_last_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effort, "MOST_BARS", 10)
+    attempts = tuple(
+        Attempt(number=i, owner="a:1:x", device="cpu", started_at=float(i), ended_at=i + 1.0, outcome="finished",
+                error=None)
+        for i in range(25)
+    )  # fmt: skip
+    figure = effort.timeline(replace(search_study(3), attempts=attempts))
+    assert figure is not None
+    assert [row[0] for row in figure.data[0].customdata] == list(range(15, 25))
+    assert "Shown are the last 10 of 25 attempts." in note_of(figure)
