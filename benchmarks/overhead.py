@@ -246,7 +246,7 @@ def start(url: str, stock: bool) -> dict[str, float]:
     settings = config()
     before, started = peak_mb(), time.perf_counter()
     storage = open_storage(url, create=False)
-    study = optuna.load_study(study_name="s", storage=storage if stock else CachedStorage(storage))
+    study = optuna.load_study(study_name="s", storage=storage if stock else CachedStorage(storage, lean=True))
     study.pruner = (stock_pruner if stock else make_pruner)(settings, 1000)
     number = next(trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "WAITING")
     trial_id = study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
@@ -281,7 +281,7 @@ def decisions(url: str, stock: bool) -> dict[str, list[float]]:
 
     milliseconds: dict[str, list[float]] = {}
     storage = open_storage(url, create=False)
-    study = optuna.load_study(study_name="s", storage=storage if stock else CachedStorage(storage))
+    study = optuna.load_study(study_name="s", storage=storage if stock else CachedStorage(storage, lean=True))
     queue = Queue(storage.engine, study._study_id)
     others = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
     for kind in PRUNING:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from dashboards.formatting import label
 from dashboards.statistics import (
@@ -52,14 +53,14 @@ class Cell:
     def pruned(self) -> bool:
         return len(self.rows) < len(self.ended)
 
-    @property
+    @cached_property
     def accuracy(self) -> Summary:
         """In validation, over the complete trials; where there are none, over the pruned ones, which is no estimate of
         anything.
         """
         return summary([row.value or 0.0 for row in self.rows or self.ended], self.images.get("validation"))
 
-    @property
+    @cached_property
     def test(self) -> Summary | None:
         values = [row.test for row in self.rows if row.test is not None]
         return summary(values, self.images.get("test")) if values else None
@@ -117,7 +118,17 @@ class Findings:
         return sorted(having, key=lambda cell: -cell.measured(self.measure).mean)
 
 
+_known: WeakKeyDictionary[StudyData, Findings] = WeakKeyDictionary()
+
+
 def findings(data: StudyData) -> Findings:
+    """Computed once: the console, a page and its figures ask for the same, of up to a hundred thousand trials."""
+    if data not in _known:
+        _known[data] = _findings(data)
+    return _known[data]
+
+
+def _findings(data: StudyData) -> Findings:
     cells = cells_of(data)
     done = [row for cell in cells for row in cell.rows]
     measure = "test" if done and all(row.test is not None for row in done) else "value"

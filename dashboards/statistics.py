@@ -1,4 +1,7 @@
-"""What a few seeds can show: means with intervals, paired comparisons, the settings that may be the best."""
+"""What a few seeds can show: means with intervals, paired comparisons, the settings that may be the best.
+
+Distributions are taken from scipy.special and scipy.stats is imported where a test needs it: it takes half a second.
+"""
 
 from __future__ import annotations
 
@@ -45,18 +48,18 @@ def summary(values: Sequence[float], images: int | None = None, level: float = L
     Raises:
         ValueError: no values.
     """
-    from scipy import stats
-
     if not values:
         raise ValueError("a mean needs at least one value")
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Summary(n, mean)
+    from scipy import special
+
     sd = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf(1 - level / 2, n - 1)) * sd / math.sqrt(n)
+    half = float(special.stdtrit(n - 1, 1 - level / 2)) * sd / math.sqrt(n)
     if not images:
         return Summary(n, mean, sd, mean - half, mean + half)
-    half = math.hypot(half, float(stats.norm.ppf(1 - level / 2)) * binomial_noise(mean, images))
+    half = math.hypot(half, float(special.ndtri(1 - level / 2)) * binomial_noise(mean, images))
     return Summary(n, mean, sd, max(0.0, mean - half), min(1.0, mean + half))
 
 
@@ -98,8 +101,6 @@ def compare(
         resolution: the step of the values, as one image of all validation images. Differences that are all equal are
             taken for as uncertain as their rounding.
     """
-    from scipy import stats
-
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
@@ -110,22 +111,28 @@ def compare(
         return Comparison(a, b, Summary(n, mean), None, None, None, None)
     sd = max(float(differences.std(ddof=1)), _rounding(resolution))
     p_t = _p_two_sided(mean, sd, n)
-    p_w = float(stats.wilcoxon(differences).pvalue) if n >= FEW and differences.any() else None
+    p_w = None
+    if n >= FEW and differences.any():
+        from scipy import stats
+
+        p_w = float(stats.wilcoxon(differences).pvalue)
     return simultaneous([Comparison(a, b, Summary(n, mean, sd), p_t, p_w, None, None)])[0]
 
 
 def simultaneous(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The comparisons as one family: intervals, p-values and minimum detectable differences by Bonferroni."""
-    from scipy import stats
-
     size = sum(c.p_t is not None for c in comparisons)
+    if not size:
+        return list(comparisons)
+    from scipy import special
+
     family = []
     for c in comparisons:
         n, mean, sd = c.difference.n, c.difference.mean, c.difference.sd
         if c.p_t is None or sd is None:
             family.append(c)
             continue
-        half = float(stats.t.ppf(1 - LEVEL / size / 2, n - 1)) * sd / math.sqrt(n)
+        half = float(special.stdtrit(n - 1, 1 - LEVEL / size / 2)) * sd / math.sqrt(n)
         difference = Summary(n, mean, sd, mean - half, mean + half)
         least = detectable(sd, n, LEVEL / size)
         family.append(replace(c, difference=difference, p_adjusted=min(1.0, size * c.p_t), detectable=least))
@@ -155,13 +162,13 @@ def detectable(sd: float, n: int, level: float = LEVEL) -> float:
 @functools.cache
 def _detectable_effect(n: int, level: float) -> float:
     """In standard deviations of the differences."""
-    from scipy import optimize, stats
+    from scipy import optimize, special
 
-    critical, df = float(stats.t.ppf(1 - level / 2, n - 1)), n - 1
+    critical, df = float(special.stdtrit(n - 1, 1 - level / 2)), n - 1
 
     def power(effect: float) -> float:
         shift = effect * math.sqrt(n)
-        probability = stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift)
+        probability = 1 - special.nctdtr(df, shift, critical) + special.nctdtr(df, shift, -critical)
         return float(probability) if math.isfinite(probability) else 1.0
 
     high = 1.0
@@ -198,7 +205,7 @@ def _p_others_better(own: NDArray[np.float64], others: NDArray[np.float64], reso
         own: shape [seeds], NaN where missing.
         others: shape [settings, seeds].
     """
-    from scipy import stats
+    from scipy import special
 
     differences = np.round(others - own, 9)
     paired = np.isfinite(differences).sum(axis=1)
@@ -210,11 +217,13 @@ def _p_others_better(own: NDArray[np.float64], others: NDArray[np.float64], reso
         mean = np.nanmean(these, axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             t = np.where(mean == 0, 0.0, mean / (sd / np.sqrt(n)))
-        ps[both] = stats.t.sf(t, n - 1)
+        ps[both] = special.stdtr(n - 1, -t)
     ours = own[np.isfinite(own)]
     for j in np.flatnonzero(~both):
         theirs = others[j][np.isfinite(others[j])]
         if len(ours) > 1 and len(theirs) > 1 and (np.std(ours) or np.std(theirs)):
+            from scipy import stats
+
             ps[j] = float(stats.ttest_ind(theirs, ours, equal_var=False, alternative="greater").pvalue)
     return ps
 
@@ -225,11 +234,11 @@ def _rounding(resolution: float) -> float:
 
 
 def _p_two_sided(mean: float, sd: float, n: int) -> float:
-    from scipy import stats
+    from scipy import special
 
     if mean == 0:
         return 1.0
-    return float(2 * stats.t.sf(abs(mean) / (sd / math.sqrt(n)), n - 1)) if sd > 0 else 0.0
+    return float(2 * special.stdtr(n - 1, -abs(mean) / (sd / math.sqrt(n)))) if sd > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -291,14 +300,14 @@ def expected_fall(groups: Sequence[Mapping[int, float]]) -> float | None:
 
 def any_difference(groups: Sequence[Mapping[int, float]]) -> float | None:
     """Friedman's test over settings that share seeds: p of "all are the same"; None below 3 settings or 3 seeds."""
-    from scipy import stats
-
     seeds = sorted(set.intersection(*(set(group) for group in groups))) if groups else []
     if len(groups) < 3 or len(seeds) < 3:
         return None
     table = [[round(group[seed], 9) for seed in seeds] for group in groups]
     if all(len(set(column)) == 1 for column in zip(*table, strict=True)):
         return 1.0
+    from scipy import stats
+
     return float(stats.friedmanchisquare(*table).pvalue)
 
 
@@ -322,10 +331,10 @@ def p_of_guessing(accuracy: float, images: int, guess: float, looks: int) -> flo
 
     A binomial tail, Bonferroni over the looks.
     """
-    from scipy import stats
+    from scipy import special
 
     right = round(accuracy * images)
-    return min(1.0, looks * float(stats.binom.sf(right - 1, images, guess)))
+    return min(1.0, looks * float(special.bdtrc(right - 1, images, guess))) if right else 1.0
 
 
 def still_rising(curves: Sequence[Sequence[float]], share: float = 0.2) -> float | None:
@@ -335,8 +344,6 @@ def still_rising(curves: Sequence[Sequence[float]], share: float = 0.2) -> float
         curves: accuracies by epoch, of trials that ran to their end. At least five epochs each; shorter ones are left
             out. Over the curves the gain is tested by Student's t; of a single one by Welch's over its epochs.
     """
-    from scipy import stats
-
     pairs = []
     for curve in curves:
         width = max(2, round(share * len(curve)))
@@ -355,5 +362,7 @@ def still_rising(curves: Sequence[Sequence[float]], share: float = 0.2) -> float
         last, before = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         if last.std() == before.std() == 0:
             return gain
+        from scipy import stats
+
         p = float(stats.ttest_ind(last, before, equal_var=False, alternative="greater").pvalue)
     return gain if bool(p < LEVEL) else None

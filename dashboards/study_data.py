@@ -70,9 +70,9 @@ class TrialRow:
         return self.train_seconds + self.validation_seconds + self.selection_seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StudyData:
-    """A study as read from its database."""
+    """A study as read from its database. One is equal to itself alone."""
 
     name: str
     preset: str
@@ -180,7 +180,7 @@ def read(storage: RDBStorage, name: str, storage_option: str | None = None) -> S
             TrialRow(
                 number=trial.number,
                 state=queries.STATE_NAMES[trial.state],
-                parameters=dict(trial.params),
+                parameters=trial.params,
                 settings=settings(config, trial.params),
                 seed=trial.user_attrs.get("seed"),
                 value=total.accuracy if ran and not failed else None,
@@ -194,7 +194,7 @@ def read(storage: RDBStorage, name: str, storage_option: str | None = None) -> S
                 joules=total.joules,
                 test=trial.user_attrs.get("test_accuracy"),
                 error=trial.user_attrs.get("error") or errors.get(trial.number),
-                attributes=dict(trial.user_attrs),
+                attributes=trial.user_attrs,
             )
         )
     attempts = tuple(queries.attempts(storage.engine, study_id))

@@ -68,8 +68,13 @@ class CachedStorage(OptunaCachedStorage):
     look at. Percentile pruners look at one step of all COMPLETE trials: `reports_at`. `get_trial` has all of its trial.
     """
 
-    def __init__(self, backend: RDBStorage) -> None:
+    def __init__(self, backend: RDBStorage, *, lean: bool = False) -> None:
+        """Args:
+        lean: for workers: the trials of `get_all_trials` come without user attributes, which no sampler or pruner looks
+            at, and which are more than half of what there is to read. `get_trial` has them.
+        """
         super().__init__(backend)
+        self._lean = lean
         self._engine = backend.engine.execution_options(reading=True)
         if self._engine.dialect.name == "postgresql":  # one round trip a query, not three: no BEGIN, no ROLLBACK
             self._engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -99,7 +104,7 @@ class CachedStorage(OptunaCachedStorage):
             past = self._pasts[study_id]
             if looked is None or not looked & {(study_id, True), (study_id, running)}:
                 with self._engine.connect() as connection:
-                    _refresh(connection, study_id, past, running=running)
+                    _refresh(connection, study_id, past, running=running, lean=self._lean)
                 if looked is not None:
                     looked.add((study_id, running))
             yield past
@@ -146,7 +151,7 @@ class CachedStorage(OptunaCachedStorage):
         self._backend.set_trial_param(trial_id, name, value, distribution)
 
 
-def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: bool) -> None:
+def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: bool, lean: bool) -> None:
     """Bring `past` up to date; of running trials their states only, unless `running`."""
     text = stored_text(connection, study_id)
     if text != past.excluded_text:
@@ -162,7 +167,7 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     ]
     if not stale:
         return
-    news = _read(connection, stale, _LAST_REPORTS)
+    news = _read(connection, stale, _LAST_REPORTS, lean=lean)
     if past.columns is not None:
         done = [id for id, trial in news.items() if trial.state == TrialState.COMPLETE]
         _add_reports(connection, done, past.columns)
@@ -182,7 +187,9 @@ def _complete(past: _Past) -> int:
     return sum(trial.state == TrialState.COMPLETE and trial.number not in past.excluded for trial in past.ordered)
 
 
-def _read(connection: sa.Connection, ids: Sequence[int], reported: sa.Select[Any]) -> dict[int, FrozenTrial]:
+def _read(
+    connection: sa.Connection, ids: Sequence[int], reported: sa.Select[Any], *, lean: bool = False
+) -> dict[int, FrozenTrial]:
     """The trials with these ids that exist, with their reports as the query `reported` has them."""
     trials: dict[int, FrozenTrial] = {}
     for batch in (ids[start : start + BATCH] for start in range(0, len(ids), BATCH)):
@@ -201,8 +208,8 @@ def _read(connection: sa.Connection, ids: Sequence[int], reported: sa.Select[Any
             distribution = _distribution(text)
             trials[id].distributions[name] = distribution
             trials[id].params[name] = distribution.to_external_repr(value)
-        for id, key, text in rows(_USER_ATTRS):
-            trials[id].user_attrs[key] = json.loads(text)
+        for id, key, text in () if lean else rows(_USER_ATTRS):
+            trials[id].user_attrs[key] = _value(text)
         for id, key, text in rows(_SYSTEM_ATTRS):
             trials[id].system_attrs[key] = json.loads(text)
         for id, step, value, kind in rows(reported):
@@ -227,6 +234,8 @@ def _local(utc: datetime | None) -> datetime | None:
 
 _distribution = functools.lru_cache(json_to_distribution)
 """A study has a handful of distributions, however many trials."""
+_value = functools.lru_cache(1024)(json.loads)
+"""And a handful of devices, hosts and versions."""
 
 
 _IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)

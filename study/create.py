@@ -43,8 +43,11 @@ CONFIG_FORMAT = 1
 """Of the config that a study stores; a later one is for later versions of this program."""
 
 
-def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfig]:
+def load_study(storage: RDBStorage, name: str, *, lean: bool = False) -> tuple[optuna.Study, StudyConfig]:
     """An existing study of ours, read through `CachedStorage`, and its config.
+
+    Args:
+        lean: as of `CachedStorage`.
 
     Raises:
         UserError: no study of that name (with the names there are), or one that `study launch` did not create.
@@ -55,7 +58,7 @@ def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, StudyConfi
             f"the study {name!r} has a config of format {stored!r} of a newer version of this program, which knows "
             f"format {CONFIG_FORMAT}: upgrade this program"
         )
-    study = optuna.load_study(study_name=name, storage=CachedStorage(storage))
+    study = optuna.load_study(study_name=name, storage=CachedStorage(storage, lean=lean))
     return study, parse_config(attributes["config"])
 
 

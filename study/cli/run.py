@@ -438,11 +438,12 @@ def _run(
     """Run the study, then print its report, or how to continue; exits with the study's exit code."""
     from dashboards import study_data
     from dashboards.reports import console
-    from dashboards.server.publish import publish
     from storage.retry import retry
     from study.launchers.launcher import run_study
 
     def refresh() -> None:
+        from dashboards.server.publish import publish  # a second to load: the workers have begun by then
+
         try:
             publish(study_data.read(study.storage, study.name), study.storage)
         except Exception as error:  # noqa: BLE001 — figures must not end a study

@@ -101,7 +101,6 @@ def report(
     from dashboards.reports import csv as csv_report
     from dashboards.reports import html as html_report
     from dashboards.reports import json as json_report
-    from dashboards.server.publish import publish as publish_study
     from storage.engine import open_storage
 
     _check_folders(html, to_json, csv)
@@ -116,6 +115,8 @@ def report(
         for file in csv_report.write(studies, csv):
             logger.info("wrote %s", file)
     if publish:
+        from dashboards.server.publish import publish as publish_study  # optuna-dashboard takes a second to load
+
         target = open_storage(storage_url(storage), create=False)
         for study in studies:
             publish_study(study, target)

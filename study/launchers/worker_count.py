@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def local_devices(spec: str, workers: int | None) -> list[str]:
     most = MOST_WORKERS_A_CORE * usable_cores()
     if (workers or 1) > most:
         raise UserError(f"--workers must be at most {most} here ({MOST_WORKERS_A_CORE} a core), got {workers}")
-    if spec == "cpu":
+    if spec == "cpu" or (spec == "auto" and not may_have_gpu()):
         return ["cpu"] * (workers or cpu_workers())
     from study.training.device import pick_device  # 3 s, so only where torch is asked
 
@@ -44,6 +45,13 @@ def local_devices(spec: str, workers: int | None) -> list[str]:
     else:
         names = [str(device)]
     return [names[i % len(names)] for i in range(workers or len(names))]
+
+
+def may_have_gpu() -> bool:
+    """False only where no driver has made a device that torch could find: NVIDIA's (Jetsons and WSL too), AMD's."""
+    if sys.platform != "linux":
+        return True
+    return any(any(Path("/dev").glob(name)) for name in ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg"))
 
 
 def cpu_workers() -> int:

@@ -163,7 +163,7 @@ def _join(storage_url: str, name: str, stop: StopMonitor) -> tuple[RDBStorage, o
     while True:
         try:
             storage = open_storage(storage_url, create=False)
-            return storage, *load_study(storage, name)
+            return storage, *load_study(storage, name, lean=True)
         except (Unreachable, *DATABASE_ERRORS) as error:
             if not supervised or not (isinstance(error, Unreachable) or is_transient(error)):
                 raise

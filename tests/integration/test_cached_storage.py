@@ -92,8 +92,11 @@ def check(history: CachedStorage, storage: RDBStorage, study_id: int) -> None:
     for states in ((TrialState.COMPLETE,), (TrialState.RUNNING, TrialState.PRUNED), (TrialState.WAITING,)):
         chosen = history.get_all_trials(study_id, states=states)
         assert [plain(t) for t in chosen] == [plain(t, whole=False) for t in stock if t.state in states]
+    lean = CachedStorage(storage, lean=True)
+    without = [plain(trial, whole=False) | {"_user_attrs": {}} for trial in stock]
+    assert [plain(trial) for trial in lean.get_all_trials(study_id, deepcopy=False)] == without
     for trial in stock:
-        assert plain(history.get_trial(trial._trial_id)) == plain(trial)
+        assert plain(history.get_trial(trial._trial_id)) == plain(lean.get_trial(trial._trial_id)) == plain(trial)
     complete = [trial.intermediate_values for trial in stock if trial.state == TrialState.COMPLETE]
     for step in range(EPOCHS + 2):
         count, reports = history.reports_at(study_id, step)
