@@ -32,6 +32,8 @@ FINAL = (TrialState.COMPLETE, TrialState.PRUNED)
 """States that no trial leaves; what has failed may be put back into the queue."""
 BATCH = 500
 """Trials that are read at a time: 100,000 reports of 200 epochs each."""
+STEP_BATCH = 5000
+"""The same, where one report of each is read."""
 
 Stamp = tuple[TrialState, datetime | None]
 
@@ -54,8 +56,8 @@ class _Past:
     """The study's attribute as it was when `columns` were read."""
     excluded: frozenset[int] = frozenset()
     """Numbers of the trials that a person has left out."""
-    columns: dict[int, array[float]] | None = None
-    """Step to its reports by COMPLETE trials, in no particular order; None: nobody has asked yet."""
+    columns: dict[int, array[float]] = field(default_factory=dict)
+    """Step to its reports by COMPLETE trials, in no particular order; the steps that somebody has asked for."""
 
 
 class CachedStorage(OptunaCachedStorage):
@@ -135,17 +137,15 @@ class CachedStorage(OptunaCachedStorage):
     def reports_at(self, study_id: int, step: int) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
         """How many trials are COMPLETE, and what those that reported at `step` reported there."""
         with self._fresh(study_id, running=False) as past:
-            if past.columns is None:
-                columns: dict[int, array[float]] = defaultdict(lambda: array("d"))
+            if step not in past.columns:  # one step of 100,000 trials: 0.3 s; all 200 steps: half a minute
                 complete = [
                     id
                     for id, trial in past.trials.items()
                     if trial.state == TrialState.COMPLETE and trial.number not in past.excluded
                 ]
                 with self._engine.connect() as connection:
-                    _add_reports(connection, complete, columns)
-                past.columns = columns
-            return past.complete, np.array(past.columns.get(step, ()), dtype=float)
+                    past.columns[step] = _reports_at(connection, complete, step)
+            return past.complete, np.array(past.columns[step], dtype=float)
 
     def set_trial_param(self, trial_id: int, name: str, value: float, distribution: BaseDistribution) -> None:
         self._backend.set_trial_param(trial_id, name, value, distribution)
@@ -155,7 +155,7 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     """Bring `past` up to date; of running trials their states only, unless `running`."""
     text = stored_text(connection, study_id)
     if text != past.excluded_text:
-        past.excluded_text, past.excluded, past.columns = text, frozenset(map(int, json.loads(text))), None
+        past.excluded_text, past.excluded, past.columns = text, frozenset(map(int, json.loads(text))), {}
         past.complete = _complete(past)
     last = max(past.stamps, default=-1)
     known = {"study": study_id, "last": last, "last_final": past.last_final, "open": past.open}
@@ -168,7 +168,7 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     if not stale:
         return
     news = _read(connection, stale, _LAST_REPORTS, lean=lean)
-    if past.columns is not None:
+    if past.columns:
         done = [id for id, trial in news.items() if trial.state == TrialState.COMPLETE]
         _add_reports(connection, done, past.columns)
     past.trials.update(news)
@@ -218,9 +218,19 @@ def _read(
 
 
 def _add_reports(connection: sa.Connection, ids: Sequence[int], columns: dict[int, array[float]]) -> None:
+    """To the steps that are in `columns`."""
     for start in range(0, len(ids), BATCH):
         for _, step, value, kind in connection.execute(_ALL_REPORTS, {"ids": ids[start : start + BATCH]}):
-            columns[step].append(value if value is not None else _number(value, kind))
+            if step in columns:
+                columns[step].append(_number(value, kind))
+
+
+def _reports_at(connection: sa.Connection, ids: Sequence[int], step: int) -> array[float]:
+    column = array("d")
+    for start in range(0, len(ids), STEP_BATCH):
+        rows = connection.execute(_REPORTS_AT, {"ids": ids[start : start + STEP_BATCH], "step": step})
+        column.extend(_number(value, kind) for value, kind in rows)
+    return column
 
 
 def _number(value: float | None, kind: str) -> float:
@@ -278,6 +288,7 @@ _REPORT = (
     sa.type_coerce(REPORTS.c.intermediate_value_type, sa.String),
 )
 _ALL_REPORTS = sa.select(*_REPORT).where(REPORTS.c.trial_id.in_(_IDS))
+_REPORTS_AT = sa.select(*_REPORT[2:]).where(REPORTS.c.trial_id.in_(_IDS), REPORTS.c.step == sa.bindparam("step"))
 _OTHERS = REPORTS.alias()
 _LAST_REPORTS = (
     sa.select(*_REPORT)
