@@ -205,6 +205,7 @@ def test_older_tables_are_read_and_migrated_on_both_databases(url: str) -> None:
             "DROP TABLE study_alembic_version",
             "DROP TABLE study_spending",
             "DROP TABLE trial_artifacts",
+            "DROP TABLE trial_logs",
             "DROP TABLE trial_artifact_chunks",
             "ALTER TABLE trial_leases DROP COLUMN seconds",
             "ALTER TABLE trial_attempts DROP COLUMN share",
