@@ -84,16 +84,11 @@ def _is_over(engine: sa.Engine, name: str, study_id: int, trial: int | None) -> 
 
 
 def text(line: LogLine) -> Text:
-    """A line as the terminal shows it, whatever is in it."""
-    where = f"trial {line.trial}  attempt {line.attempt}  {process_of(line.owner)}"
-    level = f"{line.level:<7}"
-    return Text(one_line_each(f"{_moment(line.at)}  {where}  {level}  ", line.message), STYLES.get(line.level, ""))
-
-
-def one_line_each(start: str, message: str) -> str:
-    """The message keeps its indentation: a traceback's lines are stored one by one."""
-    indent = message[: len(message) - len(message.lstrip(" "))]
-    return one_line(start) + "  " + indent + one_line(message)
+    """A line as the terminal shows it, whatever is in it. Its indentation stays: a traceback's lines are lines here."""
+    indent = " " * (len(line.message) - len(line.message.lstrip(" ")))
+    worker, level = one_line(process_of(line.owner)), f"{one_line(line.level):<7}"
+    start = f"{_moment(line.at)} trial {line.trial} attempt {line.attempt} {worker} {level}"
+    return Text(f"{start} {indent}{one_line(line.message)}", STYLES.get(line.level, ""))
 
 
 def _moment(at: float) -> str:
