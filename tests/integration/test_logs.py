@@ -95,8 +95,8 @@ def test_a_normal_trial_has_lines(url: str) -> None:
 def test_pruned_interrupted_and_resumed_trials_say_so(url: str) -> None:
     config = config_of(policy={"alpha": [60, 70, 90], "beta": 0.5}, pruning={"kind": "median", "n_startup_trials": 1})
     harness = Harness(url, config)
-    accuracies = iter([0.5, 0.6, 0.7, 0.1, 0.1, 0.1, 0.5, 0.6, 0.7])
-    with scripted_accuracies(lambda _: next(accuracies)):
+    accuracies = {60: 0.5, 70: 0.1, 90: 0.9}
+    with scripted_accuracies(lambda trainer: accuracies[len(trainer.policy.active)]):
         harness.work(most=2)
         harness.work(StopAfter(4), most=1)
         harness.work(most=1)
