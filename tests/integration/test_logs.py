@@ -139,7 +139,13 @@ def test_a_killed_worker_and_its_successor_are_two_attempts(url: str) -> None:
     """The first is a process of its own, killed with kill -9 in the middle of a trial. Own code logs and warns."""
     network = {"name": "own_code:talkative", "width": 1.0}
     harness = Harness(
-        url, config_of(**ONE, network=network, checkpoint={"every_seconds": 0}, artifacts={"keep": "none"})
+        url,
+        config_of(
+            **ONE | {"training": {"epochs": 20}},
+            network=network,
+            checkpoint={"every_seconds": 0},
+            artifacts={"keep": "none"},
+        ),
     )
     worker = subprocess.Popen(
         [sys.executable, "-m", "study", "worker", "s", "--device", "cpu", "--storage", url],
@@ -149,7 +155,7 @@ def test_a_killed_worker_and_its_successor_are_two_attempts(url: str) -> None:
         # Before the first epoch has ended only the beats of its lease can have stored them.
         wait_for(lambda: len(messages(harness)) > 2)
         queue = harness.queue()
-        wait_for(lambda: queue.stored_progress(lines_id(harness)).epochs >= 1)
+        wait_for(lambda: queue.stored_progress(harness.study.trials[0]._trial_id).epochs >= 1)
     finally:
         worker.send_signal(signal.SIGKILL)
         _, console = worker.communicate()
@@ -171,10 +177,6 @@ def test_a_killed_worker_and_its_successor_are_two_attempts(url: str) -> None:
     assert console.splitlines().count("warning: the weights are large") == 1
     assert "seed 0" not in console
     assert "\x1b" not in console
-
-
-def lines_id(harness: Harness) -> int:
-    return harness.study.trials[0]._trial_id
 
 
 def test_a_worker_stores_warnings_in_each_of_its_trials(sqlite_url: str) -> None:
