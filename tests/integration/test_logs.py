@@ -152,7 +152,6 @@ def test_a_killed_worker_and_its_successor_are_two_attempts(url: str) -> None:
         env=os.environ | {"STEP_SECONDS": "0.3"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        # Before the first epoch has ended only the beats of its lease can have stored them.
         wait_for(lambda: len(messages(harness)) > 2)
         queue = harness.queue()
         wait_for(lambda: queue.stored_progress(harness.study.trials[0]._trial_id).epochs >= 1)
