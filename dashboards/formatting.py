@@ -36,6 +36,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f} %"
 
 
+def process_of(owner: str) -> str:
+    """`host:pid` of the `host:pid:token` that a worker goes by in the database."""
+    return ":".join(owner.split(":")[:2])
+
+
 def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tuple[int, ...] = ()) -> Table:
     table = Table(
         title=Text(printable(title)) if title else None,

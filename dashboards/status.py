@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
-from dashboards.formatting import budget_lines, label, percent, plain_table
+from dashboards.formatting import budget_lines, label, percent, plain_table, process_of
 from storage import budgets, early_end, exclusions, queries, retry, stop_requests
 from storage.queries import Attempt, Progress, Running, StudySummary
 from storage.text import command, printable
@@ -187,7 +187,7 @@ def page(status: Status, storage: str | None = None, width: int = WIDE) -> Rende
     if now.running:
         parts.append(_workers(now.running, narrow=width < WIDE))
     if status.failed_attempts:
-        failed = [f"trial {a.number} on {_host(a.owner)}: {a.error}" for a in status.failed_attempts]
+        failed = [f"trial {a.number} on {process_of(a.owner)}: {a.error}" for a in status.failed_attempts]
         parts.append(Text(printable("\n".join(["attempts that failed last:", *failed]))))
     return Group(*parts)
 
@@ -205,7 +205,7 @@ def _workers(running: tuple[Running, ...], *, narrow: bool) -> Table:
         rate = f"{trial.images / trial.seconds:,.0f}" if trial.seconds else "–"
         elapsed, left = timedelta(seconds=round(trial.held_seconds)), f"{trial.lease_seconds_left:.0f} s"
         numbers = [str(trial.number), str(trial.epoch), rate, percent(trial.accuracy), str(elapsed), left]
-        host, device = _host(trial.owner), trial.device
+        host, device = process_of(trial.owner), trial.device
         lines.append([_shortened(host, MACHINE_WIDTH), *numbers] if narrow else [host, device, *numbers])
     return plain_table("", heads, lines, left=(0,) if narrow else (0, 1))
 
@@ -213,11 +213,6 @@ def _workers(running: tuple[Running, ...], *, narrow: bool) -> Table:
 def _shortened(text: str, width: int) -> str:
     """The end of `text`, where a host's process is."""
     return text if len(text) <= width else f"…{text[1 - width :]}"
-
-
-def _host(owner: str) -> str:
-    """`host:pid` of `host:pid:token`."""
-    return ":".join(owner.split(":")[:2])
 
 
 def document(status: Status) -> dict[str, Any]:

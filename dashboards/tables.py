@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import sqlalchemy as sa
+
 from dashboards import aggregate
+from dashboards import logs as trial_logs
 from dashboards.study_data import StudyData
 from storage import queries
 from study.config.models import means_something
@@ -62,6 +65,17 @@ def attempts(data: StudyData) -> list[Row]:
         cells = asdict(attempt)
         rows.append({"study": data.name, "trial": cells.pop("number"), **cells})
     return rows
+
+
+def logs(engine: sa.Engine, name: str, trial: int | None = None) -> Iterator[Row]:
+    """A row a line that workers logged, by time; or of one trial, by attempt.
+
+    Raises:
+        UserError: no such trial.
+    """
+    for line in trial_logs.read(engine, name, trial):
+        cells = asdict(line)
+        yield {"study": name, **{key: cells[key] for key in ("trial", "attempt", "owner", "at", "level", "message")}}
 
 
 def settings(data: StudyData) -> list[Row]:

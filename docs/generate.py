@@ -54,6 +54,7 @@ TABLES = {
     "trial_artifact_chunks": "Their content, where the study keeps it in the database.",
     "trial_epochs": "A row for each epoch of each trial.",
     "trial_attempts": "A row for each claim of a trial: by whom, on what, and how it ended.",
+    "trial_logs": "What workers logged about each trial; at most 200 lines an attempt.",
     "study_spending": "What a study has spent of its budgets, added up by one worker for all.",
 }
 

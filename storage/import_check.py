@@ -42,12 +42,14 @@ from storage.schema import (
     STUDY_ATTRS,
     STUDY_SYSTEM_ATTRS,
     TRIAL_ATTRS,
+    TRIAL_LOGS,
     TRIAL_PARAMS,
     TRIAL_SYSTEM_ATTRS,
     TRIAL_VALUES,
     TRIALS,
 )
 from storage.study_name import check_study_name
+from storage.trial_logs import LEVELS, MOST_LINES
 
 SECONDS, SECONDS_PER_MEGABYTE = 60.0, 1.0
 """How long the check of a file may take."""
@@ -66,7 +68,7 @@ REQUIRED = (
     STUDIES, DIRECTIONS, STUDY_ATTRS, STUDY_SYSTEM_ATTRS, TRIALS, TRIAL_PARAMS, TRIAL_VALUES, REPORTS, TRIAL_ATTRS,
     TRIAL_SYSTEM_ATTRS, LEASES, CHECKPOINTS, EPOCHS,
 )  # fmt: skip
-OPTIONAL = (ATTEMPTS, SPENDING, ARTIFACTS, ARTIFACT_CHUNKS)
+OPTIONAL = (ATTEMPTS, SPENDING, ARTIFACTS, ARTIFACT_CHUNKS, TRIAL_LOGS)
 """Older versions may lack them."""
 NULLABLE = frozenset(
     (
@@ -105,6 +107,12 @@ RULES: dict[sa.Table, tuple[str, ...]] = {
         "images >= 0",
         "k >= 0",
         "train_seconds >= 0 AND validation_seconds >= 0",
+    ),
+    TRIAL_LOGS: (
+        "token >= 1",
+        f"position BETWEEN 0 AND {MOST_LINES - 1}",
+        f"level IN {LEVELS}",
+        "at BETWEEN 0 AND 1e11",
     ),
     ATTEMPTS: ("outcome IS NULL OR outcome IN ('finished', 'settled', 'released', 'error', 'vanished', 'skipped')",),
 }

@@ -109,6 +109,27 @@ def find(engine: sa.Engine, name: str) -> tuple[int, dict[str, Any]]:
     return study_id, stored
 
 
+def trial_state(engine: sa.Engine, study_id: int, number: int) -> TrialState:
+    """Raises:
+    UserError: no such trial (with the trials there are).
+    """
+    numbers = sa.select(sa.func.max(TRIALS.c.number)).where(TRIALS.c.study_id == study_id)
+    this = sa.select(TRIALS.c.state).where(TRIALS.c.study_id == study_id, TRIALS.c.number == number)
+    with engine.execution_options(reading=True).connect() as connection:
+        state: TrialState | None = connection.scalar(this)
+        last = connection.scalar(numbers)
+    if state is None:
+        there = "there is none yet" if last is None else f"trials there: {'0' if last == 0 else f'0 to {last}'}"
+        raise UserError(f"no trial {number} in this study; {there}")
+    return state
+
+
+def clock(engine: sa.Engine) -> float:
+    """Seconds since 1970 on the database's clock."""
+    with engine.execution_options(reading=True).connect() as connection:
+        return float(connection.scalar(sa.select(database_time(engine))) or 0.0)
+
+
 def _lacks_our_rows(connection: sa.Connection, study_id: int) -> bool:
     """Whether trials that this program queued have finished, though none was ever claimed."""
     of_study = TRIALS.c.study_id == study_id

@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import artifacts, object_store
+from storage import artifacts, object_store, trial_logs
 from storage.engine import database_time, live_lease, upsert
 from storage.errors import UserError
 from storage.retry import retry
@@ -67,6 +67,8 @@ class Lease:
     images: int = 0
     """Recorded under this lease."""
     joules: float = 0.0
+    log: trial_logs.TrialLog = field(default_factory=trial_logs.TrialLog, repr=False, compare=False)
+    """What is logged under this lease; written with the epochs, the renewals and the end."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ class Queue:
                             with self.engine.begin() as connection:
                                 self.fence(connection, lease)
                             next_renewal = time.monotonic() + every
+                        self.write_log(lease)
                     except LeaseLost:
                         lease.lost.set()
                         return
@@ -235,10 +238,28 @@ class Queue:
         if connection.execute(sa.update(LEASES).where(held).values(values)).rowcount != 1:
             raise LeaseLost(f"trial {lease.number} has been taken over")
 
+    def write_log(self, lease: Lease) -> None:
+        """Store what has been logged under the lease since the last write.
+
+        Raises:
+            LeaseLost: nothing was stored.
+        """
+        lines = lease.log.unstored()
+        if not lines:
+            return
+        held = sa.and_(LEASES.c.trial_id == lease.trial_id, LEASES.c.token == lease.token, LEASES.c.owner == self.owner)
+        with self.engine.begin() as connection:
+            # Checked and not renewed: it must not bring a lease back that is released at this moment.
+            if connection.scalar(sa.select(LEASES.c.token).where(held).with_for_update()) is None:
+                raise LeaseLost(f"trial {lease.number} has been taken over")
+            trial_logs.write(connection, lease.trial_id, lease.token, lines)
+        lease.log.forget(lines)
+
     def _end(self, connection: sa.Connection, lease: Lease, outcome: str, error: str | None = None) -> None:
         this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
         ended = {"ended_at": database_time(self.engine), "outcome": outcome, "error": error}
         connection.execute(sa.update(ATTEMPTS).where(this).values(ended))
+        trial_logs.write(connection, lease.trial_id, lease.token, lease.log.unstored(ended=True))
 
     def record(
         self,
@@ -259,6 +280,7 @@ class Queue:
         lease.images += sum(row["images"] for row in rows)
         lease.joules += sum(row.get("joules") or 0.0 for row in rows)
         spent = {"images": lease.images, "joules": lease.joules}  # sums, which may be written twice
+        lines = lease.log.unstored()
 
         def once() -> None:
             this = sa.and_(ATTEMPTS.c.trial_id == lease.trial_id, ATTEMPTS.c.token == lease.token)
@@ -281,8 +303,10 @@ class Queue:
                     reported = upsert(self.engine, REPORTS)
                     connection.execute(reported.on_conflict_do_nothing(index_elements=["trial_id", "step"]), steps)
                 self._set_attributes(connection, lease.trial_id, notes or {}, TRIAL_SYSTEM_ATTRS)
+                trial_logs.write(connection, lease.trial_id, lease.token, lines)
 
         retry(once)
+        lease.log.forget(lines)
 
     def finish(
         self,

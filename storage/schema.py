@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from storage.optuna_internals import models
 
-SCHEMA_VERSION = "0004"
+SCHEMA_VERSION = "0005"
 """Of our tables; the newest of `storage/migrations/versions`."""
 BASELINE = "0001"
 """Of tables without a version: program version 0.1.0."""
@@ -18,6 +18,9 @@ VERSION = sa.Table("study_alembic_version", sa.MetaData(), sa.Column("version_nu
 """Alembic's, for our tables; Optuna's own is `alembic_version`."""
 
 METADATA = sa.MetaData()
+
+MOST_CHARACTERS = 500
+"""Of a line that a worker logged about a trial."""
 
 LEASES = sa.Table(
     "trial_leases",
@@ -109,6 +112,17 @@ ATTEMPTS = sa.Table(
     sa.Column("images", sa.Integer, doc="Trained on in this attempt, in whole epochs."),
     sa.Column("joules", sa.Double, doc="Energy of those epochs, where the device tells."),
     sa.Column("share", sa.Double, doc="Of a GPU, that the worker had; NULL: one."),
+)
+
+TRIAL_LOGS = sa.Table(
+    "trial_logs",
+    METADATA,
+    sa.Column("trial_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("token", sa.Integer, primary_key=True, autoincrement=False, doc="The attempt's."),
+    sa.Column("position", sa.Integer, primary_key=True, autoincrement=False, doc="Growing from 0; at most 199."),
+    sa.Column("at", sa.Double, nullable=False, doc="Seconds since 1970 on the database's clock."),
+    sa.Column("level", sa.String(8), nullable=False, doc="debug, info, warning, error or critical."),
+    sa.Column("message", sa.String(MOST_CHARACTERS), nullable=False, doc="One line, without control characters."),
 )
 
 SPENDING = sa.Table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import unicodedata
 
@@ -26,6 +27,15 @@ def _escaped(character: str) -> str:
 def one_line(text: str) -> str:
     """`text` on one line, printable."""
     return printable(" ".join(text.split()))
+
+
+def without_passwords(text: str) -> str:
+    """Whatever a text may repeat of a URL with a password; `storage.url.redact` is for URLs that are known to be ones.
+
+    In front of a host all up to the last @ goes: a password may have one that should have been written as %40.
+    """
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"(?i)(pass(?:word|wd|file)?=)[^&\s]*", r"\1***", text)
 
 
 def command(*words: str, storage: str | None = None) -> str:

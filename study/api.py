@@ -137,6 +137,17 @@ class Study:
         """A row a worker's time with one trial: owner, device, start, end, outcome, error."""
         return _table(tables.attempts(self._data()))
 
+    def logs(self, trial: int | None = None) -> Table:
+        """A row a line that workers logged: trial, attempt (from 1), owner, moment, level, message.
+
+        Args:
+            trial: the number of one trial. None: of all, by time.
+
+        Raises:
+            UserError: no such trial.
+        """
+        return _table(tables.logs(self._opened.engine, self.name, trial))
+
     def settings(self) -> Table:
         """A row a setting over its seeds: means with their 95 % confidence intervals."""
         return _table(tables.settings(self._data()))

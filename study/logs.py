@@ -32,6 +32,8 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if self.level > logging.DEBUG and not getattr(record, "console", True):
+                return  # of a trial, which the launcher has a line for
             line = printable(self.format(record))
             console = stderr_console()
             if console.is_terminal:
@@ -41,6 +43,12 @@ class ConsoleHandler(logging.Handler):
                 sys.stderr.flush()
         except OSError:  # whoever read it is gone; the work must go on
             pass
+        except Exception:  # noqa: BLE001 — arguments that do not fit the message: as `logging` does
+            self.handleError(record)
+
+
+MOST_SEEN = 10_000
+"""Messages that are remembered at a time."""
 
 
 class OncePerMessage(logging.Filter):
@@ -56,14 +64,19 @@ class OncePerMessage(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.partition(".")[0] in OURS:
             return True
-        message = record.getMessage()
+        try:
+            message = record.getMessage()
+        except Exception:  # noqa: BLE001 — the handler meets it again, and says so
+            return True
         new = message not in self.seen
+        if len(self.seen) >= MOST_SEEN:
+            self.seen.clear()
         self.seen.add(message)
         return new
 
 
 def configure(verbosity: int = 0, file: Path | None = None) -> None:
-    """Send our log records, and warnings of Optuna and of Python, to stderr and to a file.
+    """Send our log records, and warnings of Optuna, of Python and of any other logger, to stderr and to a file.
 
     Args:
         verbosity: below 0 warnings only, 0 also information, above 0 also debugging.
@@ -80,12 +93,19 @@ def configure(verbosity: int = 0, file: Path | None = None) -> None:
         except OSError as error:
             raise UserError(f"cannot write the log file {file}: {error.strerror}; name another") from None
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
-    for name in OURS:
-        _attach(logging.getLogger(name), handlers, level)
     for handler in handlers:
+        handler.setLevel(level)
         handler.addFilter(OncePerMessage())
+    for name in OURS:  # information also where these handlers do not want it: `study logs` shows it
+        _attach(logging.getLogger(name), handlers, min(level, logging.INFO))
     for name in ("optuna", "py.warnings"):
         _attach(logging.getLogger(name), handlers, logging.WARNING)
+    root = logging.getLogger()  # its level stays: WARNING, unless own code sets another
+    for former in [each for each in root.handlers if getattr(each, "of_study", False)]:
+        root.removeHandler(former)
+    for handler in handlers:
+        handler.of_study = True  # type: ignore[attr-defined]
+        root.addHandler(handler)
     warnings.showwarning = _log_warning
 
 

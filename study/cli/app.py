@@ -10,7 +10,6 @@ import inspect
 import logging
 import os
 import platform
-import re
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from storage.errors import UserError
-from storage.text import one_line
+from storage.text import one_line, without_passwords
 from study import __version__, exit_codes, logs
 from study.cli import edit, manage, model, publish, run, show
 
@@ -43,7 +42,7 @@ app = typer.Typer(
 
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run a study": (run.launch, run.check, run.resume, run.stop, run.worker, run.confirm),
-    "Look at it": (show.status, show.list_, show.report, publish.publish, show.dashboard),
+    "Look at it": (show.status, show.logs, show.list_, show.report, publish.publish, show.dashboard),
     "The model": (model.model, model.predict, model.evaluate),
     "Edit it": (edit.enqueue, edit.exclude, edit.skip),
     "Presets": (show.presets, run.bench),
@@ -137,7 +136,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"study: {_without_passwords(one_line(message))}\n")
+    sys.stderr.write(f"study: {without_passwords(one_line(message))}\n")
     return code
 
 
@@ -169,17 +168,11 @@ def _report(error: Exception, arguments: list[str]) -> str:
     summary = f"unexpected {type(error).__name__}: {error}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix=name, suffix=".log", delete=False, encoding="utf-8") as file:
-            file.write(_without_passwords(text))
+            file.write(without_passwords(text))
     except OSError:
-        sys.stderr.write(_without_passwords(text))
+        sys.stderr.write(without_passwords(text))
         return summary
     return f"{summary} — please report it with {file.name}"
-
-
-def _without_passwords(text: str) -> str:
-    """Whatever an error may repeat of a URL; `storage.url.redact` is for URLs that are known to be ones."""
-    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
-    return re.sub(r"(?i)(pass(?:word|wd|file)?=)[^&\s]*", r"\1***", text)
 
 
 def _installed(package: str) -> str:

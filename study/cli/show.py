@@ -1,4 +1,4 @@
-"""The verbs that show: status, list, report, dashboard, presets."""
+"""The verbs that show: status, logs, list, report, dashboard, presets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from storage.errors import UserError
-from study.cli.options import Storage, option_for, out, read_study, shown, storage_url
+from study.cli.options import Name, Storage, option_for, out, read_study, shown, storage_url
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,32 @@ def status(
     else:
         page = statuses.page(statuses.read(engine, name), option_for(url), out.width)
         out.print(page, soft_wrap=not out.is_terminal)
+
+
+def logs(
+    name: Name,
+    trial: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Of this trial only.", show_default=False)
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Stay until it has finished, and show what is logged.")
+    ] = False,
+    storage: Storage = None,
+) -> None:
+    """Show what workers logged about the trials of a study: when, which attempt, by which worker.
+
+    Example: study logs quick --trial 3
+    """
+    from dashboards import logs as trial_logs
+    from storage.engine import open_engine
+
+    engine = open_engine(storage_url(storage))
+    empty = True
+    for line in (trial_logs.follow if follow else trial_logs.read)(engine, name, trial):
+        out.print(trial_logs.text(line), soft_wrap=True)
+        empty = False
+    if empty:
+        logger.info("workers have logged nothing yet about %s", f"trial {trial}" if trial is not None else repr(name))
 
 
 def list_(storage: Storage = None, to_json: Json = None) -> None:

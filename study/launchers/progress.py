@@ -147,10 +147,7 @@ class ProgressDisplay:
 def trial_line(trial: FrozenTrial, total: int) -> str:
     """One line about a finished trial; also about one that somebody else added or finished, without our attributes."""
     state = queries.STATE_NAMES[trial.state]
-    chosen = [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
-    ]
-    what = ", ".join(chosen) or f"seed {trial.user_attrs.get('seed')}"
+    what = ", ".join(space.labels(trial.params)) or f"seed {trial.user_attrs.get('seed')}"
     start = f"trial {trial.number:>{len(str(total - 1))}} {state:<8} {what}"
     if not trial.values:
         return f"{start}: {trial.user_attrs.get('error', 'no value')}"

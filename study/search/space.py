@@ -112,6 +112,11 @@ def shown(values: Any) -> str:
     return f"{values.low:g} to {values.high:g}{' (log)' if values.log else ''}"
 
 
+def labels(chosen: Parameters) -> list[str]:
+    """Chosen parameters in a log line: `alpha 60`, `lr 0.001`."""
+    return [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in chosen.items()]
+
+
 def suggest(trial: optuna.Trial, config: StudyConfig) -> Parameters:
     """The trial's searched parameters: those it has stay, the others are drawn by the study's sampler."""
     chosen: Parameters = {}

@@ -19,6 +19,7 @@ from storage import checkpoints
 from storage.queue import Lease, Queue
 from study.training.state import validate_state
 from study.training.trainer import FORMAT, Trainer
+from study.trial.logged import NOT_ON_CONSOLE
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,9 @@ def restore(
             trainer = make_trainer()
             continue
         logger.info("trial %d resumes after epoch %d", lease.number, len(trainer.history))
-        break
+        return trainer
+    if lease.token > 1:
+        logger.info("trial %d has no checkpoint: it starts from epoch 0", lease.number, extra=NOT_ON_CONSOLE)
     return trainer
 
 

@@ -39,6 +39,7 @@ from study.training.data.placement import DeviceData
 from study.training.trainer import Diverged, EpochResult, Metric, Trainer
 from study.trial import components
 from study.trial.checkpoint import Identity, on_host, restore, to_bytes, write_fallback
+from study.trial.logged import NOT_ON_CONSOLE, collect
 from study.trial.metadata import checkpoint_identity, model_description, trial_attributes
 from study.trial.writer import TrialWriter
 
@@ -99,12 +100,27 @@ def run_trial(
         LeaseLost: another worker has the trial; nothing more was written.
         DatabaseUnavailable: for too long; the checkpoint is in the fallback folder.
     """
+    with collect(lease):
+        _run_trial(study, config, data, queue, lease, stop, fallback_folder)
+
+
+def _run_trial(
+    study: optuna.Study,
+    config: StudyConfig,
+    data: DeviceData,
+    queue: Queue,
+    lease: Lease,
+    stop: StopCheck,
+    fallback_folder: Path,
+) -> None:
     try:
         chosen, seed = retry(lambda: ask(study, config, lease, len(data.train_labels)), stopping=stop)
     except InvalidParameters as error:  # another attempt could only fail again
+        logger.warning("trial %d failed: %s", lease.number, error)  # first: its end takes the line along
         queue.fail(lease, str(error))
-        logger.warning("trial %d failed: %s", lease.number, error)
         return
+    what = ", ".join([*space.labels(chosen), f"seed {seed}"])
+    logger.info("trial %d: %s, on %s", lease.number, what, queue.device or data.device, extra=NOT_ON_CONSOLE)
     identity = checkpoint_identity(study, config, space.settings(config, chosen), seed)
     fallback = fallback_folder / f"trial-{lease.number}.checkpoint"
     trainer = restore(lambda: make_trainer(config, data, chosen, seed), queue, lease, fallback, identity)
@@ -113,6 +129,7 @@ def run_trial(
         torch.cuda.reset_peak_memory_stats(trainer.device)
     diverged = ""
     with TrialWriter(study, queue, lease, identity=identity, store=config.checkpoint.store) as writer:
+        writer.write_log()
         _write_missing_epochs(trainer, writer, space.step_images(config), config.search.metric)
         try:
             if not _train(config, trainer, writer, lease, stop):
@@ -127,8 +144,8 @@ def run_trial(
             write_fallback(fallback, to_bytes(trainer.state_dict(), identity))
             raise DatabaseUnavailable(str(writer.error)) from writer.error
     if diverged and writer.pruned_at is None:
-        queue.fail(lease, diverged)
         logger.warning("trial %d failed: %s", lease.number, diverged)
+        queue.fail(lease, diverged)
         return
     history = trainer.history if writer.pruned_at is None else trainer.history[: writer.pruned_at]
     state = TrialState.COMPLETE if writer.pruned_at is None else TrialState.PRUNED
@@ -280,6 +297,8 @@ def _release(
     writer.write_checkpoint(len(trainer.history), on_host(trainer.state_dict()))
     if writer.flush(RELEASE_SECONDS) or writer.checkpoint_error:
         _warn_unsaved(writer, lease)
+        done = len(trainer.history)
+        logger.info("trial %d is interrupted after epoch %d", lease.number, done, extra=NOT_ON_CONSOLE)
         queue.release(lease)
     elif not isinstance(writer.error, LeaseLost):
         write_fallback(fallback, to_bytes(trainer.state_dict(), identity))
@@ -311,6 +330,11 @@ def _finish(
     if state == TrialState.COMPLETE and trainer.best_network is not None:
         description = model_description(study, config, lease.number, trainer, top, chosen, seed)
         artifact = _keep_model(config, queue, lease, trainer.best_network, description)
+    logger.info(
+        "trial %d is %s: %s %.4f in epoch %d of %d, %.1f s", lease.number, state.name.lower(), metric,
+        values[0], top.epoch, len(history), attributes["train_seconds"] + attributes["validation_seconds"],
+        extra=NOT_ON_CONSOLE,
+    )  # fmt: skip
     queue.finish(lease, state, values, attributes, artifact)
 
 

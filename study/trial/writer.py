@@ -17,7 +17,7 @@ import queue as standard
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import TracebackType
@@ -27,6 +27,7 @@ import optuna
 from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
+from sqlalchemy.exc import SQLAlchemyError
 
 from storage import checkpoints
 from storage.cached_storage import CachedStorage
@@ -102,6 +103,10 @@ class TrialWriter:
         self.saving, self.checkpoint_error = True, ""
         self._jobs.put(lambda: self._write_checkpoint(epoch, state))
 
+    def write_log(self) -> None:
+        """Store what has been logged so far, if the database answers; later writes take it along otherwise."""
+        self._jobs.put(self._write_log)
+
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until all is written, an error ends the thread, or `seconds` have passed; whether all was written."""
         written = threading.Event()
@@ -130,6 +135,10 @@ class TrialWriter:
                     job()
         except Exception as error:  # noqa: BLE001 — the training thread handles it
             self.error = error
+
+    def _write_log(self) -> None:
+        with suppress(SQLAlchemyError):
+            self.queue.write_log(self.lease)
 
     def _next_job(self, seconds: float | None) -> _Epoch | Callable[[], None] | None:
         """One that does nothing, if there is none within `seconds`; None ends the thread."""

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-from dashboards import status, study_data
+from dashboards import logs, status, study_data
 from dashboards.reports import json as json_report
 from storage import checkpoints, import_check, object_store, transfer
 from storage.engine import close, open_engine, open_storage
@@ -82,6 +82,8 @@ def use(url: str, name: str) -> None:
     """What people do with an imported study first."""
     seen = status.read(open_engine(url), name)
     json.dumps(status.document(seen))
+    for line in logs.read(open_engine(url), name):
+        assert logs.text(line).plain.isprintable()
     storage = open_storage(url, create=False, reading=True)
     json.dumps(json_report.report(study_data.read(storage, name)))
     optuna.load_study(study_name=name, storage=storage).get_trials()
@@ -187,6 +189,10 @@ HOSTILE: dict[str, tuple[str | Change, ...]] = {
     "a checkpoint elsewhere": ("UPDATE trial_checkpoints SET payload = NULL, location = '/etc/passwd'",),
     "a checkpoint without content": ("UPDATE trial_checkpoints SET payload = NULL",),
     "a token that cannot grow": column("trial_leases", "token", "2147483647"),
+    "a log line of no level": column("trial_logs", "level", "'loud'"),
+    "a log line of too many characters": column("trial_logs", "message", "replace(hex(zeroblob(501)), '00', 'a')"),
+    "more log lines than an attempt has": column("trial_logs", "position", "200"),
+    "a log line from the end of time": column("trial_logs", "at", "1e300"),
     "no study": ("DELETE FROM studies",),
     "two studies": ("INSERT INTO studies (study_name) VALUES ('t')",),
     "trials of another study": ("UPDATE trials SET study_id = 9 WHERE number = 5",),

@@ -22,7 +22,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from optuna.trial import TrialState
 
-from dashboards import status, study_data
+from dashboards import logs, status, study_data
 from storage import migrations, queries, transfer
 from storage.engine import close, open_engine, open_storage, upgrade
 from storage.errors import UserError
@@ -158,6 +158,7 @@ def test_looking_at_an_older_database_works_and_changes_nothing(old: Path, tmp_p
     seen = status.read(engine, "old")
     assert seen.progress.states == {"waiting": 1, "running": 1, "complete": 1, "pruned": 0, "failed": 0}
     assert [a.outcome for a in queries.attempts(engine, 1)] == ["finished", "released"]
+    assert list(logs.read(engine, "old", 0)) == []  # that version stored none
     storage = open_storage(url, create=False, reading=True)
     assert len(study_data.read(storage, "old").rows) == 3
     for_dashboard = open_storage(url, create=False, reading=True, may_write=True)
@@ -205,6 +206,7 @@ def test_older_tables_are_read_and_migrated_on_both_databases(url: str) -> None:
             "DROP TABLE study_alembic_version",
             "DROP TABLE study_spending",
             "DROP TABLE trial_artifacts",
+            "DROP TABLE trial_logs",
             "DROP TABLE trial_artifact_chunks",
             "ALTER TABLE trial_leases DROP COLUMN seconds",
             "ALTER TABLE trial_attempts DROP COLUMN share",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -81,6 +82,8 @@ def rich(storage: RDBStorage) -> optuna.Study:
         study._storage.set_trial_system_attr(lease.trial_id, "completed_rung_0", 0.1 + 0.2)
         study._storage.set_trial_user_attr(lease.trial_id, "größe", {"λ": [1e-300, "x"]})
         checkpoints.save(worker, lease, 3, PAYLOAD + bytes([lease.number]))
+        lease.log.add(logging.WARNING, f"früh {lease.number}\nund 学習")
+        worker.write_log(lease)
     workers[COMPLETE].finish(leases[COMPLETE], TrialState.COMPLETE, [0.1 + 0.2], {"best_epoch": 1})
     workers[PRUNED].finish(leases[PRUNED], TrialState.PRUNED, [1e-300])
     workers[FAILED].fail(leases[FAILED], "zu wenig Speicher 💥")

@@ -64,6 +64,7 @@ def process_state_kept() -> Iterator[None]:
     """What the command changes in its process, as it was before: the handlers of signals, log records and warnings."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     loggers = [logging.getLogger(name) for name in (*OURS, "optuna", "py.warnings")]
+    loggers.append(logging.getLogger())
     logged = [(each, list(each.handlers), each.level, each.propagate) for each in loggers]
     try:
         with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import time
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,6 +27,25 @@ def make(classes: int, channels: int, size: int, *, hidden: int = 16, dropout: f
         nn.Dropout(dropout),
         nn.Linear(hidden, classes),
     )
+
+
+class Talkative(nn.Module):
+    """Logs and warns at every step, as a library might; and takes as long as $STEP_SECONDS says."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(features, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+        logging.warning("\x1b[2J<b>%d images</b> from postgresql://me:hunter2@db/x", len(images))
+        warnings.warn("the weights are large", stacklevel=1)
+        logits: Tensor = self.head(images.flatten(1))
+        return logits
+
+
+def talkative(classes: int, channels: int, size: int) -> nn.Module:
+    return Talkative(channels * size * size)
 
 
 def mlp(classes: int, channels: int, size: int) -> nn.Module:
