@@ -9,13 +9,17 @@ from rich.text import Text
 from dashboards import aggregate, paper
 from dashboards.aggregate import Findings, Grid
 from dashboards.beside_paper import Beside, beside_paper, papers
+from dashboards.comparison import Against, Compared, Setting
 from dashboards.conclusions import conclude, interval
 from dashboards.formatting import p_value, percent, plain_table, shown
 from dashboards.status import heading
+from dashboards.statistics import Summary
 from dashboards.study_data import StudyData
 from storage.text import printable
 
 MOST_TRIALS = 60
+MOST_COMPARED = 20
+"""Settings of each study in the table of a comparison."""
 
 
 def report_text(data: StudyData) -> RenderableType:
@@ -93,6 +97,72 @@ def comparisons_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
 
 def _p(value: float | None) -> str:
     return "–" if value is None else p_value(value)
+
+
+def comparison_text(compared: Compared) -> RenderableType:
+    """Several studies against the first: the answer, the settings, in what the studies differ."""
+    said = compared.said
+    parts: list[RenderableType] = [
+        Text(printable("\n".join([said.answer, *(f"Warning: {warning}" for warning in said.warnings), ""])))
+    ]
+    heads, lines, left_out = compared_table(compared, MOST_COMPARED)
+    parts.append(plain_table(COMPARED_TITLE, heads, lines, left=(0, 1, 5, len(heads) - 1)))
+    if left_out:
+        parts.append(Text(left_out))
+    if compared.differences:
+        parts.append(plain_table("What differs", *differences_table(compared), left=(0,)))
+    if said.sentences:
+        parts.append(Text(printable("\n".join(["", *said.sentences]))))
+    return Group(*parts)
+
+
+COMPARED_TITLE = "Settings: %, and differences in points; each column's intervals hold together with 95 %"
+
+
+def compared_table(compared: Compared, most: int) -> tuple[list[str], list[list[str]], str]:
+    """Heads, lines, and a note where settings are left out.
+
+    Args:
+        most: settings of each study.
+    """
+    first = compared.studies[0].name
+    heads = ["study", "setting", "n", "mean % (95 %)", "images", f"against {first}'s", "difference (95 %)"]
+    heads += ["p adjusted", "min. detectable", "finding"]
+    lines, notes = [], []
+    for data in compared.studies:
+        of_study = [pair for pair in compared.settings if pair[0].study is data]
+        lines += [_compared_line(*pair) for pair in of_study[:most]]
+        if len(of_study) > most:
+            notes.append(f"the best {most:,} of {len(of_study):,} settings of {data.name}")
+    return heads, lines, f"Shown: {', '.join(notes)}; all of them: --json FILE." if notes else ""
+
+
+def _compared_line(setting: Setting, against: Against | None) -> list[str]:
+    name = setting.label or setting.cell.policy
+    line = [
+        setting.study.name,
+        name,
+        str(setting.mean.n),
+        interval(setting.mean),
+        f"{setting.cell.mean('images'):,.0f}",
+    ]
+    if against is None:
+        return [*line, *["–"] * 5]
+    reference = against.reference.label or against.reference.cell.policy
+    of = against.difference
+    spread = Summary(of.n[0], of.mean, low=against.low, high=against.high)
+    how = "paired" if of.paired else "not paired"
+    finding = against.finding + (", provisional" if against.provisional else "")
+    return [
+        *line, reference if against.matching else f"best, {reference}", f"{interval(spread)}, {how}",
+        _p(against.p_adjusted), "–" if against.detectable is None else f"{100 * against.detectable:.2f}", finding,
+    ]  # fmt: skip
+
+
+def differences_table(compared: Compared) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: a setting of the config a line, a study a column."""
+    heads = ["setting", *(data.name for data in compared.studies)]
+    return heads, [[key, *values] for key, values in compared.differences]
 
 
 def trials_table(data: StudyData) -> tuple[list[str], list[list[str]]]:
