@@ -232,12 +232,12 @@ def _against(by_study: Sequence[Sequence[Setting]], resolution: float) -> list[A
             pairs.append((reference, matching is not None, difference(each.values, reference.values, resolution)))
     family = sum(1 if matching else len(first) for _, matching, of in pairs if of.error is not None)
     found: list[Against | None] = [None] * len(first)
-    for reference, matching, of in pairs:
+    for reference, is_match, of in pairs:
         low, high = of.interval(LEVEL / max(1, family))
-        finite = math.isfinite(low)
+        known = of.p is not None
         found.append(
             Against(
-                reference, matching, of, low if finite else None, high if finite else None,
+                reference, is_match, of, low if known else None, high if known else None,
                 None if of.p is None else min(1.0, family * of.p), of.detectable(LEVEL / max(1, family)),
             )
         )  # fmt: skip
@@ -289,13 +289,11 @@ def _written(key: str, value: Any) -> str:
 
 
 def _answer(studies: Sequence[StudyData], duels: Sequence[Duel], measure: str) -> str:
-    compared = {duel.setting.study.name for duel in duels}
-    empty = [data for data in studies if not any(row.state == "complete" for row in data.rows)]
     sentences = [_duel(duel, measure) for duel in duels]
-    for data in empty if studies[0] not in empty else empty[:1]:
-        states = ", ".join(f"{number:,} {name}" for name, number in data.status.states.items() if number)
-        sentences.append(f"No answer yet: no trial of {data.name} is complete ({states or 'there are no trials'}).")
-    assert compared or empty
+    for data in studies:
+        if not any(row.state == "complete" for row in data.rows):
+            states = ", ".join(f"{number:,} {name}" for name, number in data.status.states.items() if number)
+            sentences.append(f"No answer yet: no trial of {data.name} is complete ({states or 'there are no trials'}).")
     return " ".join([*sentences, *_unfinished(studies)])
 
 

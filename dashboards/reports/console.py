@@ -12,8 +12,8 @@ from dashboards.beside_paper import Beside, beside_paper, papers
 from dashboards.comparison import Against, Compared, Setting
 from dashboards.conclusions import conclude, interval
 from dashboards.formatting import p_value, percent, plain_table, shown
-from dashboards.status import heading
 from dashboards.statistics import Summary
+from dashboards.status import heading
 from dashboards.study_data import StudyData
 from storage.text import printable
 
@@ -102,61 +102,77 @@ def _p(value: float | None) -> str:
 def comparison_text(compared: Compared) -> RenderableType:
     """Several studies against the first: the answer, the settings, in what the studies differ."""
     said = compared.said
-    parts: list[RenderableType] = [
-        Text(printable("\n".join([said.answer, *(f"Warning: {warning}" for warning in said.warnings), ""])))
-    ]
-    heads, lines, left_out = compared_table(compared, MOST_COMPARED)
-    parts.append(plain_table(COMPARED_TITLE, heads, lines, left=(0, 1, 5, len(heads) - 1)))
-    if left_out:
-        parts.append(Text(left_out))
+    top = [said.answer, *(f"Warning: {warning}" for warning in said.warnings), ""]
+    parts: list[RenderableType] = [Text(printable("\n".join(top)))]
+    heads, lines = compared_table(compared, MOST_COMPARED)
+    parts.append(plain_table(COMPARED_TITLE, heads, lines, left=(0, 1)))
+    heads, lines = against_table(compared, MOST_COMPARED)
+    if lines:
+        parts.append(plain_table(AGAINST_TITLE, heads, lines, left=(0, len(heads) - 1)))
     if compared.differences:
-        parts.append(plain_table("What differs", *differences_table(compared), left=(0,)))
-    if said.sentences:
-        parts.append(Text(printable("\n".join(["", *said.sentences]))))
+        parts.append(plain_table("Config: what differs", *differences_table(compared), left=(0,)))
+    sentences = [*left_out(compared, MOST_COMPARED), *said.sentences]
+    if sentences:
+        parts.append(Text(printable("\n".join(["", *sentences]))))
     return Group(*parts)
 
 
-COMPARED_TITLE = "Settings: %, and differences in points; each column's intervals hold together with 95 %"
+COMPARED_TITLE = "Settings: mean (intervals over seeds and images hold together with 95 %), n: seeds, p: some pruned"
+AGAINST_TITLE = "Settings against the first study's, in points; intervals and p of the whole table (Bonferroni)"
 
 
-def compared_table(compared: Compared, most: int) -> tuple[list[str], list[list[str]], str]:
-    """Heads, lines, and a note where settings are left out.
+def compared_table(compared: Compared, most: int) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines.
 
     Args:
         most: settings of each study.
     """
-    first = compared.studies[0].name
-    heads = ["study", "setting", "n", "mean % (95 %)", "images", f"against {first}'s", "difference (95 %)"]
-    heads += ["p adjusted", "min. detectable", "finding"]
-    lines, notes = [], []
+    measure = "test" if compared.measure == "test" else "validation"
+    lines = []
+    for setting, _ in _most(compared, most):
+        n = str(setting.mean.n) + (" p" if setting.cell.pruned else "")
+        images = f"{setting.cell.mean('images'):,.0f}"
+        lines.append([setting.study.name, _name(setting), n, interval(setting.mean), images])
+    return ["study", "setting", "n", f"{measure} %", "images"], lines
+
+
+def against_table(compared: Compared, most: int) -> tuple[list[str], list[list[str]]]:
+    """As `compared_table`, of the settings that stand against one of the first study."""
+    heads = ["settings", "n", "difference (95 %)", "p adjusted", "min. detectable", "finding"]
+    lines = []
+    for setting, against in _most(compared, most):
+        if against is None:
+            continue
+        of, reference = against.difference, against.reference
+        which = "" if against.matching else "best: "
+        name = f"{setting.study.name}: {_name(setting)} – {reference.study.name}: {which}{_name(reference)}"
+        n = f"{of.n[0]} paired" if of.paired else f"{of.n[0]} and {of.n[1]}"
+        spread = Summary(of.n[0], of.mean, low=against.low, high=against.high)
+        least = "–" if against.detectable is None else f"{100 * against.detectable:.2f}"
+        finding = against.finding + (", provisional" if against.provisional else "")
+        lines.append([name, n, interval(spread), _p(against.p_adjusted), least, finding])
+    return heads, lines
+
+
+def left_out(compared: Compared, most: int) -> list[str]:
+    """The sentence about settings that the tables do not show, if there are any."""
+    notes = []
     for data in compared.studies:
-        of_study = [pair for pair in compared.settings if pair[0].study is data]
-        lines += [_compared_line(*pair) for pair in of_study[:most]]
-        if len(of_study) > most:
-            notes.append(f"the best {most:,} of {len(of_study):,} settings of {data.name}")
-    return heads, lines, f"Shown: {', '.join(notes)}; all of them: --json FILE." if notes else ""
+        number = sum(setting.study is data for setting, _ in compared.settings)
+        if number > most:
+            notes.append(f"the best {most:,} of {number:,} settings of {data.name}")
+    return [f"Shown are {', '.join(notes)}; --json FILE has all of them."] if notes else []
 
 
-def _compared_line(setting: Setting, against: Against | None) -> list[str]:
-    name = setting.label or setting.cell.policy
-    line = [
-        setting.study.name,
-        name,
-        str(setting.mean.n),
-        interval(setting.mean),
-        f"{setting.cell.mean('images'):,.0f}",
-    ]
-    if against is None:
-        return [*line, *["–"] * 5]
-    reference = against.reference.label or against.reference.cell.policy
-    of = against.difference
-    spread = Summary(of.n[0], of.mean, low=against.low, high=against.high)
-    how = "paired" if of.paired else "not paired"
-    finding = against.finding + (", provisional" if against.provisional else "")
-    return [
-        *line, reference if against.matching else f"best, {reference}", f"{interval(spread)}, {how}",
-        _p(against.p_adjusted), "–" if against.detectable is None else f"{100 * against.detectable:.2f}", finding,
-    ]  # fmt: skip
+def _most(compared: Compared, most: int) -> list[tuple[Setting, Against | None]]:
+    pairs = []
+    for data in compared.studies:
+        pairs += [pair for pair in compared.settings if pair[0].study is data][:most]
+    return pairs
+
+
+def _name(setting: Setting) -> str:
+    return setting.label or setting.cell.policy
 
 
 def differences_table(compared: Compared) -> tuple[list[str], list[list[str]]]:

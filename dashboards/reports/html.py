@@ -39,8 +39,8 @@ figure { margin: 1.4rem 0 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
 th:first-child, td:first-child { padding-left: 0; }
-.compared th:nth-child(-n+2), .compared td:nth-child(-n+2), .compared th:nth-child(6), .compared td:nth-child(6),
-.compared th:last-child, .compared td:last-child, .first th:first-child, .first td:first-child, .last th:last-child, .last td:last-child { text-align: left; }
+.first th:first-child, .first td:first-child, .last th:last-child, .last td:last-child { text-align: left; }
+.compared th:nth-child(-n+2), .compared td:nth-child(-n+2) { text-align: left; }
 .facts th, .facts td { text-align: left; vertical-align: top; white-space: normal; overflow-wrap: anywhere; }
 .facts th { font-weight: 600; white-space: nowrap; }
 code, pre { font-size: .85em; } pre { overflow-x: auto; } summary { cursor: pointer; }
@@ -67,23 +67,28 @@ def page(studies: Sequence[StudyData]) -> str:
 def comparison_page(compared: Compared) -> str:
     """Several studies against the first."""
     names = [data.name for data in compared.studies]
-    heads, lines, left_out = console.compared_table(compared, MOST_TRIALS)
-    note = (
-        f"Each setting of the other studies against that of {names[0]} with the same values of what both vary, else "
-        "against its best. Means with 95 % intervals over seeds and images, differences in points with 95 % intervals "
-        "over seeds on the same images; the intervals of a column hold together. Min. detectable: the true difference "
-        f"that so many seeds find with 80 % power. {left_out}"
-    )
     figures = [accuracy.settings_of_studies(compared), search.cost(compared.studies)]
     drawn = "".join(_drawn(figure) for figure in figures if figure is not None)
+    shown = " ".join(console.left_out(compared, MOST_TRIALS))
+    note = f"Means with 95 % intervals over seeds and number of images; all of them hold together. {shown}"
+    table = _table(*console.compared_table(compared, MOST_TRIALS), css="compared")
     parts = [
-        f"<h1>{escape(' and '.join(names))} compared</h1>",
+        f"<h1>{escape(' and '.join(names))}, compared</h1>",
         _said(compared.said),
         _section("Figures", drawn) if drawn else "",
-        _section("Settings", _table(heads, lines, "compared"), escape(note)),
+        _section("Settings", table, escape(note)),
     ]
+    heads, lines = console.against_table(compared, MOST_TRIALS)
+    if lines:
+        note = (
+            f"In points. Each setting against that of {names[0]} with the same values of what both studies vary, else "
+            "against its best. The 95 % intervals are over seeds, on the same images, and hold together; p adjusted "
+            "(Bonferroni over this table) is below 0.05 where the interval leaves out 0. Min. detectable: the true "
+            "difference that so many seeds with this spread find with 80 % power."
+        )
+        parts.append(_section("Settings against the first study's", _table(heads, lines, "first last"), escape(note)))
     if compared.differences:
-        parts.append(_section("What differs", _table(*console.differences_table(compared), css="first")))
+        parts.append(_section("Config: what differs", _table(*console.differences_table(compared), css="first")))
     return _whole(f"{', '.join(names)} compared", f"<article>{''.join(parts)}</article>")
 
 
