@@ -205,7 +205,7 @@ def _parameters(data: StudyData, cell: Cell) -> dict[str, Any]:
     """All that a setting was trained with and that means something to it."""
     config = data.config
     values = space.settings(config, cell.parameters)
-    named = {name: value for name, value in values.items() if means_something(name, values)}
+    named = {name: values[name] for name in config.searchable() if means_something(name, values)}
     if config.training.images is not None:
         named.pop("epochs", None)
     fixed = flat(config)

@@ -19,7 +19,7 @@ from tests.support.harness import Harness, config_of, scripted_accuracies
 
 
 def run(url: str, name: str, width: float, accuracy: float, **sections: object) -> Harness:
-    """Two settings on three seeds, each seed a little better than the one before."""
+    """Two settings on three seeds."""
     config = config_of(
         **{
             "network": {"width": width},
@@ -32,10 +32,7 @@ def run(url: str, name: str, width: float, accuracy: float, **sections: object) 
     harness = Harness(url, config, name)
 
     def reached(trainer: Trainer) -> float:
-        beta = getattr(trainer.policy, "beta", 0.3)
-        return (
-            accuracy + 0.01 * (beta == 0.6) + 0.001 * (trainer.options.seed if hasattr(trainer.options, "seed") else 0)
-        )
+        return accuracy + 0.01 * (getattr(trainer.policy, "beta", 0.3) == 0.6)
 
     with scripted_accuracies(reached):
         harness.work()
@@ -64,7 +61,7 @@ def test_two_studies_in_tables_json_and_on_a_page(url: str, tmp_path: Path) -> N
     page = (tmp_path / "page.html").read_text()
     assert "is better than narrow&#x27;s setting" in page
     assert "Settings of the studies" in page
-    exclusions.exclude(narrow.storage.engine, study_id_of(narrow.study), 0, "a wrong disk")
+    exclusions.exclude(narrow.storage.engine, study_id_of(narrow.study), [0], "a wrong disk")
     after = study(*command, cwd=tmp_path)
     assert "Trial 0 of narrow is excluded: a wrong disk" in after.stdout
 

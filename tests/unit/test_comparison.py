@@ -37,7 +37,9 @@ def study_of(
     for section, keys in (sections or {}).items():
         base[section] = base.get(section, {}) | keys
     chosen = [(parameters if len(betas) > 1 else {}, values) for parameters, values in cells]
-    data = made_cells(chosen, config_of(**base), **{"images": LARGE} | options, attributes=DATA | (attributes or {}))
+    data = made_cells(
+        chosen, config_of(**base), **{"images": LARGE} | options, attributes={**DATA, **(attributes or {})}
+    )
     return change(replace(data, name=name))
 
 
@@ -218,8 +220,8 @@ def test_a_setting_of_the_whole_run_is_one_too() -> None:
 
 def test_the_intervals_of_the_settings_hold_together() -> None:
     """Of more settings every interval is wider, and a finding needs a larger difference."""
-    few = compare_studies([one("a", noisy(0.8)), study_of("b", [({"beta": 0.2}, noisy(0.804, of=1))])])
-    cells = [({"beta": beta / 20}, noisy(0.804 if beta == 4 else 0.7, of=1)) for beta in range(1, 20)]
+    few = compare_studies([one("a", noisy(0.8)), study_of("b", [({"beta": 0.2}, noisy(0.803, of=1))])])
+    cells = [({"beta": beta / 20}, noisy(0.803 if beta == 4 else 0.7, of=1)) for beta in range(1, 20)]
     many = compare_studies([one("a", noisy(0.8)), study_of("b", cells)])
     (alone, one_of_one), (among, one_of_many) = few.settings[1], many.settings[1]
     assert one_of_one is not None
