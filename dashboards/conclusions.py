@@ -37,7 +37,7 @@ def conclude(data: StudyData, findings: Findings) -> Conclusions:
     guessing = _guessing(data, findings)
     warnings = [
         *_few_seeds(data, findings), *_one_step(findings), *_undertrained(data, findings), *_delta(data, findings),
-        *_pruned(findings), *_chosen_on_the_test_split(data), *_small_differences(data, findings),
+        *_pruned(findings), *chosen_on_the_test_split(data), *_small_differences(data, findings),
     ]  # fmt: skip
     sentences = [
         *_confirmed(data, findings), *_regression(data, findings),
@@ -211,7 +211,7 @@ def _one_step(findings: Findings) -> list[str]:
     )
     if not named:
         return []
-    return [f"{_listed(list(named))} {'is' if len(named) == 1 else 'are'} one step an epoch."]
+    return [f"{listed(list(named))} {'is' if len(named) == 1 else 'are'} one step an epoch."]
 
 
 def _undertrained(data: StudyData, findings: Findings) -> list[str]:
@@ -247,10 +247,10 @@ def _pruned(findings: Findings) -> list[str]:
     mixed = [cell.label for cell in findings.complete if cell.pruned]
     if not mixed:
         return []
-    return [f"Of {_listed(mixed)} some seeds were pruned: the mean of the others is too high."]
+    return [f"Of {listed(mixed)} some seeds were pruned: the mean of the others is too high."]
 
 
-def _chosen_on_the_test_split(data: StudyData) -> list[str]:
+def chosen_on_the_test_split(data: StudyData) -> list[str]:
     if data.config.data.protocol != "paper":
         return []
     return ["The test split chose the best epoch, as in the paper: all accuracies here are optimistic."]
@@ -431,7 +431,8 @@ def _test_split(data: StudyData) -> list[str]:
     return [f"The test split was evaluated: {'; '.join(shown)}.{again}"]
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """`a, b and c`; of many the first and how many more."""
     items = list(names)
     if len(items) > MOST_NAMED:
         items = [*items[:MOST_NAMED], f"{len(items) - MOST_NAMED} more"]

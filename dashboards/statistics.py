@@ -156,25 +156,143 @@ def detectable(sd: float, n: int, level: float = LEVEL) -> float:
     """
     if n < 2:
         raise ValueError(f"a paired test needs at least two pairs, got {n}")
-    return sd * _detectable_effect(n, level)
+    return sd / math.sqrt(n) * _detectable_effect(n - 1, level)
 
 
 @functools.cache
-def _detectable_effect(n: int, level: float) -> float:
-    """In standard deviations of the differences."""
+def _detectable_effect(df: float, level: float) -> float:
+    """In standard errors of the difference."""
     from scipy import optimize, special
 
-    critical, df = float(special.stdtrit(n - 1, 1 - level / 2)), n - 1
+    critical = float(special.stdtrit(df, 1 - level / 2))
 
     def power(effect: float) -> float:
-        shift = effect * math.sqrt(n)
-        probability = 1 - special.nctdtr(df, shift, critical) + special.nctdtr(df, shift, -critical)
+        probability = 1 - special.nctdtr(df, effect, critical) + special.nctdtr(df, effect, -critical)
         return float(probability) if math.isfinite(probability) else 1.0
 
     high = 1.0
     while power(high) < POWER:
         high *= 2
     return float(optimize.brentq(lambda effect: power(effect) - POWER, 0.0, high, xtol=1e-6))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of one setting minus that of another: over common seeds where there are two at least, else by Welch."""
+
+    mean: float
+    n: tuple[int, int]
+    """Seeds of the one and of the other."""
+    paired: bool
+    error: float | None = None
+    """Standard error; None where it cannot be estimated, from a single run."""
+    df: float = 0.0
+    """Degrees of freedom of the error."""
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided, of this difference alone."""
+        return None if self.error is None else 2 * self._p_beyond()
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Covers the true difference with 1 - `level`; infinite where the error is not known."""
+        from scipy import stats
+
+        if self.error is None:
+            return -math.inf, math.inf
+        half = float(stats.t.ppf(1 - level / 2, self.df)) * self.error
+        return self.mean - half, self.mean + half
+
+    def detectable(self, level: float = LEVEL) -> float | None:
+        """The true difference that so many seeds with this spread find with a probability of 80 %."""
+        return None if self.error is None else self.error * _detectable_effect(self.df, level)
+
+    def _p_beyond(self) -> float:
+        from scipy import stats
+
+        if self.error == 0:
+            return 0.0 if self.mean else 0.5
+        return float(stats.t.sf(abs(self.mean) / (self.error or 1.0), self.df))
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float], resolution: float = 0.0) -> Difference:
+    """`ours` minus `theirs`, values by seed.
+
+    Args:
+        resolution: as in `compare`.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not ours or not theirs:
+        raise ValueError("a difference needs at least one value on each side")
+    common = sorted(ours.keys() & theirs.keys())
+    if len(common) > 1 or (common and min(len(ours), len(theirs)) < 2):
+        differences = np.round([ours[seed] - theirs[seed] for seed in common], 9)
+        n, mean = len(common), float(differences.mean())
+        if n < 2:
+            return Difference(mean, (n, n), True)
+        sd = max(float(differences.std(ddof=1)), _rounding(resolution))
+        return Difference(mean, (n, n), True, sd / math.sqrt(n), n - 1)
+    a, b = np.array(list(ours.values())), np.array(list(theirs.values()))
+    mean, n_a, n_b = round(float(a.mean() - b.mean()), 9), len(a), len(b)
+    if min(n_a, n_b) < 2:
+        return Difference(mean, (n_a, n_b), False)
+    least = resolution**2 / 12
+    of_a, of_b = max(float(a.var(ddof=1)), least) / n_a, max(float(b.var(ddof=1)), least) / n_b
+    if of_a + of_b == 0:
+        return Difference(mean, (n_a, n_b), False, 0.0, n_a + n_b - 2)
+    df = (of_a + of_b) ** 2 / (of_a**2 / (n_a - 1) + of_b**2 / (n_b - 1))
+    return Difference(mean, (n_a, n_b), False, math.sqrt(of_a + of_b), df)
+
+
+@dataclass(frozen=True)
+class BestAgainstBest:
+    """The best setting of one group minus the best of another."""
+
+    ours: int
+    """Place of the highest mean among the one group's settings."""
+    theirs: int
+    difference: Difference
+    """Of these two."""
+    low: float
+    """Infinite where a single run stands against it: such a setting cannot be ruled out."""
+    high: float
+
+    @property
+    def finding(self) -> str:
+        """`better`, `worse` or `cannot tell`."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "cannot tell"
+
+    @property
+    def provisional(self) -> bool:
+        return min(self.difference.n) < FEW
+
+
+def best_against_best(
+    ours: Sequence[Mapping[int, float]],
+    theirs: Sequence[Mapping[int, float]],
+    resolution: float = 0.0,
+    level: float = LEVEL,
+) -> BestAgainstBest:
+    """The highest true mean of `ours` minus the highest of `theirs`, settings as values by seed, with its interval.
+
+    The settings with the highest means were chosen from the data. So the interval's lower end is that of our setting
+    against every one of theirs, one-sided, Bonferroni over ours, of which any could have been chosen; the upper end is
+    the same with the two groups exchanged. Of one setting each it is Student's interval.
+
+    Raises:
+        ValueError: a group without a setting, or a setting without values.
+    """
+    if not ours or not theirs:
+        raise ValueError("a group needs at least one setting")
+    first, second = (
+        max(range(len(group)), key=lambda i: statistics.fmean(group[i].values())) for group in (ours, theirs)
+    )
+    lows = [difference(ours[first], other, resolution).interval(level / len(ours))[0] for other in theirs]
+    highs = [difference(other, theirs[second], resolution).interval(level / len(theirs))[1] for other in ours]
+    between = difference(ours[first], theirs[second], resolution)
+    return BestAgainstBest(first, second, between, min(lows), max(highs))
 
 
 def maybe_best(groups: Sequence[Mapping[int, float]], resolution: float = 0.0) -> list[float]:

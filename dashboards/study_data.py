@@ -149,6 +149,17 @@ class StudyData:
         return self.counts if self.config.search.metric == "accuracy" else {}
 
     @property
+    def validation_set(self) -> dict[str, object]:
+        """What two studies must share for their accuracies to be on the same images."""
+        options = self.config.data
+        return {
+            "data fingerprint": self.study.user_attrs.get("data_fingerprint"),
+            "data.protocol": options.protocol,
+            "data.holdout": options.holdout if options.protocol == "holdout" else None,
+            "validation images": self.counts.get("validation"),
+        }
+
+    @property
     def best(self) -> TrialRow | None:
         done = [row for row in self.rows if row.state == "complete" and row.value is not None]
         return max(done, key=lambda row: (row.value or 0.0, -row.number), default=None)

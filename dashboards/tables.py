@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from dashboards import aggregate
 from dashboards import logs as trial_logs
+from dashboards.comparison import Compared
 from dashboards.study_data import StudyData
 from storage import queries
 from study.config.models import means_something
@@ -96,4 +97,27 @@ def settings(data: StudyData) -> list[Row]:
         row |= {f"test_{key}": value for key, value in (asdict(cell.test) if cell.test else {}).items() if key != "n"}
         row |= {name: cell.mean(name) for name in ("images", "seen", "seconds")}
         rows.append(row | cell.parameters)
+    return rows
+
+
+def compared(of: Compared) -> list[Row]:
+    """A row a setting of each of several studies, with its difference from the first study's; intervals of a column
+    hold together with 95 %. Parameters in which the settings differ come last.
+    """
+    rows = []
+    for setting, against in of.settings:
+        row: Row = {"study": setting.study.name, "setting": setting.label or setting.cell.policy}
+        row |= {key: getattr(setting.mean, key) for key in ("n", "mean", "low", "high")}
+        row["images"] = setting.cell.mean("images")
+        row |= {
+            "against": None if against is None else against.reference.label or against.reference.cell.policy,
+            "matching": None if against is None else against.matching,
+            "difference": None if against is None else against.difference.mean,
+            "difference_low": None if against is None else against.low,
+            "difference_high": None if against is None else against.high,
+            "paired": None if against is None else against.difference.paired,
+            "p_adjusted": None if against is None else against.p_adjusted,
+            "finding": None if against is None else against.finding,
+        }
+        rows.append(row | setting.parameters)
     return rows

@@ -22,7 +22,7 @@ from typing import Any
 import optuna
 import plotly.graph_objects as go
 
-from dashboards import aggregate, study_data, tables
+from dashboards import aggregate, comparison, study_data, tables
 from dashboards.figures import accuracy, effort, search
 from dashboards.reports import csv as csv_report
 from dashboards.reports import html as html_report
@@ -34,6 +34,7 @@ from storage.engine import open_storage
 from storage.errors import Unreachable, UserError
 from storage.stop_requests import withdraw_stop
 from storage.study_name import check_study_name
+from storage.text import printable
 from storage.transfer import COPIED_TO
 from storage.url import DEFAULT
 from study import confirm as confirming
@@ -198,11 +199,7 @@ class Study:
         if path.suffix not in (".html", ".json"):
             return csv_report.write([data], path)
         text = (html_report.page if path.suffix == ".html" else json_report.text)([data])
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
-        return [path]
+        return [_written(path, text)]
 
     def confirm(
         self,
@@ -233,6 +230,18 @@ class Study:
         options = LaunchOptions(device=device, workers=workers)
         return _run(confirms.config, new, f"confirm {self.name}", searched.url, options, data_root, confirms=confirms)
 
+    def compare(self, *others: Study | str) -> StudyComparison:
+        """Other studies on the same validation images against this one.
+
+        Args:
+            others: studies, or names of studies in the same storage.
+
+        Raises:
+            UserError: their values do not compare; what differs.
+        """
+        opened = [open_study(other, self._opened.url) if isinstance(other, str) else other for other in others]
+        return StudyComparison(comparison.compare_studies([self._data(), *(other._data() for other in opened)]))
+
     @property
     def optuna(self) -> optuna.Study:
         """The `optuna.Study`, for Optuna's own tools: `trials_dataframe()`, `optuna.visualization`, `enqueue_trial`.
@@ -249,6 +258,70 @@ class Study:
 
     def _data(self) -> StudyData:
         return study_data.read(self._opened.storage, self.name)
+
+
+class StudyComparison:
+    """Studies against the first of them, as they were when `Study.compare` was called."""
+
+    def __init__(self, compared: comparison.Compared) -> None:
+        self._compared = compared
+
+    @property
+    def answer(self) -> str:
+        """Whose best setting is better, and by how much; or that the data cannot tell."""
+        return self._compared.said.answer
+
+    @property
+    def warnings(self) -> list[str]:
+        """What can be wrong with the answer."""
+        return self._compared.said.warnings
+
+    @property
+    def sentences(self) -> list[str]:
+        """What else was found."""
+        return self._compared.said.sentences
+
+    def settings(self) -> Table:
+        """A row a setting of each study: mean and interval, and its difference from the first study's."""
+        return _table(tables.compared(self._compared))
+
+    def findings(self) -> dict[str, Any]:
+        """The keys of `study compare --json`."""
+        return json_report.comparison(self._compared)
+
+    @property
+    def figure(self) -> go.Figure | None:
+        """The settings with their intervals; None without a complete trial."""
+        return accuracy.settings_of_studies(self._compared)
+
+    def report(self, path: str | Path) -> list[Path]:
+        """Write FILE.html, one page with figures, or FILE.json, all numbers.
+
+        Returns:
+            The file.
+
+        Raises:
+            UserError: it cannot be written, or has another suffix.
+        """
+        path = Path(path)
+        if path.suffix not in (".html", ".json"):
+            raise UserError(f"a comparison is written as FILE.html or FILE.json, got {str(path)!r}")
+        text = html_report.comparison_page if path.suffix == ".html" else json_report.comparison_text
+        return [_written(path, text(self._compared))]
+
+    def __repr__(self) -> str:
+        return printable("\n".join(self._compared.said.lines))
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+
+def _written(path: Path, text: str) -> Path:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path
 
 
 def _run(

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from dashboards.aggregate import Cell, Findings, Grid
 from dashboards.beside_paper import papers
+from dashboards.comparison import Compared
 from dashboards.figures.style import COLOURS, INK, REST, finished, hatch, row_height, wrapped
 from dashboards.formatting import label, shown
 from dashboards.study_data import StudyData, TrialRow
@@ -205,6 +206,46 @@ def intervals(data: StudyData, findings: Findings) -> go.Figure | None:
     note = "Diamonds: means with 95 % intervals, by seeds and number of images."
     note += f" The best {len(cells)} of {len(findings.complete)} settings." if left_out else ""
     return finished(figure, 150 + row_height(list(names.values())) * len(cells), "Settings with their seeds", note)
+
+
+def settings_of_studies(compared: Compared) -> go.Figure | None:
+    """Every setting's mean with its simultaneous interval and its seeds, a colour a study; None without a setting."""
+    figure, names, left_out = go.Figure(), [], []
+    for place, data in enumerate(compared.studies):
+        of_study = [setting for setting, _ in compared.settings if setting.study is data]
+        most = max(1, MOST_SETTINGS // len(compared.studies))
+        left_out += [f"the best {most} of {len(of_study):,} of {data.name}"] if len(of_study) > most else []
+        settings = of_study[:most]
+        if not settings:
+            continue
+        rows = [wrapped(f"{data.name}: {setting.label or setting.cell.policy}") for setting in settings]
+        names += rows
+        colour = COLOURS[place % len(COLOURS)]
+        seeds = [(100 * value, row) for row, each in zip(rows, settings, strict=True) for value in each.values.values()]
+        figure.add_scatter(
+            x=[x for x, _ in seeds], y=[y for _, y in seeds], mode="markers", name=f"{data.name}, one seed",
+            marker={"color": colour, "size": 6, "opacity": 0.4}, hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
+            showlegend=False,
+        )  # fmt: skip
+        means = [setting.mean for setting in settings]
+        figure.add_scatter(
+            x=[100 * of.mean for of in means], y=rows, mode="markers", name=data.name,
+            marker={"color": colour, "size": 10, "symbol": "diamond"},
+            error_x={
+                "type": "data", "symmetric": False, "color": colour, "thickness": 2,
+                "array": [100 * ((of.high or of.mean) - of.mean) for of in means],
+                "arrayminus": [100 * (of.mean - (of.mean if of.low is None else of.low)) for of in means],
+            },
+            hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
+        )  # fmt: skip
+    if not names:
+        return None
+    where = "accuracy on the test split" if compared.measure == "test" else "best validation accuracy"
+    figure.update_xaxes(title=f"{where} (%)")
+    figure.update_yaxes(type="category", showgrid=False, categoryorder="array", categoryarray=names[::-1])
+    note = "Diamonds: means with intervals that hold together with 95 %, by seeds and number of images."
+    note += f" Shown: {', '.join(left_out)}." if left_out else ""
+    return finished(figure, 150 + row_height(names) * len(names), "Settings of the studies", note)
 
 
 def heat_map(data: StudyData, grid: Grid) -> go.Figure | None:

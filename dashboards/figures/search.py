@@ -52,17 +52,6 @@ def history(data: StudyData) -> go.Figure | None:
     return finished(figure, 380, "Optimisation history", note)
 
 
-def validation_set(data: StudyData) -> tuple[object, ...]:
-    """What two studies must share for their accuracies to be on the same images."""
-    options = data.config.data
-    return (
-        data.study.user_attrs.get("data_fingerprint"),
-        options.protocol,
-        options.holdout,
-        data.counts.get("validation"),
-    )
-
-
 def cost(studies: Sequence[StudyData]) -> go.Figure | None:
     """Accuracy against images trained on, with the Pareto front; None below two trials that ended.
 
@@ -74,7 +63,7 @@ def cost(studies: Sequence[StudyData]) -> go.Figure | None:
         return None
     by = "seconds" if len({row.images for _, row in ended if row.state == "complete"}) == 1 else "images"
     figure = go.Figure()
-    one_set = len({validation_set(data) for data in studies}) == 1
+    one_set = all(data.validation_set == studies[0].validation_set for data in studies)
     front = aggregate.pareto((row for _, row in ended), by) if one_set else []
     whose = ", ".join(data.name for data in studies) if len(studies) < 4 else f"these {len(studies)} studies"
     if len(front) > 1:

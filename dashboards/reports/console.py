@@ -9,13 +9,17 @@ from rich.text import Text
 from dashboards import aggregate, paper
 from dashboards.aggregate import Findings, Grid
 from dashboards.beside_paper import Beside, beside_paper, papers
+from dashboards.comparison import Against, Compared, Setting
 from dashboards.conclusions import conclude, interval
 from dashboards.formatting import p_value, percent, plain_table, shown
+from dashboards.statistics import Summary
 from dashboards.status import heading
 from dashboards.study_data import StudyData
 from storage.text import printable
 
 MOST_TRIALS = 60
+MOST_COMPARED = 20
+"""Settings of each study in the table of a comparison."""
 
 
 def report_text(data: StudyData) -> RenderableType:
@@ -93,6 +97,88 @@ def comparisons_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
 
 def _p(value: float | None) -> str:
     return "–" if value is None else p_value(value)
+
+
+def comparison_text(compared: Compared) -> RenderableType:
+    """Several studies against the first: the answer, the settings, in what the studies differ."""
+    said = compared.said
+    top = [said.answer, *(f"Warning: {warning}" for warning in said.warnings), ""]
+    parts: list[RenderableType] = [Text(printable("\n".join(top)))]
+    heads, lines = compared_table(compared, MOST_COMPARED)
+    parts.append(plain_table(COMPARED_TITLE, heads, lines, left=(0, 1)))
+    heads, lines = against_table(compared, MOST_COMPARED)
+    if lines:
+        parts.append(plain_table(AGAINST_TITLE, heads, lines, left=(0, len(heads) - 1)))
+    if compared.differences:
+        parts.append(plain_table("Config: what differs", *differences_table(compared), left=(0,)))
+    sentences = [*left_out(compared, MOST_COMPARED), *said.sentences]
+    if sentences:
+        parts.append(Text(printable("\n".join(["", *sentences]))))
+    return Group(*parts)
+
+
+COMPARED_TITLE = "Settings: mean (intervals over seeds and images hold together with 95 %), n: seeds, p: some pruned"
+AGAINST_TITLE = "Settings against the first study's, in points; intervals and p of the whole table (Bonferroni)"
+
+
+def compared_table(compared: Compared, most: int) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines.
+
+    Args:
+        most: settings of each study.
+    """
+    measure = "test" if compared.measure == "test" else "validation"
+    lines = []
+    for setting, _ in _most(compared, most):
+        n = str(setting.mean.n) + (" p" if setting.cell.pruned else "")
+        images = f"{setting.cell.mean('images'):,.0f}"
+        lines.append([setting.study.name, _name(setting), n, interval(setting.mean), images])
+    return ["study", "setting", "n", f"{measure} %", "images"], lines
+
+
+def against_table(compared: Compared, most: int) -> tuple[list[str], list[list[str]]]:
+    """As `compared_table`, of the settings that stand against one of the first study."""
+    heads = ["settings", "n", "difference (95 %)", "p adjusted", "min. detectable", "finding"]
+    lines = []
+    for setting, against in _most(compared, most):
+        if against is None:
+            continue
+        of, reference = against.difference, against.reference
+        which = "" if against.matching else "best: "
+        name = f"{setting.study.name}: {_name(setting)} – {reference.study.name}: {which}{_name(reference)}"
+        n = f"{of.n[0]} paired" if of.paired else f"{of.n[0]} and {of.n[1]}"
+        spread = Summary(of.n[0], of.mean, low=against.low, high=against.high)
+        least = "–" if against.detectable is None else f"{100 * against.detectable:.2f}"
+        finding = against.finding + (", provisional" if against.provisional else "")
+        lines.append([name, n, interval(spread), _p(against.p_adjusted), least, finding])
+    return heads, lines
+
+
+def left_out(compared: Compared, most: int) -> list[str]:
+    """The sentence about settings that the tables do not show, if there are any."""
+    notes = []
+    for data in compared.studies:
+        number = sum(setting.study is data for setting, _ in compared.settings)
+        if number > most:
+            notes.append(f"the best {most:,} of {number:,} settings of {data.name}")
+    return [f"Shown are {', '.join(notes)}; --json FILE has all of them."] if notes else []
+
+
+def _most(compared: Compared, most: int) -> list[tuple[Setting, Against | None]]:
+    pairs = []
+    for data in compared.studies:
+        pairs += [pair for pair in compared.settings if pair[0].study is data][:most]
+    return pairs
+
+
+def _name(setting: Setting) -> str:
+    return setting.label or setting.cell.policy
+
+
+def differences_table(compared: Compared) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: a setting of the config a line, a study a column."""
+    heads = ["setting", *(data.name for data in compared.studies)]
+    return heads, [[key, *values] for key, values in compared.differences]
 
 
 def trials_table(data: StudyData) -> tuple[list[str], list[list[str]]]:

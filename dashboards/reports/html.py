@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from dashboards import aggregate
 from dashboards.beside_paper import Beside, beside_paper
+from dashboards.comparison import Compared
 from dashboards.conclusions import Conclusions, conclude
 from dashboards.description import describe
 from dashboards.figures import accuracy, effort, search
@@ -39,6 +40,7 @@ figure { margin: 1.4rem 0 0; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
 th:first-child, td:first-child { padding-left: 0; }
 .first th:first-child, .first td:first-child, .last th:last-child, .last td:last-child { text-align: left; }
+.compared th:nth-child(-n+2), .compared td:nth-child(-n+2) { text-align: left; }
 .facts th, .facts td { text-align: left; vertical-align: top; white-space: normal; overflow-wrap: anywhere; }
 .facts th { font-weight: 600; white-space: nowrap; }
 code, pre { font-size: .85em; } pre { overflow-x: auto; } summary { cursor: pointer; }
@@ -59,9 +61,41 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 def page(studies: Sequence[StudyData]) -> str:
     sections = [_contents(studies), _side_by_side(studies)] if len(studies) > 1 else []
     sections += [_study(data, i) for i, data in enumerate(studies)]
-    body = "".join(sections)
+    return _whole(", ".join(data.name for data in studies), "".join(sections))
+
+
+def comparison_page(compared: Compared) -> str:
+    """Several studies against the first."""
+    names = [data.name for data in compared.studies]
+    figures = [accuracy.settings_of_studies(compared), search.cost(compared.studies)]
+    drawn = "".join(_drawn(figure) for figure in figures if figure is not None)
+    shown = " ".join(console.left_out(compared, MOST_TRIALS))
+    note = f"Means with 95 % intervals over seeds and number of images; all of them hold together. {shown}"
+    table = _table(*console.compared_table(compared, MOST_TRIALS), css="compared")
+    parts = [
+        f"<h1>{escape(' and '.join(names))}, compared</h1>",
+        _said(compared.said),
+        _section("Figures", drawn) if drawn else "",
+        _section("Settings", table, escape(note)),
+    ]
+    heads, lines = console.against_table(compared, MOST_TRIALS)
+    if lines:
+        note = (
+            f"In points. Each setting against that of {names[0]} with the same values of what both studies vary, else "
+            "against its best. The 95 % intervals are over seeds, on the same images, and hold together; p adjusted "
+            "(Bonferroni over this table) is below 0.05 where the interval leaves out 0. Min. detectable: the true "
+            "difference that so many seeds with this spread find with 80 % power."
+        )
+        parts.append(_section("Settings against the first study's", _table(heads, lines, "first last"), escape(note)))
+    if compared.differences:
+        parts.append(_section("Config: what differs", _table(*console.differences_table(compared), css="first")))
+    return _whole(f"{', '.join(names)} compared", f"<article>{''.join(parts)}</article>")
+
+
+def _whole(title: str, body: str) -> str:
+    """The page around its content."""
     script = f"<script>{get_plotlyjs()}</script>" if "plotly-graph-div" in body else ""
-    title = escape(", ".join(data.name for data in studies))
+    title = escape(title)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
@@ -171,7 +205,7 @@ def _side_by_side(studies: Sequence[StudyData]) -> str:
     # A front is over accuracies that compare, so over one validation set.
     sets: dict[tuple[object, ...], list[StudyData]] = {}
     for data in studies:
-        sets.setdefault(search.validation_set(data), []).append(data)
+        sets.setdefault(tuple(data.validation_set.values()), []).append(data)
     note = "" if len(sets) == 1 else "These studies validate on different images: their accuracies do not compare."
     figures = [search.cost(members) for members in sets.values() if len(members) > 1]
     drawn = "".join(_drawn(figure) for figure in figures if figure is not None)

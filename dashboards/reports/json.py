@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 
 from dashboards import aggregate, conclusions, status
 from dashboards.beside_paper import beside_paper, papers
+from dashboards.comparison import Against, Compared, Setting
 from dashboards.description import describe
 from dashboards.study_data import StudyData, TrialRow
 
@@ -42,6 +44,84 @@ def text(studies: Sequence[StudyData]) -> str:
     """One study as an object, several as an array."""
     findings = [report(data) for data in studies]
     return json.dumps(findings[0] if len(findings) == 1 else findings, indent=2)
+
+
+def comparison(compared: Compared) -> dict[str, Any]:
+    """What `study compare --json` writes. Accuracies and differences are in [0, 1]."""
+    return {
+        "answer": compared.said.answer,
+        "warnings": compared.said.warnings,
+        "verdict": compared.said.lines,
+        "measure": compared.measure,
+        "metric": compared.studies[0].config.search.metric,
+        "studies": [
+            {
+                "name": data.name,
+                "trials": data.status.progress.total,
+                "finished": data.status.progress.finished,
+                "ended_early": data.status.ended_early,
+                "excluded": data.status.excluded,
+                "config": data.config.model_dump(mode="json"),
+            }
+            for data in compared.studies
+        ],
+        "differences": {key: list(values) for key, values in compared.differences},
+        "best": [
+            {
+                "study": duel.setting.study.name,
+                "setting": duel.setting.label,
+                "against": duel.reference.label,
+                "finding": duel.best.finding,
+                "provisional": duel.best.provisional,
+                "difference": duel.best.difference.mean,
+                "low": _finite(duel.best.low),
+                "high": _finite(duel.best.high),
+                "n": list(duel.best.difference.n),
+                "paired": duel.best.difference.paired,
+            }
+            for duel in compared.duels
+        ],
+        "settings": [_compared(setting, against) for setting, against in compared.settings],
+    }
+
+
+def comparison_text(compared: Compared) -> str:
+    return json.dumps(comparison(compared), indent=2)
+
+
+def _compared(setting: Setting, against: Against | None) -> dict[str, Any]:
+    entry = {
+        "study": setting.study.name,
+        "label": setting.label,
+        "parameters": setting.parameters,
+        "mean": asdict(setting.mean),
+        "values": setting.values,
+        "images": setting.cell.mean("images"),
+        "seconds": setting.cell.mean("seconds"),
+        "pruned": len(setting.cell.ended) - len(setting.cell.rows),
+        "against": None,
+    }
+    if against is not None:
+        of = against.difference
+        entry["against"] = {
+            "setting": against.reference.label,
+            "matching": against.matching,
+            "difference": of.mean,
+            "low": against.low,
+            "high": against.high,
+            "n": list(of.n),
+            "paired": of.paired,
+            "p": of.p,
+            "p_adjusted": against.p_adjusted,
+            "detectable": against.detectable,
+            "finding": against.finding,
+            "provisional": against.provisional,
+        }
+    return entry
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _ended(data: StudyData) -> list[TrialRow]:

@@ -42,7 +42,15 @@ app = typer.Typer(
 
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run a study": (run.launch, run.check, run.resume, run.stop, run.worker, run.confirm),
-    "Look at it": (show.status, show.logs, show.list_, show.report, publish.publish, show.dashboard),
+    "Look at it": (
+        show.status,
+        show.logs,
+        show.list_,
+        show.report,
+        show.compare,
+        publish.publish,
+        show.dashboard,
+    ),
     "The model": (model.model, model.predict, model.evaluate),
     "Edit it": (edit.enqueue, edit.exclude, edit.skip),
     "Presets": (show.presets, run.bench),

@@ -1,4 +1,4 @@
-"""The verbs that show: status, logs, list, report, dashboard, presets."""
+"""The verbs that show: status, logs, list, report, compare, dashboard, presets."""
 
 from __future__ import annotations
 
@@ -147,6 +147,33 @@ def report(
         for study in studies:
             publish_study(study, target)
             logger.info("published the figures of %r", study.name)
+
+
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Names of the studies: each other one against the first.")],
+    storage: Storage = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one self-contained page with figures here.", show_default=False),
+    ] = None,
+    to_json: Json = None,
+) -> None:
+    """Compare studies on the same validation images: whose best setting is better, and setting by setting.
+
+    Example: study compare quick wider --html compared.html
+    """
+    from dashboards.comparison import compare_studies
+    from dashboards.reports import console
+    from dashboards.reports import html as html_report
+    from dashboards.reports import json as json_report
+
+    _check_folders(html, to_json)
+    compared = compare_studies([read_study(name, storage) for name in names])
+    if STANDARD_OUTPUT not in (html, to_json):
+        out.print(console.comparison_text(compared), soft_wrap=not out.is_terminal)
+    for file, text in ((html, html_report.comparison_page), (to_json, json_report.comparison_text)):
+        if file is not None:
+            _write(file, text(compared))
 
 
 def dashboard(

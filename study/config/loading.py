@@ -27,9 +27,14 @@ def _leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flat(config: StudyConfig) -> dict[str, Any]:
+    """Every setting by its dotted key; lists as lists, ranges as dictionaries."""
+    return _leaves(config.model_dump())
+
+
 def differences(ours: StudyConfig, theirs: StudyConfig) -> list[str]:
     """What differs, as `key: ours, theirs` lines."""
-    a, b = _leaves(ours.model_dump()), _leaves(theirs.model_dump())
+    a, b = flat(ours), flat(theirs)
     return [f"{key}: {a.get(key)} != {b.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
 

@@ -12,9 +12,11 @@ from dashboards.statistics import (
     LEVEL,
     Comparison,
     any_difference,
+    best_against_best,
     binomial_noise,
     compare,
     detectable,
+    difference,
     expected_fall,
     holm_corrected,
     maybe_best,
@@ -266,3 +268,54 @@ def test_rank_correlation_is_spearmans() -> None:
     assert rho[0] == pytest.approx(0.8)
     assert rank_correlation([1, 2, 3], [1, 2, 3]) is None
     assert rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None
+
+
+def test_a_difference_is_paired_over_common_seeds_else_welchs(rng: np.random.Generator) -> None:
+    a, b = rng.normal(0.8, 0.01, 6), rng.normal(0.7, 0.03, 6)
+    paired = difference(by_seed(a.tolist()), by_seed(b.tolist()))
+    expected = stats.ttest_rel(a, b)
+    assert (paired.paired, paired.n) == (True, (6, 6))
+    assert paired.p == pytest.approx(expected.pvalue)
+    assert paired.interval() == pytest.approx(tuple(expected.confidence_interval()))
+    apart = difference(by_seed(a.tolist()), {100 + seed: value for seed, value in enumerate(b[:5])})
+    expected = stats.ttest_ind(a, b[:5], equal_var=False)
+    assert (apart.paired, apart.n) == (False, (6, 5))
+    assert apart.p == pytest.approx(expected.pvalue)
+    assert apart.interval() == pytest.approx(tuple(expected.confidence_interval()))
+    assert paired.detectable() == pytest.approx(detectable(float(np.std(a - b, ddof=1)), 6))
+
+
+def test_differences_of_single_runs_and_of_equal_values() -> None:
+    single = difference({0: 0.8}, {0: 0.7})
+    assert (single.mean, single.paired, single.p, single.detectable()) == (pytest.approx(0.1), True, None, None)
+    assert single.interval() == (-math.inf, math.inf)
+    assert difference({0: 0.8}, {1: 0.7, 2: 0.7}).p is None
+    assert difference({0: 0.8, 1: 0.8}, {2: 0.8, 3: 0.8}).p == 1.0
+    assert difference({0: 0.8, 1: 0.8}, {0: 0.7, 1: 0.7}).p == 0.0
+    assert (difference({0: 0.8, 1: 0.8}, {0: 0.7, 1: 0.7}, resolution=0.01).p or 0) > 0.01
+    assert (difference({0: 0.8, 1: 0.8}, {2: 0.7, 3: 0.7}, resolution=0.01).p or 0) > 0.0001
+    with pytest.raises(ValueError, match="at least one value"):
+        difference({}, {0: 0.5})
+
+
+def test_best_against_best_of_one_setting_each_is_students(rng: np.random.Generator) -> None:
+    a, b = (by_seed(rng.normal(0.8, 0.01, 6).tolist()) for _ in range(2))
+    found = best_against_best([a], [b])
+    assert (found.low, found.high) == difference(a, b).interval()
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_best_against_best_covers_the_true_difference(paired: bool, rng: np.random.Generator) -> None:
+    """Groups of four and six settings whose best are 0, 1 or 5 standard deviations apart; the others close behind."""
+    for gap in (0.0, 0.01, 0.05):
+        means = np.array([0.8 + gap] * 2 + [0.75 + gap] * 2), np.array([0.8] * 3 + [0.795] * 3)
+        covered = found = 0
+        for _ in range(300):
+            draws = [mean[:, None] + rng.normal(0, 0.01, (len(mean), 6)) for mean in means]
+            ours = [by_seed(row.tolist()) for row in draws[0]]
+            theirs = [{seed + 100 * (not paired): value for seed, value in enumerate(row)} for row in draws[1]]
+            best = best_against_best(ours, theirs)
+            covered += best.low <= gap <= best.high
+            found += best.finding == "better"
+        assert covered / 300 > 0.95 - 4 * math.sqrt(0.05 * 0.95 / 300)
+        assert (found > 200) if gap == 0.05 else (found < 100)
