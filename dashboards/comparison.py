@@ -267,7 +267,9 @@ def _differences(studies: Sequence[StudyData]) -> list[tuple[str, tuple[str, ...
     return [
         (key, tuple(_written(key, each.get(key)) for each in flats))
         for key in keys
-        if not key.startswith(ELSEWHERE) and any(each.get(key) != flats[0].get(key) for each in flats)
+        if not key.startswith(ELSEWHERE)
+        and (".arguments." in key or all(key in each for each in flats))  # else a parameter of another pruner
+        and any(each.get(key) != flats[0].get(key) for each in flats)
     ]
 
 

@@ -41,7 +41,13 @@ def process_of(owner: str) -> str:
     return ":".join(owner.split(":")[:2])
 
 
-def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tuple[int, ...] = ()) -> Table:
+def plain_table(
+    title: str, heads: list[str], lines: list[list[str]], left: tuple[int, ...] = (), folded: tuple[int, ...] = ()
+) -> Table:
+    """Args:
+    left: columns of text.
+    folded: columns whose cells go on in a further line where the terminal is too narrow; others are cut.
+    """
     table = Table(
         title=Text(printable(title)) if title else None,
         title_justify="left",
@@ -51,7 +57,7 @@ def plain_table(title: str, heads: list[str], lines: list[list[str]], left: tupl
         pad_edge=False,
     )
     for i, head in enumerate(heads):
-        table.add_column(Text(printable(head)), justify="left" if i in left else "right", no_wrap=True)
+        table.add_column(Text(printable(head)), justify="left" if i in left else "right", no_wrap=i not in folded)
     for line in lines:
         table.add_row(*(Text(printable(cell)) for cell in line))
     return table

@@ -11,9 +11,9 @@ from dashboards.aggregate import Findings, Grid
 from dashboards.beside_paper import Beside, beside_paper, papers
 from dashboards.comparison import Against, Compared, Setting
 from dashboards.conclusions import conclude, interval
-from dashboards.formatting import p_value, percent, plain_table, shown
+from dashboards.formatting import label, p_value, percent, plain_table, shown
 from dashboards.statistics import Summary
-from dashboards.status import heading
+from dashboards.status import WIDE, heading
 from dashboards.study_data import StudyData
 from storage.text import printable
 
@@ -99,18 +99,24 @@ def _p(value: float | None) -> str:
     return "–" if value is None else p_value(value)
 
 
-def comparison_text(compared: Compared) -> RenderableType:
-    """Several studies against the first: the answer, the settings, in what the studies differ."""
+def comparison_text(compared: Compared, width: int = WIDE) -> RenderableType:
+    """Several studies against the first: the answer, the settings, in what the studies differ.
+
+    Args:
+        width: of the terminal, in characters; below WIDE only the differences with their intervals are shown.
+    """
     said = compared.said
     top = [said.answer, *(f"Warning: {warning}" for warning in said.warnings), ""]
     parts: list[RenderableType] = [Text(printable("\n".join(top)))]
-    heads, lines = compared_table(compared, MOST_COMPARED)
-    parts.append(plain_table(COMPARED_TITLE, heads, lines, left=(0, 1)))
+    parts.append(plain_table(COMPARED_TITLE, *compared_table(compared, MOST_COMPARED), left=(0, 1), folded=(1,)))
     heads, lines = against_table(compared, MOST_COMPARED)
     if lines:
-        parts.append(plain_table(AGAINST_TITLE, heads, lines, left=(0, len(heads) - 1)))
+        if width < WIDE:
+            heads, *lines = [[*line[:4], line[-1].removesuffix(", provisional")] for line in (heads, *lines)]
+        parts.append(plain_table(AGAINST_TITLE, heads, lines, left=(0, 1, len(heads) - 1), folded=(0, 1)))
     if compared.differences:
-        parts.append(plain_table("Config: what differs", *differences_table(compared), left=(0,)))
+        names = tuple(range(1, 1 + len(compared.studies)))
+        parts.append(plain_table("Config: what differs", *differences_table(compared), left=(0,), folded=names))
     sentences = [*left_out(compared, MOST_COMPARED), *said.sentences]
     if sentences:
         parts.append(Text(printable("\n".join(["", *sentences]))))
@@ -138,20 +144,31 @@ def compared_table(compared: Compared, most: int) -> tuple[list[str], list[list[
 
 def against_table(compared: Compared, most: int) -> tuple[list[str], list[list[str]]]:
     """As `compared_table`, of the settings that stand against one of the first study."""
-    heads = ["settings", "n", "difference (95 %)", "p adjusted", "min. detectable", "finding"]
+    heads = ["setting", f"against {compared.studies[0].name}", "n", "difference (95 %)", "p adjusted"]
+    heads += ["min. detectable", "finding"]
     lines = []
     for setting, against in _most(compared, most):
         if against is None:
             continue
-        of, reference = against.difference, against.reference
-        which = "" if against.matching else "best: "
-        name = f"{setting.study.name}: {_name(setting)} – {reference.study.name}: {which}{_name(reference)}"
+        of = against.difference
+        name = f"{setting.study.name}: {_name(setting)}" if len(compared.studies) > 2 else _name(setting)
         n = f"{of.n[0]} paired" if of.paired else f"{of.n[0]} and {of.n[1]}"
         spread = Summary(of.n[0], of.mean, low=against.low, high=against.high)
         least = "–" if against.detectable is None else f"{100 * against.detectable:.2f}"
         finding = against.finding + (", provisional" if against.provisional else "")
-        lines.append([name, n, interval(spread), _p(against.p_adjusted), least, finding])
+        lines.append([name, _reference(setting, against), n, interval(spread), _p(against.p_adjusted), least, finding])
     return heads, lines
+
+
+def _reference(setting: Setting, against: Against) -> str:
+    """Of one that matches what differs, of the best all that it is."""
+    reference = against.reference
+    if not against.matching:
+        return f"best, {_name(reference)}"
+    differs = {
+        name: value for name, value in reference.parameters.items() if setting.parameters.get(name, value) != value
+    }
+    return label(differs) or "the same"
 
 
 def left_out(compared: Compared, most: int) -> list[str]:

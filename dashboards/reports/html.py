@@ -86,7 +86,9 @@ def comparison_page(compared: Compared) -> str:
             "(Bonferroni over this table) is below 0.05 where the interval leaves out 0. Min. detectable: the true "
             "difference that so many seeds with this spread find with 80 % power."
         )
-        parts.append(_section("Settings against the first study's", _table(heads, lines, "first last"), escape(note)))
+        parts.append(
+            _section("Settings against the first study's", _table(heads, lines, "compared last"), escape(note))
+        )
     if compared.differences:
         parts.append(_section("Config: what differs", _table(*console.differences_table(compared), css="first")))
     return _whole(f"{', '.join(names)} compared", f"<article>{''.join(parts)}</article>")

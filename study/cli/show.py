@@ -170,7 +170,7 @@ def compare(
     _check_folders(html, to_json)
     compared = compare_studies([read_study(name, storage) for name in names])
     if STANDARD_OUTPUT not in (html, to_json):
-        out.print(console.comparison_text(compared), soft_wrap=not out.is_terminal)
+        out.print(console.comparison_text(compared, out.width), soft_wrap=not out.is_terminal)
     for file, text in ((html, html_report.comparison_page), (to_json, json_report.comparison_text)):
         if file is not None:
             _write(file, text(compared))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dashboards.comparison import Compared, compare_studies
+from dashboards.reports import console as console_report
 from dashboards.study_data import StudyData
 from storage.errors import UserError
 from tests.support.harness import config_of
@@ -75,11 +78,11 @@ def from_seed(data: StudyData, seed: int) -> StudyData:
 def test_better_worse_and_cannot_tell() -> None:
     narrow, wide = one("narrow", noisy(0.80)), one("wide", noisy(0.85, of=1), width=0.25)
     better = answer(narrow, wide)
-    assert better.startswith("wide's setting width 0.25 is better than narrow's setting width 0.125 by 5.0")
+    assert better.startswith("wide's setting width 0.25 is better than narrow's setting width 0.125 by 4.97 (4.")
     assert better.endswith(" points in validation, paired over 8 seeds.")
     assert " to " in better
     worse = answer(wide, narrow)
-    assert worse.startswith("narrow's setting width 0.125 is worse than wide's setting width 0.25 by 5.0")
+    assert worse.startswith("narrow's setting width 0.125 is worse than wide's setting width 0.25 by 4.97 (4.")
     assert "-" not in worse
     alike = answer(narrow, one("wide", noisy(0.80, of=1), width=0.25))
     assert alike.startswith(
@@ -344,3 +347,26 @@ def test_one_study_or_one_twice_is_refused() -> None:
 def test_the_holdout_means_nothing_to_the_papers_protocol() -> None:
     a, b = (one(n, [0.8], sections={"data": {"protocol": "paper", "holdout": h}}) for n, h in (("a", 0.1), ("b", 0.2)))
     assert compare_studies([a, b]).duels
+
+
+def test_a_narrow_terminal_shows_whole_numbers() -> None:
+    cells = [({"beta": 0.2}, noisy(0.79, of=2)), ({"beta": 0.6}, noisy(0.85, of=3))]
+    compared = compare_studies([one("a", noisy(0.8)), study_of("b", cells, sections={"network": {"width": 0.25}})])
+    for width in (80, 200):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(console_report.comparison_text(compared, width))
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "…" not in text
+        assert ("min. detectable" in text) == (width == 200)
+        assert "8 paired" in text
+        assert "network.width" in text
+
+
+def test_only_the_best_of_many_settings_are_shown() -> None:
+    cells = [({"beta": beta / 40}, [0.8, 0.8 + beta / 1000]) for beta in range(1, 31)]
+    compared = compare_studies([one("a", noisy(0.8)), study_of("b", cells)])
+    assert len(console_report.compared_table(compared, 20)[1]) == 21
+    assert console_report.left_out(compared, 20) == [
+        "Shown are the best 20 of 30 settings of b; --json FILE has all of them."
+    ]
+    assert console_report.left_out(compared, 30) == []

@@ -287,7 +287,8 @@ def test_a_difference_is_paired_over_common_seeds_else_welchs(rng: np.random.Gen
 
 def test_differences_of_single_runs_and_of_equal_values() -> None:
     single = difference({0: 0.8}, {0: 0.7})
-    assert (single.mean, single.paired, single.p, single.detectable()) == (pytest.approx(0.1), True, None, None)
+    assert single.mean == pytest.approx(0.1)
+    assert (single.paired, single.p, single.detectable()) == (True, None, None)
     assert single.interval() == (-math.inf, math.inf)
     assert difference({0: 0.8}, {1: 0.7, 2: 0.7}).p is None
     assert difference({0: 0.8, 1: 0.8}, {2: 0.8, 3: 0.8}).p == 1.0
