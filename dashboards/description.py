@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from dashboards.formatting import count, shown
+from dashboards.formatting import count, label, shown
 from dashboards.study_data import StudyData
 from study.config.values import Range
 
 MOST_NAMED = 6
+MOST_PARAMETERS = 10**12
+"""Of a network; more is no number that a worker counted."""
 ELSEWHERE = ("policy", "network", "width", "norm", "augment")
 """Parameters that other lines than "Fixed" have."""
 
@@ -34,7 +36,7 @@ def describe(data: StudyData) -> list[tuple[str, str]]:
         ("Data", _data(data)),
         ("Images", ", ".join(f"{number:,} {split}" for split, number in data.counts.items())),
         ("Validation", data.status.protocol),
-        ("Network", _sections(config.network.model_dump())),
+        ("Network", _network(data)),
         ("Policies", ", ".join(config.policies())),
         ("Searched", "; ".join(f"{name} {_values(value)}" for name, value in searched.items() if name != "policy")),
         ("Fixed", ", ".join(f"{name} {shown(value)}" for name, value in fixed.items())),
@@ -63,8 +65,38 @@ def _data(data: StudyData) -> str:
     return ", ".join(parts)
 
 
-def _sections(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {shown(value)}" for name, value in values.items() if value not in (None, {}, ()))
+def _network(data: StudyData) -> str:
+    """Its name, its arguments, and how many parameters it has, as the workers counted them."""
+    config, searched = data.config, data.config.searched()
+    names = ["width", "norm", *(name for name in config.searchable() if name.startswith("network."))]
+    parts = [", ".join(config.networks())]
+    for name in names:
+        value = config.searchable()[name]
+        if config.is_meaningful(name) and value is not None:
+            parts.append(f"{name} {_values(value) if name in searched else shown(value)}")
+    return "; ".join(filter(None, [", ".join(parts), _parameters(data, ["network", *names])]))
+
+
+def _parameters(data: StudyData, names: list[str]) -> str:
+    """`96,522 parameters`; of several networks `parameters 96,522 (width 0.25), 384,266 (width 0.5)`."""
+    varied = [name for name in names if name in data.parameters]
+    found: dict[str, set[int]] = {}
+    for row in data.rows:
+        number = row.attributes.get("network_parameters")
+        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= MOST_PARAMETERS:
+            chosen = {name: row.parameters[name] for name in varied if name in row.parameters}
+            found.setdefault(label(chosen), set()).add(number)
+    if not found:
+        return ""
+    every = sorted({number for numbers in found.values() for number in numbers})
+    if len(every) == 1:
+        return f"{count(every[0], 'parameter')}"
+    if len(found) > MOST_NAMED or not varied:
+        return f"{every[0]:,} to {every[-1]:,} parameters"
+    several = [
+        f"{' or '.join(f'{number:,}' for number in sorted(numbers))} ({name})" for name, numbers in found.items()
+    ]
+    return f"parameters {', '.join(several)}"
 
 
 def _values(value: Any) -> str:

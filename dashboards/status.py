@@ -264,6 +264,8 @@ def _state(study: StudySummary, finished: int, total: int) -> str:
         return "finished"
     if study.workers:
         return f"running, {study.workers} worker{'s' if study.workers > 1 else ''}"
+    if study.ended_early:
+        return "ended early"
     return "stopped" if study.stop_requested else "paused"
 
 

@@ -44,7 +44,10 @@ def trials(data: StudyData) -> list[Row]:
                 "validation_seconds": row.validation_seconds,
                 "selection_seconds": row.selection_seconds,
                 "joules": row.joules,
-                **{key: row.attributes.get(key) for key in ("device", "host", "peak_memory_bytes")},
+                **{
+                    key: row.attributes.get(key)
+                    for key in ("device", "host", "network_parameters", "peak_memory_bytes")
+                },
                 "error": row.error,
                 **parameters,
             }

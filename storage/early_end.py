@@ -63,11 +63,18 @@ def _number(text: str, kind: type[int] | type[float], rule: str, most: float) ->
 
 
 def rules_of(attributes: Mapping[str, Any]) -> Rules:
-    """From a study's attributes `early_end` and `config`."""
+    """From a study's attributes `early_end` and `config`; what is no rule there is none."""
     stored = attributes.get(EARLY_END)
     if stored is None:
-        stored = attributes.get("config", {}).get("search", {})
-    return Rules(stored.get("target"), stored.get("patience"))
+        config = attributes.get("config")
+        stored = config.get("search") if isinstance(config, Mapping) else None
+    if not isinstance(stored, Mapping):
+        return Rules()
+    return Rules(_limit(stored.get("target"), int | float), _limit(stored.get("patience"), int))
+
+
+def _limit(value: Any, kind: Any) -> Any:
+    return value if isinstance(value, kind) and not isinstance(value, bool) and value > 0 else None
 
 
 def read_rules(engine: sa.Engine, study_id: int) -> Rules:

@@ -121,6 +121,7 @@ NUMBERS = frozenset(
     (
         "best_epoch", "epochs", "images", "seen", "train_seconds", "validation_seconds", "selection_seconds",
         "peak_memory_bytes", "joules", "test_accuracy", "seed", "cell", "replicate", "queue_position", "ticket",
+        "network_parameters",
     )
 )  # fmt: skip
 """User attributes of a trial that this program computes with."""

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from optuna.distributions import json_to_distribution
 from optuna.trial import TrialState
 
+from storage import early_end
 from storage.engine import database_time, incomplete_copy, live_lease
 from storage.errors import UserError
 from storage.exclusions import EXCLUDED, excluded
@@ -455,10 +456,12 @@ class StudySummary:
     last_activity: float | None
     """Seconds since 1970 on the database's clock."""
     stop_requested: bool
+    ended_early: str | None = None
+    """Why, if its target or patience has ended it before all of its trials have run."""
 
 
 def study_summaries(engine: sa.Engine) -> list[StudySummary]:
-    """All studies of the storage by name, in five small queries."""
+    """All studies of the storage by name, in five small queries, and three more for each that is not finished."""
     clock = database_time(engine)
     studies = sa.select(STUDIES.c.study_id, STUDIES.c.study_name).order_by(STUDIES.c.study_name)
     by_state = sa.select(TRIALS.c.study_id, TRIALS.c.state, sa.func.count()).group_by(TRIALS.c.study_id, TRIALS.c.state)
@@ -496,6 +499,11 @@ def study_summaries(engine: sa.Engine) -> list[StudySummary]:
             if key == EXCLUDED:
                 best_values[study_id] = (best_trial(connection, study_id) or (None,))[0]
         activity = {study_id: (int(workers or 0), at) for study_id, workers, at in connection.execute(work)}
+    ended = {
+        study_id: early_end.reason_to_end(engine, study_id, early_end.read_rules(engine, study_id))
+        for study_id, _ in names
+        if (study_id, "preset") in stored and states.get(study_id, {}).keys() & {"waiting", "running"}
+    }
     return [
         StudySummary(
             name=name,
@@ -505,6 +513,7 @@ def study_summaries(engine: sa.Engine) -> list[StudySummary]:
             best=best_values.get(study_id) if (study_id, "preset") in stored else None,
             last_activity=activity.get(study_id, (0, None))[1],
             stop_requested=stored.get((study_id, "stop")) == "true",
+            ended_early=ended.get(study_id),
         )
         for study_id, name in names
     ]

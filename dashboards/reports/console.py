@@ -11,6 +11,7 @@ from dashboards.aggregate import Findings, Grid
 from dashboards.beside_paper import Beside, beside_paper, papers
 from dashboards.comparison import Against, Compared, Setting
 from dashboards.conclusions import conclude, interval
+from dashboards.description import describe
 from dashboards.formatting import label, p_value, percent, plain_table, shown
 from dashboards.statistics import Summary
 from dashboards.status import WIDE, heading
@@ -18,6 +19,8 @@ from dashboards.study_data import StudyData
 from storage.text import printable
 
 MOST_TRIALS = 60
+STUDIED = ("Data", "Network")
+"""Lines of the description that the page has in full."""
 MOST_COMPARED = 20
 """Settings of each study in the table of a comparison."""
 
@@ -26,6 +29,7 @@ def report_text(data: StudyData) -> RenderableType:
     findings = aggregate.findings(data)
     said = conclude(data, findings)
     top = [said.answer, *(f"Warning: {warning}" for warning in said.warnings), "", *heading(data.status)]
+    top += [f"{name.lower()} {value}" for name, value in describe(data) if name in STUDIED]
     parts: list[RenderableType] = [Text(printable("\n".join(top)))]
     if any(len(cell.ended) > 1 for cell in findings.cells) or "policy" in data.parameters:
         parts.append(plain_table(CELLS_TITLE, *cells_table(data, findings), left=(0,)))

@@ -149,7 +149,7 @@ def _cell(data: StudyData, cell: aggregate.Cell, findings: aggregate.Findings) -
 def _trial(row: TrialRow) -> dict[str, Any]:
     cells = asdict(row) | {"seconds": row.seconds}
     attributes = cells.pop("attributes")
-    return cells | {key: attributes.get(key) for key in ("device", "host", "peak_memory_bytes")}
+    return cells | {key: attributes.get(key) for key in ("device", "host", "network_parameters", "peak_memory_bytes")}
 
 
 def manifest(data: StudyData) -> dict[str, Any]:

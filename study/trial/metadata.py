@@ -14,6 +14,8 @@ from typing import Any
 
 import optuna
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from study import __version__
 from study.config.extensions import is_import_path, source_digest
@@ -36,6 +38,7 @@ def trial_attributes(trainer: Trainer, history: list[EpochResult]) -> dict[str, 
         "train_seconds": round(sum(result.train_seconds for result in history), 3),
         "validation_seconds": round(sum(result.validation_seconds for result in history), 3),
         "selection_seconds": round(sum(result.selection_seconds for result in history), 3),
+        "network_parameters": parameter_count(trainer.network),
         "peak_memory_bytes": peak_memory(trainer.device),
         "precision": trainer.precision,
         "device": device_name(trainer.device),
@@ -108,6 +111,11 @@ def model_description(
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Numbers that a network learns; those of layers that never saw an image are not known."""
+    return sum(each.numel() for each in network.parameters() if not is_lazy(each))
 
 
 def peak_memory(device: torch.device) -> int:
