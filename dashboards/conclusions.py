@@ -107,7 +107,11 @@ def _answer(data: StudyData, findings: Findings) -> str:
     else:
         text = _of_single_runs(data, findings)
     done, total = data.status.progress.finished, data.status.progress.total
-    return text if done >= total else f"{text} Not final: {done:,} of {total:,} trials have ended."
+    if done >= total:
+        return text
+    if data.status.ended_early:
+        return f"{text} The study ended early, with {done:,} of {total:,} trials."
+    return f"{text} Not final: {done:,} of {total:,} trials have ended."
 
 
 def _of_replicates(data: StudyData, findings: Findings) -> str:

@@ -20,6 +20,8 @@ from storage import queries
 from study.config.models import means_something
 
 Row = dict[str, Any]
+RECORDED = ("device", "host", "network_parameters", "peak_memory_bytes")
+"""What a worker has recorded of a trial and what is shown as it is."""
 
 
 def trials(data: StudyData) -> list[Row]:

@@ -14,6 +14,7 @@ from dashboards.beside_paper import beside_paper, papers
 from dashboards.comparison import Against, Compared, Setting
 from dashboards.description import describe
 from dashboards.study_data import StudyData, TrialRow
+from dashboards.tables import RECORDED
 
 
 def report(data: StudyData) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def _cell(data: StudyData, cell: aggregate.Cell, findings: aggregate.Findings) -
 def _trial(row: TrialRow) -> dict[str, Any]:
     cells = asdict(row) | {"seconds": row.seconds}
     attributes = cells.pop("attributes")
-    return cells | {key: attributes.get(key) for key in ("device", "host", "network_parameters", "peak_memory_bytes")}
+    return cells | {key: attributes.get(key) for key in RECORDED}
 
 
 def manifest(data: StudyData) -> dict[str, Any]:

@@ -36,6 +36,13 @@ def complete(harness: Harness) -> int:
     return sum(trial.state == TrialState.COMPLETE for trial in harness.study.get_trials())
 
 
+def states_of_list(harness: Harness) -> dict[str, str]:
+    """Study to state, as `study list` has them."""
+    table = status.summaries_table(status.summaries(harness.storage.engine))
+    names, states = (list(table.columns[place].cells) for place in (0, 1))
+    return dict(zip(map(str, names), map(str, states), strict=True))
+
+
 def test_a_target_ends_the_study_and_a_resume_continues(url: str) -> None:
     harness = Harness(url, config(target=0.5))
     engine, study_id = harness.storage.engine, study_id_of(harness.study)
@@ -45,12 +52,16 @@ def test_a_target_ends_the_study_and_a_resume_continues(url: str) -> None:
     shown = status.read(engine, "s")
     assert shown.ended_early == stop.reason
     assert f"ended early: {stop.reason}" in status.heading(shown)
+    assert states_of_list(harness) == {"s": "ended early"}
     assert work(harness, []).reason == stop.reason  # another worker begins nothing
     early_end.set_rules(engine, study_id, early_end.parse_rules(Rules(0.5), "0.8", None))
     assert work(harness, [0.1, 0.9]).exit_code == exit_codes.OK
     assert complete(harness) == 4
+    assert states_of_list(harness) == {"s": "ended early"}
     early_end.set_rules(engine, study_id, early_end.parse_rules(Rules(0.8), "none", None))
+    assert states_of_list(harness) == {"s": "paused"}
     work(harness, [0.3] * 4)
+    assert states_of_list(harness) == {"s": "finished"}
     assert complete(harness) == 8
     assert stop_requests.read_controls(engine, study_id).early_end == Rules()
 
@@ -80,3 +91,21 @@ def test_a_confirming_study_runs_all_of_its_trials(sqlite_url: str) -> None:
     work(harness, [0.2])
     confirming, _ = confirmation(harness.study, harness.config, 1, 1)
     assert (confirming.search.target, confirming.search.patience) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"target": "0.1"},
+        {"target": True},
+        {"patience": 0.5},
+        {"target": -1, "patience": [1]},
+        [],
+        "x",
+        {"target": None},
+    ],
+)
+def test_what_is_no_rule_in_a_database_ends_nothing_and_breaks_no_list(stored: object) -> None:
+    assert early_end.rules_of({"early_end": stored}) == Rules()
+    assert early_end.rules_of({"config": {"search": stored}}) == Rules()
+    assert early_end.rules_of({"config": stored}) == Rules()

@@ -99,6 +99,9 @@ def test_the_report_on_the_terminal_as_a_page_and_as_json(controls: StudyData) -
     assert document["manifest"]["images"] == {"train": 200, "validation": 144, "test": 359}
     assert document["manifest"]["versions"]["torch"]
     assert [trial["images"] for trial in document["trials"]] == [450] * 10
+    (parameters,) = {trial["network_parameters"] for trial in document["trials"]}
+    assert f"norm batch; {parameters:,} parameters" in document["description"]["Network"]
+    assert f"network paper, width 0.125, norm batch; {parameters:,} parameters" in text_of(controls)
 
 
 def test_figures_and_note_reach_optuna_dashboard(controls: StudyData) -> None:

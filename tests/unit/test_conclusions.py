@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,10 @@ def test_an_unfinished_study_says_so() -> None:
         "Not final: 16 of 19 trials have ended."
     )
     assert "Not final" not in said(grid_of({0.2: 0.9, 0.4: 0.8}, seeds=8)).answer
+    left = grid_of({0.2: 0.9, 0.4: 0.8}, seeds=8, waiting=3)
+    early = said(replace(left, status=replace(left.status, ended_early="the target 0.9 is reached"))).answer
+    assert early.endswith("The study ended early, with 16 of 19 trials.")
+    assert "Not final" not in early
 
 
 def test_nothing_complete_is_no_answer() -> None:
@@ -255,8 +260,6 @@ def test_time_ratios_can_be_undecided_too(seconds: list[float], sentence: str) -
 
 
 def test_times_of_two_devices_do_not_compare() -> None:
-    from dataclasses import replace
-
     data = made({"dynamic": [0.8] * 3, "full": [0.8] * 3}, policies("dynamic", "full", seeds=3))
     rows = tuple(replace(row, attributes={"device": row.policy}) for row in data.rows)
     assert aggregate.findings(replace(data, rows=rows)).ratios.keys() == {"full"}
