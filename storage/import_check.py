@@ -28,6 +28,7 @@ from storage.errors import UserError
 from storage.exclusions import EXCLUDED, MOST_REASON
 from storage.object_store import MOST_BYTES
 from storage.optuna_internals import models
+from storage.origins import AFTER, DERIVED_FROM, ORIGIN_TRIAL, is_whole
 from storage.schema import (
     ARTIFACT_CHUNKS,
     ARTIFACTS,
@@ -113,13 +114,14 @@ NUMBERS = frozenset(
     (
         "best_epoch", "epochs", "images", "seen", "train_seconds", "validation_seconds", "selection_seconds",
         "peak_memory_bytes", "joules", "test_accuracy", "seed", "cell", "replicate", "queue_position", "ticket",
+        ORIGIN_TRIAL,
     )
 )  # fmt: skip
 """User attributes of a trial that this program computes with."""
 STUDY_ATTRIBUTES: dict[str, type] = {
     "config": dict, "preset": str, "data_fingerprint": str, "images": dict, "protocol": str, "budgets": dict,
     "stop": bool, "uid": str, "classes": list, EXCLUDED: dict, EARLY_END: dict,
-    "data_facts": dict, "confirms": dict, "test_asked": list,
+    "data_facts": dict, "confirms": dict, "test_asked": list, DERIVED_FROM: dict, AFTER: dict,
 }  # fmt: skip
 
 
@@ -315,6 +317,8 @@ def _check_attributes(
             raise _Wrong(f"its {key} are not numbers")
     if not all(n.isdecimal() and _is_text(why, MOST_REASON) for n, why in attributes.get(EXCLUDED, {}).items()):
         raise _Wrong(f"its {EXCLUDED} are not trial numbers with reasons")
+    if not is_whole(attributes):
+        raise _Wrong(f"its {AFTER} or {DERIVED_FROM} is not what this program writes")
     try:
         check_config(attributes["config"])
     except UserError as error:

@@ -45,7 +45,7 @@ VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run a study": (run.launch, run.check, run.resume, run.stop, run.worker, run.confirm),
     "Look at it": (show.status, show.list_, show.report, publish.publish, show.dashboard),
     "The model": (model.model, model.predict, model.evaluate),
-    "Edit it": (edit.enqueue, edit.exclude, edit.skip),
+    "Edit it": (edit.enqueue, edit.exclude, edit.skip, edit.derive),
     "Presets": (show.presets, run.bench),
     "Manage": (
         manage.copy,
