@@ -12,7 +12,7 @@ import math
 import sqlite3
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -303,12 +303,7 @@ def _check_attributes(
 ) -> None:
     query = "SELECT key, value_json FROM study_user_attributes WHERE study_id = ?"
     attributes = {key: json.loads(text) for key, text in connection.execute(query, [study_id])}
-    for key, kind in STUDY_ATTRIBUTES.items():
-        if key in attributes and not isinstance(attributes[key], kind):
-            raise _Wrong(f"its {key} is no {kind.__name__}")
-    for key in ("config", "data_fingerprint"):
-        if key not in attributes:
-            raise _Wrong(f"it has no {key}")
+    _check_types(attributes)
     early_end = attributes.get(EARLY_END, {})
     if not all(value is None or (_is_finite(value) and value > 0) for value in early_end.values()):
         raise _Wrong(f"its {EARLY_END} are not numbers")
@@ -323,6 +318,15 @@ def _check_attributes(
         check_config(attributes["config"])
     except UserError as error:
         raise _Wrong(str(error)) from None
+
+
+def _check_types(attributes: Mapping[str, Any]) -> None:
+    for key, kind in STUDY_ATTRIBUTES.items():
+        if key in attributes and not isinstance(attributes[key], kind):
+            raise _Wrong(f"its {key} is no {kind.__name__}")
+    for key in ("config", "data_fingerprint"):
+        if key not in attributes:
+            raise _Wrong(f"it has no {key}")
 
 
 def _is_finite(value: object) -> bool:

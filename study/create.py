@@ -180,7 +180,7 @@ def check_trials(config: StudyConfig, data: PreparedData) -> None:
     """Try each network, policy and augmentation that is not ours, so that a fault is found before the launch.
 
     Raises:
-        UserError: one of them cannot be made for these data.
+        UserError, DataError: one of them cannot be made for these data.
     """
     is_image = len(data.shape) == 3
     if not is_image and config.data.augment:

@@ -75,6 +75,7 @@ def derive(
     Raises:
         UserError: the changes concern what decides a trial's numbers; bad settings; a study of that name is there.
             Nothing was changed.
+        DataError: a network or augmentation that cannot be made for the study's data.
     """
     more = [] if trials is None else [f"search.trials={trials}"]
     config = _checked(source, changed(source.config, file, [*assignments, *more]))
