@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,7 @@ class Made:
         self.engine = self.storage.engine
         self.queue = Queue(self.engine, self.id)
 
-    def work(
-        self, most: int = 1000, state: Callable[[int], TrialState] = lambda _: TrialState.COMPLETE
-    ) -> list[Params]:
+    def work(self, most: int = 1000, states: Mapping[int, TrialState] | None = None) -> list[Params]:
         asked = []
         for _ in range(most):
             lease = self.queue.claim()
@@ -85,17 +84,8 @@ class Made:
                 break
             params, _ = ask(self.study, self.config, lease, 200)
             asked.append(params)
-            epoch = {
-                "epoch": 1,
-                "accuracy": value(params),
-                "loss": 1.0,
-                "images": 60,
-                "kind": "keep",
-                "k": 0,
-                "beta": 0.1,
-            }
-            self.queue.record(lease, epoch | {"train_seconds": 1.0, "validation_seconds": 0.1}, {1: value(params)})
-            self.queue.finish(lease, states.get(lease.number, TrialState.COMPLETE), [value(params)])
+            self.queue.record(lease, EPOCH | {"accuracy": value(params)}, {1: value(params)})
+            self.queue.finish(lease, (states or {}).get(lease.number, TrialState.COMPLETE), [value(params)])
         return asked
 
 
