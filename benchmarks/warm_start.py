@@ -3,8 +3,8 @@
     python -m benchmarks.warm_start [--seeds 10] [--trials 20] [--source 16] [--processes 2]
 
 A study searches learning rate, batch size, weight decay and beta1 of Adam; a trial trains a small network for four
-epochs on 300 of the images each. For each seed there are two studies from nothing with different seeds, so that there is something fair
-to compare with (a study reaches its own best for certain), and studies that are informed by another one:
+epochs on 300 of the images each. For each seed there are two studies from nothing with different seeds, so that there
+is something fair to compare with (a study reaches its own best for certain), and studies informed by another one:
 
 - same: another study of the very same settings, with another seed;
 - static: one that trained on a fixed subset, a different policy;
