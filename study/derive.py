@@ -27,6 +27,8 @@ from study.search.compatibility import deciding_differences, fit
 OF_DATA = ("data_fingerprint", "images", "protocol", "data_facts", CLASSES, "code_sha256")
 """User attributes of a study that say what its data and its own code are."""
 MOST_LINES = 20
+CMA_ES_STATE = ("plain-cma:", "cma:")
+"""What keys of the system attributes begin with in which CMA-ES keeps its state, in this version and in older ones."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def derive(
         derivation.queued,
         replaced=(QUEUE_POSITION, "cell", "replicate", "seed", ENQUEUED, ORIGIN_TRIAL),
         # What CMA-ES has learned is in the old space's units; Hyperband's brackets go by a trial's number and study.
-        dropped=[*([] if same_search else ["cma:"]), *(["completed_rung_"] if _brackets(config) else [])],
+        dropped=[*([] if same_search else list(CMA_ES_STATE)), *(["completed_rung_"] if _brackets(config) else [])],
         keep=config.artifacts.count,
     )
     return derivation

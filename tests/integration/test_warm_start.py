@@ -84,7 +84,7 @@ class Made:
                 break
             params, _ = ask(self.study, self.config, lease, 200)
             asked.append(params)
-            self.queue.record(lease, EPOCH | {"accuracy": value(params)}, {1: value(params)})
+            self.queue.record(lease, [EPOCH | {"accuracy": value(params)}], {1: value(params)})
             self.queue.finish(lease, (states or {}).get(lease.number, TrialState.COMPLETE), [value(params)])
         return asked
 
