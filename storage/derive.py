@@ -63,7 +63,7 @@ def derive(
     """
     check_study_name(new_name)
     with tempfile.TemporaryDirectory(prefix="study-derive-") as folder:
-        files = transfer.files_of(storage, name, Path(folder))
+        files = transfer.files_of(storage, name, Path(folder), taken.keys())
 
         def once() -> None:
             with storage.engine.begin() as connection:

@@ -159,14 +159,22 @@ def _copy(
     return retry(once, PATIENCE_SECONDS)
 
 
-def files_of(source: RDBStorage, name: str, folder: Path) -> dict[str, Path]:
-    """The files of the study's checkpoints and models, read into `folder`: location to content."""
+def files_of(source: RDBStorage, name: str, folder: Path, only: Collection[int] | None = None) -> dict[str, Path]:
+    """The files of the study's checkpoints and models, read into `folder`: location to content.
+
+    Args:
+        only: of these trials, by their ids. None: of all.
+
+    Raises:
+        UserError: a store does not answer.
+    """
     of_study = sa.select(TRIALS.c.trial_id).join(STUDIES).where(STUDIES.c.study_name == name)
     places: list[tuple[str, str]] = []
     with source.engine.connect() as connection:
         for section, table in (("checkpoint", CHECKPOINTS), ("artifacts", ARTIFACTS)):
-            query = sa.select(table.c.location).where(table.c.trial_id.in_(of_study), table.c.location.is_not(None))
-            if locations := connection.scalars(query).all():
+            query = sa.select(table.c.trial_id, table.c.location)
+            rows = connection.execute(query.where(table.c.trial_id.in_(of_study), table.c.location.is_not(None))).all()
+            if locations := [row.location for row in rows if only is None or row.trial_id in only]:
                 store = store_of(connection, find_study(connection, name), section)
                 places += [(store, location) for location in locations if store != object_store.DATABASE]
     files = {}

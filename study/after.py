@@ -53,7 +53,7 @@ def informing(storage: RDBStorage, name: str, other: str, data: PreparedData) ->
         params, faults = fit(config, theirs, trial.params)
         each = _stored(trial, params)
         if faults or not warm_start.fits(config, each):
-            reasons[trial.number] = "; ".join(faults)
+            reasons[trial.number] = "; ".join(faults) or "it has no value"
         else:
             trials.append(each)
     trials = trials[:: -(-len(trials) // MOST_INFORMING) or 1]

@@ -60,7 +60,8 @@ class Derivation:
             more = sum(len(numbers) for numbers in list(by_reason.values())[MOST_LINES:])
             lines = [*lines[:MOST_LINES], f"not taken over: {more} more trials for other reasons"]
         if self.unfinished:
-            lines.append(f"not taken over: {self.unfinished} trials that have not finished")
+            have = "trial that has" if self.unfinished == 1 else "trials that have"
+            lines.append(f"not taken over: {self.unfinished} {have} not finished")
         return lines
 
 

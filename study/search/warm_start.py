@@ -34,13 +34,12 @@ def can_learn(config: StudyConfig) -> bool:
 def fits(config: StudyConfig, stored: Mapping[str, Any]) -> bool:
     """Whether a stored trial (`storage.origins.Informed`) lies in the study's space, with one value an objective."""
     params, objectives = stored["params"], config.search.objective.count(",") + 1
-    searched = config.searched()
-    return len(stored["values"]) == objectives and all(
-        (name in params) == space.relevant(config, params, name) and space.contains(config, name, params[name])
-        if name in params
-        else not space.relevant(config, params, name)
-        for name in searched
-    ) and params.keys() <= searched.keys()  # fmt: skip
+    needed = {name for name in config.searched() if space.relevant(config, params, name)}
+    return (
+        len(stored["values"]) == objectives
+        and params.keys() == needed
+        and all(space.contains(config, name, params[name]) for name in needed)
+    )
 
 
 def informing_trials(config: StudyConfig, stored: Sequence[Mapping[str, Any]]) -> list[FrozenTrial]:

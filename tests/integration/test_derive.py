@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from dashboards import status, study_data
 from dashboards.reports import html
 from dashboards.reports import json as json_report
 from storage import artifacts, exclusions, queries
-from storage.engine import open_storage
+from storage.engine import close, open_storage
 from storage.errors import UserError
 from storage.optuna_internals import study_id_of
 from storage.schema import ARTIFACTS, STUDIES, TRIAL_PARAMS
 from storage.study_attributes import set_attribute
-from storage.transfer import copy, delete
+from storage.transfer import copy, delete, import_study
+from study.config.loading import parse_config
 from study.confirm import TEST_ASKED
 from study.create import OpenStudy, open_study
 from study.derive import Derivation, derive
@@ -241,7 +244,7 @@ def test_failed_excluded_and_unfinished_trials_stay_with_their_study(url: str) -
     assert done.lines() == [
         "not taken over: 1: it is excluded: the disk was full",
         "not taken over: 2: it failed",
-        "not taken over: 1 trials that have not finished",
+        "not taken over: 1 trial that has not finished",
     ]
     new = open_study(url, "d").study
     assert [t.state.name for t in new.trials] == ["COMPLETE", "WAITING", "WAITING", "WAITING"]
@@ -370,9 +373,15 @@ def test_the_origin_is_shown_and_travels(finished_twice: tuple[Harness, str], tm
     assert "s<i>" not in page.replace("s&lt;i&gt;", "")
     document = json.loads(json.dumps(json_report.report(data)))
     assert document["derived_from"] == {"study": "s<i>", "taken_over": 2, "finished": 4}
-    target = open_storage(f"sqlite:///{tmp_path / 'copy.db'}")
-    copy(harness.storage, target, name)
-    assert sentence in status.heading(status.read(target.engine, name))
+    exported, url = open_storage(f"sqlite:///{tmp_path / 'd.study'}"), f"sqlite:///{tmp_path / 'target.db'}"
+    copy(harness.storage, exported, name)
+    close(exported.engine)
+    assert import_study(tmp_path / "d.study", url, check_config=parse_config) == (name, 4)
+    assert sentence in status.heading(status.read(open_storage(url).engine, name))
+    with closing(sqlite3.connect(tmp_path / "d.study")) as connection, connection:
+        connection.execute("UPDATE study_user_attributes SET value_json = '{}' WHERE key = 'derived_from'")
+    with pytest.raises(UserError, match="its after or derived_from is not what this program writes"):
+        import_study(tmp_path / "d.study", url, "again", check_config=parse_config)
 
 
 @pytest.fixture
