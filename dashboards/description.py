@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dashboards.formatting import count, label, shown
+from dashboards.status import origin_lines
 from dashboards.study_data import StudyData
 from study.config.values import Range
 
@@ -43,6 +44,7 @@ def describe(data: StudyData) -> list[tuple[str, str]]:
         ("Length", f"{config.training.images:,} images trained on" if config.training.images else ""),
         ("Metric", data.metric),
         ("Search", _search(data)),
+        ("Origin", "; ".join(origin_lines(data.status))),
         ("Trials", ", ".join(f"{number:,} {name}" for name, number in data.status.states.items() if number)),
         ("Machines", _machines(row.attributes for row in ended)),
         ("Cost", _cost(data)),

@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from dashboards.formatting import budget_lines, label, percent, plain_table, process_of
 from storage import budgets, early_end, exclusions, queries, retry, stop_requests
+from storage.origins import Derived, Informed, derived_from, informed_by
 from storage.queries import Attempt, Progress, Running, StudySummary
 from storage.text import command, printable
 
@@ -57,6 +58,10 @@ class Status:
     """Why, if `search.target` or `search.patience` has ended the study."""
     excluded: dict[int, str] = field(default_factory=dict)
     """Trials that a person has left out of sampler, pruner and tables, and why."""
+    derived_from: Derived | None = None
+    """The study whose trials it took over."""
+    informed_by: Informed | None = None
+    """The study whose trials its sampler learns from too."""
 
     @property
     def states(self) -> dict[str, int]:
@@ -116,6 +121,8 @@ def read(engine: sa.Engine, name: str) -> Status:
         failed_attempts=tuple(queries.attempts(engine, study_id, failed=MOST_FAILURES)),
         ended_early=early_end.reason_to_end(engine, study_id, controls.early_end),
         excluded=left_out,
+        derived_from=derived_from(attributes),
+        informed_by=informed_by(attributes),
     )
 
 
@@ -148,6 +155,7 @@ def heading(status: Status) -> list[str]:
         f"{status.name} ({status.preset}): {status.progress.total} trials: {states}",
         f"protocol {status.protocol}",
     ]
+    lines += origin_lines(status)
     if status.progress.best_trial is not None:
         chosen = f", {label(status.best_parameters)}" if status.best_parameters else ""
         runs = status.progress.states["complete"]
@@ -158,6 +166,14 @@ def heading(status: Status) -> list[str]:
         lines.append(f"ended early: {status.ended_early}")
     lines += [f"trial {number} is excluded: {why}" for number, why in status.excluded.items()]
     return lines + [f"trial {number} failed: {error}" for number, error in status.failures.items()]
+
+
+def origin_lines(status: Status) -> list[str]:
+    """Which other studies it comes from; what their trials count for."""
+    lines = [] if status.derived_from is None else [str(status.derived_from)]
+    if status.informed_by is not None:
+        lines.append(f"{status.informed_by}, which count for the sampler alone")
+    return lines
 
 
 def page(status: Status, storage: str | None = None, width: int = WIDE) -> RenderableType:
@@ -236,6 +252,10 @@ def document(status: Status) -> dict[str, Any]:
         "interrupted": [asdict(trial) for trial in now.interrupted],
         "failures": status.failures,
         "excluded": status.excluded,
+        "derived_from": None if status.derived_from is None else status.derived_from.attribute(),
+        "informed_by": None
+        if status.informed_by is None
+        else {"study": status.informed_by.study, "trials": len(status.informed_by.trials)},
         "tickets": now.total,  # the name of `total` in version 0.1
     }
 

@@ -146,7 +146,7 @@ def name(connection: sa.Connection, study_id: int, lease: Lease, artifact: NewAr
     put(connection, lease.trial_id, lease.number, lease.token, artifact)
     left = sa.and_(ARTIFACT_CHUNKS.c.trial_id == lease.trial_id, ARTIFACT_CHUNKS.c.artifact_id != artifact.id)
     connection.execute(sa.delete(ARTIFACT_CHUNKS).where(left))  # by earlier attempts
-    return _trim(connection, study_id, artifact.keep)
+    return trim(connection, study_id, artifact.keep)
 
 
 def put(connection: sa.Connection, trial_id: int, number: int, token: int, artifact: NewArtifact) -> None:
@@ -161,7 +161,12 @@ def put(connection: sa.Connection, trial_id: int, number: int, token: int, artif
     connection.execute(sa.insert(TRIAL_SYSTEM_ATTRS).values(attribute))
 
 
-def _trim(connection: sa.Connection, study_id: int, keep: int | None) -> list[str]:
+def trim(connection: sa.Connection, study_id: int, keep: int | None) -> list[str]:
+    """Remove the models that fall out of the best `keep`; None: none does. Under `lock_study`.
+
+    Returns:
+        Files to be removed once the transaction is committed.
+    """
     if keep is None:
         return []
     files = []

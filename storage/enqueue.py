@@ -40,6 +40,7 @@ def enqueue_trials(
     attributes: Mapping[str, Any],
     trials: Sequence[FrozenTrial],
     replaced: Mapping[str, Any] | None = None,
+    first: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Give a study its attributes and its queued trials, all or nothing, once.
 
@@ -50,6 +51,7 @@ def enqueue_trials(
     Args:
         trials: WAITING trials with the user attribute `queue_position`, which counts from 0.
         replaced: the old values of attributes that do get their new value, if they are still stored.
+        first: further attributes of a study that has none yet.
 
     Returns:
         The study's user attributes.
@@ -63,6 +65,7 @@ def enqueue_trials(
             query = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(STUDY_ATTRS.c.study_id == study_id)
             stored = {key: json.loads(text) for key, text in connection.execute(query)}
             missing = {key: value for key, value in attributes.items() if key not in stored}
+            missing |= {} if stored else dict(first or {})
             if missing:
                 rows = [{"study_id": study_id, "key": k, "value_json": json.dumps(v)} for k, v in missing.items()]
                 connection.execute(sa.insert(STUDY_ATTRS), rows)
@@ -82,7 +85,7 @@ def enqueue_trials(
             ).scalar_one()
             # Two first launches with different settings: the second gets the attributes of the first, and adds no work.
             if all(stored.get(key, value) == value for key, value in attributes.items()):
-                _insert_trials(connection, study_id, count, trials[queued:])
+                insert_trials(connection, study_id, count, trials[queued:])
             return stored | missing
 
     return retry(once)
@@ -109,13 +112,14 @@ def add_trial(engine: sa.Engine, study_id: int, trial: FrozenTrial, *, seed_by_n
             queued = copy.copy(trial)
             if seed_by_number:
                 queued.user_attrs = trial.user_attrs | {"seed": trial.user_attrs["seed"] + number}
-            _insert_trials(connection, study_id, number, [queued])
+            insert_trials(connection, study_id, number, [queued])
             return int(number)
 
     return retry(once, PATIENCE_SECONDS)
 
 
-def _insert_trials(connection: sa.Connection, study_id: int, first: int, trials: Sequence[FrozenTrial]) -> None:
+def insert_trials(connection: sa.Connection, study_id: int, first: int, trials: Sequence[FrozenTrial]) -> None:
+    """Insert WAITING trials with the numbers from `first` on, with their parameters and user attributes."""
     if not trials:
         return
     rows = [{"study_id": study_id, "number": first + i, "state": TrialState.WAITING} for i in range(len(trials))]
@@ -127,18 +131,7 @@ def _insert_trials(connection: sa.Connection, study_id: int, first: int, trials:
         ours = (LEASES, ATTEMPTS, CHECKPOINTS, EPOCHS, ARTIFACTS, ARTIFACT_CHUNKS)
         for table in (*ours, REPORTS, TRIAL_VALUES, TRIAL_SYSTEM_ATTRS):
             connection.execute(sa.delete(table).where(table.c.trial_id.between(min(ids), max(ids))))
-    params = [
-        {
-            "trial_id": trial_id,
-            "param_name": name,
-            "param_value": trial.distributions[name].to_internal_repr(value),
-            "distribution_json": distribution_to_json(trial.distributions[name]),
-        }
-        for trial_id, trial in zip(ids, trials, strict=True)
-        for name, value in trial.params.items()
-    ]
-    if params:
-        connection.execute(sa.insert(TRIAL_PARAMS), params)
+    insert_parameters(connection, dict(zip(ids, trials, strict=True)))
     attributes = [
         {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
         for trial_id, trial in zip(ids, trials, strict=True)
@@ -146,3 +139,19 @@ def _insert_trials(connection: sa.Connection, study_id: int, first: int, trials:
     ]
     if attributes:
         connection.execute(sa.insert(TRIAL_ATTRS), attributes)
+
+
+def insert_parameters(connection: sa.Connection, trials: Mapping[int, FrozenTrial]) -> None:
+    """Insert the parameters of trials, by trial id."""
+    params = [
+        {
+            "trial_id": trial_id,
+            "param_name": name,
+            "param_value": trial.distributions[name].to_internal_repr(value),
+            "distribution_json": distribution_to_json(trial.distributions[name]),
+        }
+        for trial_id, trial in trials.items()
+        for name, value in trial.params.items()
+    ]
+    if params:
+        connection.execute(sa.insert(TRIAL_PARAMS), params)

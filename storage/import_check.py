@@ -12,7 +12,7 @@ import math
 import sqlite3
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from storage.errors import UserError
 from storage.exclusions import EXCLUDED, MOST_REASON
 from storage.object_store import MOST_BYTES
 from storage.optuna_internals import models
+from storage.origins import AFTER, DERIVED_FROM, ORIGIN_TRIAL, is_whole
 from storage.schema import (
     ARTIFACT_CHUNKS,
     ARTIFACTS,
@@ -122,13 +123,14 @@ NUMBERS = frozenset(
         "best_epoch", "epochs", "images", "seen", "train_seconds", "validation_seconds", "selection_seconds",
         "peak_memory_bytes", "joules", "test_accuracy", "seed", "cell", "replicate", "queue_position", "ticket",
         "network_parameters",
+        ORIGIN_TRIAL,
     )
 )  # fmt: skip
 """User attributes of a trial that this program computes with."""
 STUDY_ATTRIBUTES: dict[str, type] = {
     "config": dict, "preset": str, "data_fingerprint": str, "images": dict, "protocol": str, "budgets": dict,
     "stop": bool, "uid": str, "classes": list, EXCLUDED: dict, EARLY_END: dict,
-    "data_facts": dict, "confirms": dict, "test_asked": list,
+    "data_facts": dict, "confirms": dict, "test_asked": list, DERIVED_FROM: dict, AFTER: dict,
 }  # fmt: skip
 
 
@@ -310,12 +312,7 @@ def _check_attributes(
 ) -> None:
     query = "SELECT key, value_json FROM study_user_attributes WHERE study_id = ?"
     attributes = {key: json.loads(text) for key, text in connection.execute(query, [study_id])}
-    for key, kind in STUDY_ATTRIBUTES.items():
-        if key in attributes and not isinstance(attributes[key], kind):
-            raise _Wrong(f"its {key} is no {kind.__name__}")
-    for key in ("config", "data_fingerprint"):
-        if key not in attributes:
-            raise _Wrong(f"it has no {key}")
+    _check_types(attributes)
     early_end = attributes.get(EARLY_END, {})
     if not all(value is None or (_is_finite(value) and value > 0) for value in early_end.values()):
         raise _Wrong(f"its {EARLY_END} are not numbers")
@@ -324,10 +321,21 @@ def _check_attributes(
             raise _Wrong(f"its {key} are not numbers")
     if not all(n.isdecimal() and _is_text(why, MOST_REASON) for n, why in attributes.get(EXCLUDED, {}).items()):
         raise _Wrong(f"its {EXCLUDED} are not trial numbers with reasons")
+    if not is_whole(attributes):
+        raise _Wrong(f"its {AFTER} or {DERIVED_FROM} is not what this program writes")
     try:
         check_config(attributes["config"])
     except UserError as error:
         raise _Wrong(str(error)) from None
+
+
+def _check_types(attributes: Mapping[str, Any]) -> None:
+    for key, kind in STUDY_ATTRIBUTES.items():
+        if key in attributes and not isinstance(attributes[key], kind):
+            raise _Wrong(f"its {key} is no {kind.__name__}")
+    for key in ("config", "data_fingerprint"):
+        if key not in attributes:
+            raise _Wrong(f"it has no {key}")
 
 
 def _is_finite(value: object) -> bool:

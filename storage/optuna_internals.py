@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "DASHBOARD",
     "DASHBOARD_NOTE",
     "NOTE_LENGTH",
     "DashboardRoute",
@@ -52,6 +53,8 @@ __all__ = [
 # `PlainCmaEsSampler`: overrides how CmaEsSampler stores and reads its optimizer, and reads the state of a cmaes.CMA.
 # `is_first_in_interval_step`: at which steps PercentilePruner looks; our faster one must look at the same.
 
+DASHBOARD = "dashboard:"
+"""What optuna-dashboard's keys among a study's system attributes begin with: its note, its figures, notes on trials."""
 DASHBOARD_NOTE = re.compile(r"dashboard:(\d+):")
 """optuna-dashboard keeps the note on a trial among the study's system attributes, under the trial's id."""
 

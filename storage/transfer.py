@@ -82,7 +82,7 @@ def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None
         UserError: no such study, one of that name in the target, or trials that are being worked on.
     """
     with tempfile.TemporaryDirectory(prefix="study-copy-") as folder:
-        return _copy(source, target, name, new_name or name, _files_of(source, name, Path(folder)), {})
+        return _copy(source, target, name, new_name or name, files_of(source, name, Path(folder)), {})
 
 
 def import_study(
@@ -135,7 +135,7 @@ def _copy(
         with target.engine.begin() as into, _reading(source, target, into) as out_of:
             if target.engine.dialect.name == "postgresql":  # checkpoints may take long to read
                 into.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
-            old = _study_id(out_of, name)
+            old = find_study(out_of, name)
             _refuse_live(out_of, old, name, "copying", "stop those workers first")
             (row,) = _rows(out_of, STUDIES, "study_id", [old])
             row = {"study_name": new_name} | {key: row[key] for key in row.keys() - {"study_id", "study_name"}}
@@ -143,14 +143,14 @@ def _copy(
             new = into.execute(insert.returning(STUDIES.c.study_id)).scalar_one_or_none()
             if new is None:
                 raise UserError(f"a study {new_name!r} is in the target already; choose another --name")
-            ids = _copy_trials(out_of, into, old, new, files)
+            ids = copy_trials(out_of, into, old, new, files)
             into.execute(sa.delete(SPENDING).where(SPENDING.c.study_id == new))  # SQLite may give the id again
             for table in OF_STUDY:
                 if table is SPENDING:  # whoever works on the copy adds up anew
                     continue
                 rows = _rows(out_of, table, "study_id", [old])
                 if table is STUDY_SYSTEM_ATTRS:
-                    rows = _with_new_ids(rows, ids)
+                    rows = with_new_ids(rows, ids)
                 if table is STUDY_ATTRS:
                     rows = _with_original_name(_with_own_stores(rows, stores), old, name, new_name)
                 _put(into, table, "study_id", {old: new}, rows)
@@ -159,15 +159,23 @@ def _copy(
     return retry(once, PATIENCE_SECONDS)
 
 
-def _files_of(source: RDBStorage, name: str, folder: Path) -> dict[str, Path]:
-    """The files of the study's checkpoints and models, read into `folder`: location to content."""
+def files_of(source: RDBStorage, name: str, folder: Path, only: Collection[int] | None = None) -> dict[str, Path]:
+    """The files of the study's checkpoints and models, read into `folder`: location to content.
+
+    Args:
+        only: of these trials, by their ids. None: of all.
+
+    Raises:
+        UserError: a store does not answer.
+    """
     of_study = sa.select(TRIALS.c.trial_id).join(STUDIES).where(STUDIES.c.study_name == name)
     places: list[tuple[str, str]] = []
     with source.engine.connect() as connection:
         for section, table in (("checkpoint", CHECKPOINTS), ("artifacts", ARTIFACTS)):
-            query = sa.select(table.c.location).where(table.c.trial_id.in_(of_study), table.c.location.is_not(None))
-            if locations := connection.scalars(query).all():
-                store = store_of(connection, _study_id(connection, name), section)
+            query = sa.select(table.c.trial_id, table.c.location)
+            rows = connection.execute(query.where(table.c.trial_id.in_(of_study), table.c.location.is_not(None))).all()
+            if locations := [row.location for row in rows if only is None or row.trial_id in only]:
+                store = store_of(connection, find_study(connection, name), section)
                 places += [(store, location) for location in locations if store != object_store.DATABASE]
     files = {}
     for number, (store, location) in enumerate(places):
@@ -196,7 +204,7 @@ def requeue(storage: RDBStorage, name: str, *, trials: Collection[int] | None) -
 
     def once() -> tuple[list[int], str, list[str]]:
         with storage.engine.begin() as connection:
-            study_id = _study_id(connection, name, lock=True)
+            study_id = find_study(connection, name, lock=True)
             query = sa.select(TRIALS.c.number, TRIALS.c.state, TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)
             rows = {row.number: row for row in connection.execute(query.order_by(TRIALS.c.number))}
             failed = [number for number, row in rows.items() if row.state == TrialState.FAIL]
@@ -229,7 +237,7 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
 
     def once() -> list[tuple[str, Sequence[str]]]:
         with storage.engine.begin() as connection:
-            study_id = _study_id(connection, name, lock=True)
+            study_id = find_study(connection, name, lock=True)
             trials = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)
             # Leases first, as workers do: they wait there for us, and then find nothing. Nobody claims a locked trial.
             for locked in (sa.select(LEASES.c.trial_id).where(LEASES.c.trial_id.in_(trials)), trials):
@@ -264,7 +272,12 @@ def _reading(source: RDBStorage, target: RDBStorage, into: sa.Connection) -> Ite
         yield connection
 
 
-def _study_id(connection: sa.Connection, name: str, lock: bool = False) -> int:
+def find_study(connection: sa.Connection, name: str, lock: bool = False) -> int:
+    """The id of a study.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     query = sa.select(STUDIES.c.study_id).where(STUDIES.c.study_name == name)
     study_id = connection.scalar(query.with_for_update() if lock else query)
     if study_id is None:
@@ -283,11 +296,28 @@ def _refuse_live(connection: sa.Connection, study_id: int, name: str, doing: str
         raise UserError(f"{doing} needs a study at rest, but {workers}; {fix}")
 
 
-def _copy_trials(
-    out_of: sa.Connection, into: sa.Connection, old: int, new: int, files: Mapping[str, Path]
+def copy_trials(
+    out_of: sa.Connection,
+    into: sa.Connection,
+    old: int,
+    new: int,
+    files: Mapping[str, Path],
+    only: Collection[int] | None = None,
 ) -> dict[int, int]:
-    """The trials of a study and all that is theirs; old to new trial ids."""
+    """Copy the trials of a study and all that is theirs, models and checkpoints included.
+
+    Args:
+        old, new: ids of the studies.
+        files: location to content, for checkpoints and models that are not in the source's database.
+        only: ids of the trials; their copies are numbered anew from 0. None: all, under their numbers.
+
+    Returns:
+        Old to new trial ids.
+    """
     trials = _rows(out_of, TRIALS, "study_id", [old])
+    if only is not None:
+        kept = sorted((row for row in trials if row["trial_id"] in only), key=lambda row: row["number"])
+        trials = [row | {"number": number} for number, row in enumerate(kept)]
     old_ids = [row.pop("trial_id") for row in trials]
     insert = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
     new_ids = into.scalars(insert, [row | {"study_id": new} for row in trials]).all() if trials else []
@@ -302,6 +332,7 @@ def _copy_trials(
         if table is CHECKPOINTS:  # up to hundreds of megabytes each
             of_study = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == old)
             size, having = 1, list(out_of.scalars(sa.select(table.c.trial_id).where(table.c.trial_id.in_(of_study))))
+            having = [trial_id for trial_id in having if trial_id in ids]
         for batch in _batches(having, size):
             rows = _rows(out_of, table, "trial_id", batch)
             if table is CHECKPOINTS:
@@ -310,21 +341,33 @@ def _copy_trials(
                 rows = [row for row in rows if not row["key"].startswith(artifacts.ATTRIBUTE)]
             _put(into, table, "trial_id", ids, rows)
     into.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(of_copy)).values(expires_at=0.0))
-    _copy_artifacts(out_of, into, old, ids, files)
+    numbers = {old_id: row["number"] for old_id, row in zip(old_ids, trials, strict=True)}
+    _copy_artifacts(out_of, into, old, ids, numbers, files)
     return ids
 
 
 def _copy_artifacts(
-    out_of: sa.Connection, into: sa.Connection, old: int, ids: Mapping[int, int], files: Mapping[str, Path]
+    out_of: sa.Connection,
+    into: sa.Connection,
+    old: int,
+    ids: Mapping[int, int],
+    numbers: Mapping[int, int],
+    files: Mapping[str, Path],
 ) -> None:
-    """The models of a study, under new ids, as far as they are whole."""
+    """The models of the trials in `ids`, under new ids, as far as they are whole.
+
+    Args:
+        numbers: of the trials' copies, by old trial id.
+    """
     query = sa.select(ARTIFACTS, TRIALS.c.number).join(TRIALS, TRIALS.c.trial_id == ARTIFACTS.c.trial_id)
     for row in out_of.execute(query.where(TRIALS.c.study_id == old).order_by(TRIALS.c.number)).all():
+        if row.trial_id not in ids:
+            continue
         if row.location is None:
             parts = artifacts.chunks(out_of, row.trial_id, row.artifact_id, row.size)
         else:
             parts = _file_parts(files.get(row.location))
-        if not artifacts.copy_content(into, ids[row.trial_id], row.number, row, parts):
+        if not artifacts.copy_content(into, ids[row.trial_id], numbers[row.trial_id], row, parts):
             logger.warning("the model of trial %d is missing or damaged and was not copied", row.number)
 
 
@@ -363,7 +406,7 @@ def _put(into: sa.Connection, table: sa.Table, key: str, ids: Mapping[int, int],
         into.execute(sa.insert(table), rows)
 
 
-def _with_new_ids(attributes: list[dict[str, Any]], ids: Mapping[int, int]) -> list[dict[str, Any]]:
+def with_new_ids(attributes: list[dict[str, Any]], ids: Mapping[int, int]) -> list[dict[str, Any]]:
     """Notes follow their trials. One on no trial of the study (Optuna's own copy makes such) might clash: left out."""
     kept = []
     for row in attributes:

@@ -11,6 +11,7 @@ The command line does the same things, and more: a study that one of them has st
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,6 +40,8 @@ from storage.transfer import COPIED_TO
 from storage.url import DEFAULT
 from study import confirm as confirming
 from study import create
+from study import derive as deriving
+from study.after import informing
 from study.config import extensions
 from study.config.loading import LoadedConfig, load, parse_config
 from study.config.models import StudyConfig
@@ -46,6 +49,8 @@ from study.create import OpenStudy
 from study.exit_codes import DATABASE_UNAVAILABLE
 from study.launchers.launcher import LaunchOptions, make_launcher, run_study
 from study.worker.stop_monitor import STOP_SIGNALS
+
+logger = logging.getLogger(__name__)
 
 Table = Any
 """A pandas DataFrame where pandas is installed, else a list of dictionaries. One row each."""
@@ -61,6 +66,7 @@ def launch(
     threads: int | None = None,
     data_root: str | Path | None = None,
     budget: Iterable[str] | None = None,
+    after: str | None = None,
 ) -> Study:
     """Start a study on this machine, or continue it, and return when its workers have ended.
 
@@ -77,6 +83,8 @@ def launch(
         threads: of each worker on a CPU. None: $OMP_NUM_THREADS, else 1.
         data_root: folder of images. None: $STUDY_DATA_ROOT, else a cache.
         budget: such as ["2 h", "500000 images"], shared by all workers. None: as it is.
+        after: the name of a study in the same storage with the same data, protocol, network and epochs, whose finished
+            trials inform the sampler of a new study; they count nowhere else. The same call continues.
 
     Raises:
         UserError: bad input, or a study of that name with other settings or data; nothing has begun.
@@ -93,7 +101,8 @@ def launch(
         extensions.allow([] if loaded.folder is None else [loaded.folder])
     options = LaunchOptions(device=device, workers=workers, threads=threads)
     study_name = loaded.name if name is None else name
-    return _run(loaded.config, study_name, origin, storage, options, data_root or loaded.data_root, budget)
+    root = data_root or loaded.data_root
+    return _run(loaded.config, study_name, origin, storage, options, root, budget, after=after)
 
 
 def open_study(name: str, storage: str | None = None) -> Study:
@@ -242,6 +251,34 @@ class Study:
         opened = [open_study(other, self._opened.url) if isinstance(other, str) else other for other in others]
         return StudyComparison(comparison.compare_studies([self._data(), *(other._data() for other in opened)]))
 
+    def derive(
+        self,
+        name: str,
+        config: str | Path | None = None,
+        *,
+        assignments: Iterable[str] = (),
+        trials: int | None = None,
+    ) -> Study:
+        """A new study with this one's settings but another search space, with the finished trials that lie in it.
+
+        Its other trials are queued: `study resume NAME` runs them, or `launch(new.config.model_dump(), name=new.name)`.
+        Which trials were not taken over, and why, is logged.
+
+        Args:
+            name: of the new study, in the same storage.
+            config: a config file or preset, which is laid over this study's settings.
+            assignments: such as "policy.alpha=[400, 800]", laid over both.
+            trials: `search.trials`; those that are taken over count among them.
+
+        Raises:
+            UserError: the changes concern what decides a trial's numbers; bad settings; a study of that name is there.
+        """
+        source = None if config is None else str(config)
+        words = [assignments] if isinstance(assignments, str) else assignments
+        for line in deriving.derive(self._opened, name, source, words, trials).lines():
+            logger.info("%s", line)
+        return Study(OpenStudy(self._opened.url, self._opened.storage, *create.load_study(self._opened.storage, name)))
+
     @property
     def optuna(self) -> optuna.Study:
         """The `optuna.Study`, for Optuna's own tools: `trials_dataframe()`, `optuna.visualization`, `enqueue_trial`.
@@ -333,11 +370,13 @@ def _run(
     data_root: str | Path | None,
     budget: Iterable[str] | None = None,
     confirms: confirming.Confirmation | None = None,
+    after: str | None = None,
 ) -> Study:
     """Create the study or find it, and run it.
 
     Args:
         confirms: what the study confirms: the data must be the same.
+        after: the study whose trials inform the sampler.
     """
     check_study_name(name)
     url = _url(storage)
@@ -350,7 +389,9 @@ def _run(
     if confirms is not None:
         create.check_fingerprint(confirms.searched.study, data)
     opened = open_storage(url)
-    create.create_study(opened, name, origin, data.config, data, confirms.attributes if confirms else None)
+    informed = None if after is None else informing(opened, name, after, data)
+    more = confirms.attributes if confirms else None
+    create.create_study(opened, name, origin, data.config, data, more, informed)
     study = OpenStudy(url, opened, *create.load_study(opened, name))
     if confirms is not None:
         confirms.record(study)

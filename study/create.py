@@ -15,7 +15,7 @@ import optuna
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
 
-from storage import object_store
+from storage import object_store, origins
 from storage.cached_storage import CachedStorage
 from storage.checkpoints import DATABASE
 from storage.engine import open_storage
@@ -148,7 +148,7 @@ def prepare(config: StudyConfig, root: str | None) -> PreparedData:
         code,
         {"shape": list(images.train_images.shape[1:]), "classes": len(split.classes), "largest": shares},
     )
-    _check_trials(config, data)
+    check_trials(config, data)
     return data
 
 
@@ -163,8 +163,28 @@ def load_images(config: StudyConfig, root: str | None) -> dataset.Dataset:
     return sources.load(options.name, root, size=options.size, channels=options.channels, make=make)
 
 
-def _check_trials(config: StudyConfig, data: PreparedData) -> None:
-    """Try each network, policy and augmentation that is not ours, so that a fault is found before the launch."""
+def stored_data(study: OpenStudy) -> PreparedData:
+    """What the study stores of its data; empty where a study of an earlier version stores nothing."""
+    stored = study.study.user_attrs
+    images, facts = dict(stored.get("images", {})), dict(stored.get("data_facts", {}))
+    return PreparedData(
+        stored["data_fingerprint"],
+        images,
+        (images.get("train", 0), images.get("validation", 0), images.get("test", 0)),
+        study.config,
+        tuple(map(str, stored.get(CLASSES, ()))),
+        tuple(facts.get("shape", ())),
+        stored.get("code_sha256"),
+        facts,
+    )
+
+
+def check_trials(config: StudyConfig, data: PreparedData) -> None:
+    """Try each network, policy and augmentation that is not ours, so that a fault is found before the launch.
+
+    Raises:
+        UserError, DataError: one of them cannot be made for these data.
+    """
     is_image = len(data.shape) == 3
     if not is_image and config.data.augment:
         raise UserError(f"data.augment is for images; those of {config.data.name!r} have the shape {data.shape}")
@@ -193,14 +213,18 @@ def create_study(
     config: StudyConfig,
     data: PreparedData,
     more: Mapping[str, Any] | None = None,
+    informed: origins.Informed | None = None,
 ) -> bool:
     """Create the study and queue its trials, or find them; whether it is new. More trials or replicates are added.
 
     Args:
         more: further user attributes of the study.
+        informed: the trials of another study that inform the sampler of a new study (`study.after`); a study that
+            exists keeps those that it has, which must be of the same other study.
 
     Raises:
-        UserError: no name for a study, or the study exists with another config or other data, and what differs.
+        UserError: no name for a study, or the study exists with another config, other data or informed by another
+            study, and what differs.
     """
     check_study_name(name)
     existed = name in optuna.get_all_study_names(storage)
@@ -221,7 +245,7 @@ def create_study(
             study.set_metric_names(["validation accuracy", *(["images trained on"] if pareto else [])])
     attributes = {
         "config": config.model_dump(mode="json"),
-        "preset": preset,
+        "preset": stored.get("preset", preset),
         "data_fingerprint": data.fingerprint,
         "images": data.images,
         "protocol": stored.get("protocol", PROTOCOLS[config.data.protocol]),  # worded otherwise by older versions
@@ -235,7 +259,13 @@ def create_study(
         attributes[CLASSES] = list(data.classes)
     old = stored.get("config")
     replaced = {"config": old} if old is not None and _grows(parse_config(old), config) else None
-    stored = enqueue_trials(storage.engine, study_id_of(study), attributes, space.queued_trials(config), replaced)
+    other = {} if informed is None else {origins.AFTER: informed.attribute()}
+    if stored:
+        _check_informed(name, stored, informed)
+    stored = enqueue_trials(
+        storage.engine, study_id_of(study), attributes, space.queued_trials(config), replaced, first=other
+    )
+    _check_informed(name, stored, informed)
     stored_config = parse_config(stored["config"])
     if stored_config != config:
         changed = "; ".join(differences(config, stored_config))
@@ -245,6 +275,19 @@ def create_study(
     check_fingerprint(study, data)
     check_code(study, config)
     return not existed
+
+
+def _check_informed(name: str, stored: Mapping[str, Any], informed: origins.Informed | None) -> None:
+    """Raises:
+    UserError: another study informs this one, or none does.
+    """
+    theirs = origins.informed_by(stored)
+    asked, is_so = (None if each is None else each.study for each in (informed, theirs))
+    if asked == is_so:
+        return
+    fix = f"choose another --name, or give --after {is_so}" if is_so else "choose another --name, or leave out --after"
+    now = f"informed by {is_so!r}" if is_so else "informed by no other study"
+    raise UserError(f"the study {name!r} exists and is {now}: {fix}")
 
 
 def _grows(old: StudyConfig, new: StudyConfig) -> bool:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable
-from typing import Any
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from storage.enqueue import add_trial
@@ -82,7 +80,7 @@ def _faults(config: StudyConfig, chosen: space.Parameters, train_images: int | N
     faults += config.faults_of(chosen) or [
         f"{name} must be within {space.shown(searched[name])}, got {value!r}"
         for name, value in chosen.items()
-        if not _contains(config, name, value)
+        if not space.contains(config, name, value)
     ]
     if config.search.sampler.kind == "grid":
         missing = [name for name in searched if name not in chosen and means_something(name, choices)]
@@ -91,17 +89,3 @@ def _faults(config: StudyConfig, chosen: space.Parameters, train_images: int | N
     if train_images is not None and isinstance(alpha, int) and alpha > train_images:
         faults.append(f"alpha must be at most the {train_images} training images, got {alpha}")
     return faults
-
-
-def _contains(config: StudyConfig, name: str, value: Any) -> bool:
-    match space.distribution(config, name):
-        case CategoricalDistribution() as distribution:
-            return value in distribution.choices
-        case (IntDistribution() | FloatDistribution()) as distribution:
-            kinds = int if isinstance(distribution, IntDistribution) else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                return False
-            steps = (value - distribution.low) / (distribution.step or 1)
-            on_a_step = distribution.step is None or abs(steps - round(steps)) < 1e-8
-            return distribution.low <= value <= distribution.high and on_a_step
-    return False

@@ -52,7 +52,7 @@ VERBS: dict[str, tuple[Callable[..., None], ...]] = {
         show.dashboard,
     ),
     "The model": (model.model, model.predict, model.evaluate),
-    "Edit it": (edit.enqueue, edit.exclude, edit.skip),
+    "Edit it": (edit.enqueue, edit.exclude, edit.skip, edit.derive),
     "Presets": (show.presets, run.bench),
     "Manage": (
         manage.copy,

@@ -1,4 +1,4 @@
-"""The verbs that change what a study consists of, each honestly: enqueue, exclude, skip."""
+"""The verbs that change what a study consists of, each honestly: enqueue, exclude, skip, derive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from storage.errors import UserError
-from study.cli.options import Name, Storage, command_for, storage_url
+from study.cli.options import Assignments, Code, Name, Storage, command_for, storage_url
 
 logger = logging.getLogger(__name__)
 
@@ -84,3 +84,42 @@ def skip(
         raise UserError(f"{name!r} has two objectives, and no trial of such a study is pruned; let the trial run")
     Queue(study.engine, study.id, store=study.config.checkpoint.store).skip(trial)
     logger.info("trial %d of %r is pruned", trial, name)
+
+
+def derive(
+    name: Annotated[str, typer.Argument(help="Name of the new study.", metavar="NEW")],
+    source: Annotated[str, typer.Option("--from", metavar="NAME", help="The study whose settings and trials it gets.")],
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A config file or preset, which is laid over NAME's.", show_default=False),
+    ] = None,
+    assignments: Assignments = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            help="Short for --set search.trials=N, among which the trials that are taken over count.",
+            show_default=False,
+        ),
+    ] = None,
+    code: Code = None,
+    storage: Storage = None,
+) -> None:
+    """Create a study from another's settings with another search space, with the finished trials that lie in it.
+
+    Example: study derive wider --from quick --set "policy.alpha=[400,600,800]"
+    """
+    from study.config.extensions import allow
+    from study.create import open_study
+    from study.derive import derive as derive_study
+
+    allow(code or [])
+    url = storage_url(storage)
+    done = derive_study(open_study(url, source), name, config, assignments or [], trials)
+    for line in done.lines():
+        logger.info("%s", line)
+    taken, left = len(done.taken), len(done.queued)
+    resume = command_for(url, "resume", name)
+    logger.info(
+        "derived %r from %r: took over %d of %d finished trials, queued %d; run them with: %s",
+        name, source, taken, done.finished, left, resume,
+    )  # fmt: skip

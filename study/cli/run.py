@@ -60,6 +60,14 @@ def launch(
         str | None,
         typer.Option(help="accuracy, or accuracy,images: short for --set search.objective=…", show_default=False),
     ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OTHER",
+            help="A study of the same storage, data, network and length whose finished trials inform the sampler.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Budget = None,
     device: Device = "auto",
     workers: Workers = None,
@@ -81,6 +89,7 @@ def launch(
     """
     from storage.engine import open_storage
     from storage.study_name import check_study_name
+    from study.after import informing
     from study.config.loading import load
     from study.create import OpenStudy, config_warnings, create_study, load_study, prepare
     from study.launchers.launcher import LaunchOptions
@@ -102,7 +111,8 @@ def launch(
     # Everything that can be wrong is found before the database is touched.
     data = prepare(loaded.config, images)
     opened = open_storage(url)
-    is_new = create_study(opened, study_name, loaded.name, data.config, data)
+    informed = None if after is None else informing(opened, study_name, after, data)
+    is_new = create_study(opened, study_name, loaded.name, data.config, data, informed=informed)
     study = OpenStudy(url, opened, *load_study(opened, study_name))
     with _resumable(study, images):
         _refuse_if_copied(study, force)
@@ -110,6 +120,8 @@ def launch(
         _refuse_if_stopped(study)
         logger.info("%s study %r in %s", "starting" if is_new else "resuming", study_name, shown(url))
         if is_new:
+            if informed is not None:
+                logger.info("%s", informed)
             for sentence in config_warnings(data.config, data):
                 logger.warning("%s", sentence)
         _log_estimate(study, workforce, data.sizes)

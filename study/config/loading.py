@@ -17,11 +17,12 @@ from study.config.assignments import assign
 from study.config.models import StudyConfig
 
 
-def _leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of a config as `section.key` to value; a range is one value."""
     flat: dict[str, Any] = {}
     for key, value in model.items():
         if isinstance(value, Mapping) and not {"low", "high"} <= value.keys():
-            flat |= _leaves(value, f"{prefix}{key}.")
+            flat |= leaves(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
@@ -29,7 +30,7 @@ def _leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def flat(config: StudyConfig) -> dict[str, Any]:
     """Every setting by its dotted key; lists as lists, ranges as dictionaries."""
-    return _leaves(config.model_dump())
+    return leaves(config.model_dump())
 
 
 def differences(ours: StudyConfig, theirs: StudyConfig) -> list[str]:
@@ -105,6 +106,23 @@ def load(source: str, assignments: Iterable[str] = ()) -> LoadedConfig:
 def load_config(source: str, assignments: Iterable[str] = ()) -> StudyConfig:
     """The config of `load` alone."""
     return load(source, assignments).config
+
+
+def changed(config: StudyConfig, source: str | None, assignments: Iterable[str] = ()) -> StudyConfig:
+    """A config with what a preset or file says laid over it, key by key, and assignments over that.
+
+    Raises:
+        UserError: as `load`.
+    """
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    if source is not None:
+        over = _read(source, None, MOST_FILES)
+        if isinstance(data := over.get("data"), dict):
+            data.pop("root", None)
+        tree = _merged(tree, over)
+    for assignment in assignments:
+        assign(tree, assignment)
+    return parse_config(tree)
 
 
 def _read(source: str, folder: Path | None, left: int) -> dict[str, Any]:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 
 import optuna
 from optuna import samplers
+from optuna.trial import FrozenTrial
 
 from storage.optuna_internals import PlainCmaEsSampler
 from study.config.models import StudyConfig
 
 
-def make_sampler(config: StudyConfig, number: int) -> samplers.BaseSampler:
+def make_sampler(
+    config: StudyConfig, number: int, cma_es_trials: Sequence[FrozenTrial] | None = None
+) -> samplers.BaseSampler:
     """The sampler that fills the blanks of trial `number`.
 
     Seeded by the study's seed and the trial, not by a worker's history: what a trial draws depends on the trials
     finished before it and on nothing else. QMC walks one sequence for the whole study, so its seed is the study's.
+
+    Args:
+        cma_es_trials: of another study, from which CMA-ES takes its first distribution.
     """
     search = config.search
     options = search.sampler.model_dump(exclude={"kind"})
@@ -30,6 +37,8 @@ def make_sampler(config: StudyConfig, number: int) -> samplers.BaseSampler:
             case "gp":
                 return samplers.GPSampler(seed=seed, **options)
             case "cma-es":
+                if cma_es_trials is not None:
+                    options["source_trials"] = list(cma_es_trials)
                 return PlainCmaEsSampler(seed=seed, **options)
             case "qmc":
                 return samplers.QMCSampler(

@@ -105,6 +105,21 @@ def distribution(config: StudyConfig, name: str) -> BaseDistribution:
     return IntDistribution(int(low), int(high)) if whole else FloatDistribution(low, high)
 
 
+def contains(config: StudyConfig, name: str, value: Any) -> bool:
+    """Whether a searched parameter can have this value; in a grid of numbers any between the least and the largest."""
+    match distribution(config, name):
+        case CategoricalDistribution() as each:
+            return value in each.choices
+        case (IntDistribution() | FloatDistribution()) as each:
+            kinds = int if isinstance(each, IntDistribution) else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                return False
+            steps = (value - each.low) / (each.step or 1)
+            on_a_step = each.step is None or abs(steps - round(steps)) < 1e-8
+            return each.low <= value <= each.high and on_a_step
+    return False
+
+
 def shown(values: Any) -> str:
     """A list or a range as text."""
     if isinstance(values, tuple):

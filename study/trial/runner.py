@@ -23,17 +23,18 @@ import optuna
 import torch
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from storage import artifacts
 from storage.artifacts import NewArtifact
 from storage.optuna_internals import forget_cached_trials, storage_of, with_storage
+from storage.origins import informed_by
 from storage.queue import Lease, LeaseLost, Queue
 from storage.retry import is_transient, retry
 from study.config.models import StudyConfig
 from study.model_file import ModelDescription
 from study.model_file import to_bytes as model_bytes
-from study.search import space
+from study.search import space, warm_start
 from study.search.samplers import make_sampler
 from study.training.data.placement import DeviceData
 from study.training.trainer import Diverged, EpochResult, Metric, Trainer
@@ -209,17 +210,22 @@ def ask(study: optuna.Study, config: StudyConfig, lease: Lease, train_images: in
     Raises:
         InvalidParameters: it was queued by somebody else with parameters outside what the study can run.
     """
-    study.sampler = make_sampler(config, lease.number)
+    others = _informing_trials(study, config)
+    from_others = warm_start.cma_es_trials(study, others) if config.search.sampler.kind == "cma-es" else None
+    study.sampler = make_sampler(config, lease.number, from_others)
     forget_cached_trials(study)
-    trial = optuna.Trial(study, lease.trial_id)
+    seen = study if config.search.sampler.kind == "cma-es" else warm_start.informed(study, others)
+    trial = optuna.Trial(seen, lease.trial_id)
     try:
         chosen = (
-            _feasible(study, config, trial, lease.trial_id)
+            _feasible(seen, config, trial, lease.trial_id)
             if config.search.constraints
             else space.suggest(trial, config)
         )
     except ValueError as error:
         raise InvalidParameters(f"its parameters do not fit this study: {error}") from None
+    finally:
+        forget_cached_trials(study)  # which hold the other study's
     faults = config.faults_of(chosen)
     faults += [f"they break the constraint {text!r}" for text in space.broken_constraints(config, chosen)]
     if chosen.get("alpha", 0) > train_images:
@@ -227,6 +233,14 @@ def ask(study: optuna.Study, config: StudyConfig, lease: Lease, train_images: in
     if faults:
         raise InvalidParameters(f"its parameters do not fit this study: {'; '.join(faults)}")
     return chosen, int(trial.user_attrs.get("seed", config.search.seed))
+
+
+def _informing_trials(study: optuna.Study, config: StudyConfig) -> list[FrozenTrial]:
+    """Those of another study, from which the sampler learns too."""
+    if not warm_start.can_learn(config):
+        return []
+    other = informed_by(study.user_attrs)
+    return [] if other is None else warm_start.informing_trials(config, other.trials)
 
 
 MOST_DRAWS = 100

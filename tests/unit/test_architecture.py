@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study.create": CREATE,
     "study.confirm": CREATE,
     "study.enqueue": CREATE,
+    "study.after": CREATE,
+    "study.derive": ("study.confirm", "study.enqueue", *CREATE),
     "study.estimate": TRIAL,
     "study.model_file": ("study.model_file", *CONFIG, *TRAINING, "storage"),
     "study.trial": TRIAL,

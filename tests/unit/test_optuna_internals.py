@@ -157,6 +157,7 @@ def test_the_dashboards_notes(storage: RDBStorage) -> None:
     assert set(keys) == set(internals.trial_note_keys(trial._trial_id))
     assert optuna_dashboard._note.SYSTEM_ATTR_MAX_LENGTH == internals.NOTE_LENGTH
     for key in keys:
+        assert key.startswith(internals.DASHBOARD)
         match = internals.DASHBOARD_NOTE.match(key)
         assert match is not None
         assert int(match[1]) == trial._trial_id
