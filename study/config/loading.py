@@ -17,12 +17,11 @@ from study.config.assignments import assign
 from study.config.models import StudyConfig
 
 
-def leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings of a config as `section.key` to value; a range is one value."""
+def _leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in model.items():
         if isinstance(value, Mapping) and not {"low", "high"} <= value.keys():
-            flat |= leaves(value, f"{prefix}{key}.")
+            flat |= _leaves(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
@@ -30,7 +29,7 @@ def leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def flat(config: StudyConfig) -> dict[str, Any]:
     """Every setting by its dotted key; lists as lists, ranges as dictionaries."""
-    return leaves(config.model_dump())
+    return _leaves(config.model_dump())
 
 
 def differences(ours: StudyConfig, theirs: StudyConfig) -> list[str]:

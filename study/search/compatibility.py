@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from study.config.loading import leaves
+from study.config.loading import flat
 from study.config.models import CHOICES, PARAMETERS, StudyConfig, means_something
 from study.search import space
 
@@ -30,12 +30,12 @@ def deciding_differences(new: StudyConfig, old: StudyConfig) -> list[str]:
 def informing_differences(new: StudyConfig, old: StudyConfig) -> list[str]:
     """What differs of data, protocol, network, length, metric and objective, as `key: new != old`."""
 
-    def flat(config: StudyConfig) -> dict[str, Any]:
+    def listed(config: StudyConfig) -> dict[str, Any]:
         values = {f"data.{key}": getattr(config.data, key) for key in INFORMING_DATA}
         values |= {f"search.{key}": getattr(config.search, key) for key in ("metric", "objective")}
         return values | {"training.images": config.training.images}
 
-    ours, theirs = flat(new), flat(old)
+    ours, theirs = listed(new), listed(old)
     texts = [f"{key}: {ours[key]} != {theirs[key]}" for key in ours if ours[key] != theirs[key]]
     return texts + [text for text in fixed_differences(new, old) if text.startswith(("network.", "training.epochs"))]
 
@@ -82,15 +82,16 @@ def fit(new: StudyConfig, old: StudyConfig, params: space.Parameters) -> tuple[s
 
 def _deciding(config: StudyConfig) -> dict[str, Any]:
     places = {f"{section}.{key}" for section, key in PARAMETERS.values()}
-    flat = {
+    arguments = ("network.arguments", "policy.arguments")
+    values = {
         key: value
-        for key, value in leaves(config.model_dump(include=set(SAME_RESULT))).items()
-        if key not in places and key not in SAME_BITS and not key.startswith(("network.arguments", "policy.arguments"))
+        for key, value in flat(config).items()
+        if key.partition(".")[0] in SAME_RESULT and key not in (*places, *SAME_BITS) and not key.startswith(arguments)
     }
-    flat |= {f"search.{key}": getattr(config.search, key) for key in SEARCH_KEYS}
-    flat["own code"] = ", ".join(sorted(config.own_code())) or "none"
+    values |= {f"search.{key}": getattr(config.search, key) for key in SEARCH_KEYS}
+    values["own code"] = ", ".join(sorted(config.own_code())) or "none"
     unit = space.step_images(config)
-    return flat if unit is None else flat | {"images a step of pruning": unit}
+    return values if unit is None else values | {"images a step of pruning": unit}
 
 
 def _key(name: str) -> str:

@@ -37,7 +37,7 @@ SEED = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(2**32)))
 LONGEST = 30
 """Seconds that one input may take."""
 
-KEYS = (*loading.leaves(load_config("quick").model_dump()), *StudyConfig.model_fields)
+KEYS = (*loading._leaves(load_config("quick").model_dump()), *StudyConfig.model_fields)
 NUMBERS = ("0", "-1", "1", "3", "1e308", "1e-320", "9" * 400, "0.1", "nan", "-inf", "1__0", "0x7f", "1_000_000", "2e15")
 WORDS = (
     "dynamic",
