@@ -13,6 +13,8 @@ COLOURS = ("#0077BB", "#D55E00", "#009068", "#C2609A", "#3D92C4", "#B07A00", "#8
 REST = "#8A8A8A"
 INK = "#767676"
 """Text with a contrast of 4.5 to white (WCAG AA); the page gives it another colour in dark mode, see `html.STYLE`."""
+DASHBOARD_HEIGHT = 450
+"""Pixels that optuna-dashboard gives a figure (0.21)."""
 LABEL_WIDTH = 24
 LINE_HEIGHT = 22
 """Pixels of an entry of a legend."""
@@ -52,9 +54,12 @@ def wrapped(label: str) -> str:
     return "<br>".join(textwrap.wrap(label, LABEL_WIDTH))
 
 
-def on_white(figure: go.Figure) -> go.Figure:
-    """The figure with a background of its own, for pages whose colours we do not know."""
+def for_dashboard(figure: go.Figure) -> go.Figure:
+    """The figure with a background of its own and no higher than optuna-dashboard shows, which cuts off the rest."""
     figure.update_layout(paper_bgcolor="#FFFFFF", plot_bgcolor="#FFFFFF", font={"color": "#444444"})
+    if figure.layout.height and figure.layout.height > DASHBOARD_HEIGHT:
+        legend = {"yref": "container", "y": 0, "yanchor": "bottom", "font": {"size": 11}}
+        figure.update_layout(height=DASHBOARD_HEIGHT, legend=legend)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -156,9 +157,15 @@ def _paper(beside: Beside) -> str:
 
 
 def _said(said: Conclusions) -> str:
-    warnings = "".join(f"<p class='warning'>{escape(warning)}</p>" for warning in said.warnings)
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in said.sentences)
-    return f"<p class='answer'><b>{escape(said.answer)}</b></p>{warnings}{sentences}"
+    warnings = "".join(f"<p class='warning'>{_sentence(warning)}</p>" for warning in said.warnings)
+    sentences = "".join(f"<p>{_sentence(sentence)}</p>" for sentence in said.sentences)
+    return f"<p class='answer'><b>{_sentence(said.answer)}</b></p>{warnings}{sentences}"
+
+
+def _sentence(text: str) -> str:
+    """What stands between backticks, a command, as code."""
+    parts = re.split("`([^`]+)`", text)
+    return "".join(f"<code>{escape(part)}</code>" if place % 2 else escape(part) for place, part in enumerate(parts))
 
 
 def _facts(data: StudyData) -> str:

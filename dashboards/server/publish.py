@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
 import optuna
 import plotly.graph_objects as go
@@ -14,7 +15,7 @@ from dashboards import aggregate
 from dashboards.conclusions import conclude
 from dashboards.description import describe
 from dashboards.figures import accuracy, effort, search
-from dashboards.figures.style import on_white
+from dashboards.figures.style import for_dashboard
 from dashboards.formatting import label, percent
 from dashboards.study_data import StudyData, TrialRow
 from storage.optuna_internals import NOTE_LENGTH, study_id_of, trial_note_keys
@@ -58,7 +59,7 @@ def publish(data: StudyData, storage: RDBStorage) -> None:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         for name, figure in drawn.items():
             if name not in large:
-                save_plotly_graph_object(study, on_white(figure), graph_object_id=f"study-{name}")
+                save_plotly_graph_object(study, for_dashboard(figure), graph_object_id=f"study-{name}")
         save_note(study, note(data, findings, large))
     _save_trial_notes(data, storage)
 
@@ -86,14 +87,14 @@ def note(data: StudyData, findings: aggregate.Findings, large: list[str]) -> str
     """
     said = conclude(data, findings)
     lines = [
-        f"**{escaped(said.answer)}**",
-        *(f"Warning: {escaped(warning)}" for warning in said.warnings),
+        f"**{sentence(said.answer)}**",
+        *(f"Warning: {sentence(warning)}" for warning in said.warnings),
         f"# {escaped(data.name)}",
         "\n".join(f"- {name}: {escaped(value)}" for name, value in describe(data)),
         f"Resume it with: {code(command('resume', data.name))}. "
         f"All tables and figures: {code(command('report', data.name) + ' --html FILE')}.",
         f"On that page only, too large for here: {', '.join(large)}." if large else "",
-        *map(escaped, said.sentences),
+        *map(sentence, said.sentences),
         f"Notes are on the best {MOST_NOTES:,} of {len(data.rows):,} trials." if len(data.rows) > MOST_NOTES else "",
     ]
     failures = [f"- trial {row.number}: {code(row.error or '')}" for row in data.rows if row.state == "failed"]
@@ -105,7 +106,11 @@ def note(data: StudyData, findings: aggregate.Findings, large: list[str]) -> str
 
 def escaped(text: str) -> str:
     """`text` in Markdown as it is, on one line: names and errors come from others, and are no markup."""
-    return MARKS.sub(r"\\\1", one_line(text))
+    return _escaped_part(one_line(text))
+
+
+def _escaped_part(line: str) -> str:
+    return MARKS.sub(r"\\\1", line)
 
 
 def code(text: str) -> str:
@@ -113,6 +118,12 @@ def code(text: str) -> str:
     line = one_line(text)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
+def sentence(text: str) -> str:
+    """`text` in Markdown as it is, but for what stands between backticks: a command, as a code span."""
+    parts = re.split("`([^`]+)`", one_line(text))
+    return "".join(code(part) if place % 2 else _escaped_part(part) for place, part in enumerate(parts))
 
 
 def trial_note(data: StudyData, row: TrialRow) -> str:
@@ -139,7 +150,17 @@ def trial_note(data: StudyData, row: TrialRow) -> str:
             f"Its model, where the study keeps it: {code(command('model', data.name, *trial))}. Its setting as a "
             f"config to run again: {code(command('model', data.name, *trial, '--toml'))}."
         )
+    else:
+        seed = [] if row.seed is None else ["--seed", str(row.seed)]
+        again = command("enqueue", data.name, *map(_assignment, row.parameters.items()), *seed)
+        lines.append(f"Its setting once more: {code(again)}, then {code(command('resume', data.name))}.")
     return "\n\n".join(lines)[:NOTE_LENGTH]
+
+
+def _assignment(parameter: tuple[str, Any]) -> str:
+    """As `study enqueue` reads it."""
+    name, value = parameter
+    return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _opening(row: TrialRow) -> str:

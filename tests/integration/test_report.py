@@ -14,13 +14,14 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from dashboards import aggregate, status, study_data
-from dashboards.conclusions import conclude
+from dashboards.conclusions import Conclusions, conclude
 from dashboards.figures import accuracy as accuracy_figures
 from dashboards.figures import effort, search
+from dashboards.figures.style import for_dashboard
 from dashboards.reports import console as console_report
 from dashboards.reports import html
 from dashboards.reports import json as json_report
-from dashboards.server.publish import note, publish, sparkline
+from dashboards.server.publish import note, publish, sentence, sparkline, trial_note
 from dashboards.study_data import StudyData, TrialRow
 from storage import budgets, queries, stop_requests
 from storage.engine import open_storage
@@ -156,6 +157,37 @@ def test_a_note_begins_with_the_answer_and_renders_nothing_that_others_wrote(con
         assert mark not in markdown
     assert "\n# head" not in text
     assert "`` ![x](http://e.x/p.png) <img src=x> `code`" in text
+
+
+def test_a_trial_that_was_pruned_says_how_to_queue_its_setting_again(controls: StudyData) -> None:
+    complete = controls.rows[0]
+    pruned = replace(complete, state="pruned", parameters={"policy": "static", "beta": 0.5, "nesterov": True}, seed=7)
+    text = trial_note(controls, pruned)
+    assert "`study enqueue s policy=static beta=0.5 nesterov=true --seed 7`, then `study resume s`" in text
+    assert "study model" not in text
+    assert "study enqueue" not in trial_note(controls, complete)
+
+
+def test_commands_in_sentences_are_code_and_nothing_else_is() -> None:
+    assert sentence("a_b: `study confirm 'x y'` runs") == r"a\_b\: `study confirm 'x y'` runs"
+    assert sentence("one ` alone_") == r"one \` alone\_"
+    answer = html._said(Conclusions("`study <b>` & `", [], []))
+    assert answer == "<p class='answer'><b><code>study &lt;b&gt;</code> &amp; `</b></p>"
+
+
+def test_figures_fit_the_cards_of_optuna_dashboard(controls: StudyData) -> None:
+    """The card is 450 pixels high (0.21) and cuts off what is below."""
+    findings = aggregate.findings(controls)
+    tall = accuracy_figures.learning_curves(controls, findings)
+    assert tall is not None
+    assert tall.layout.height > 450
+    fitted = for_dashboard(tall)
+    assert fitted.layout.height == 450
+    assert (fitted.layout.legend.yref, fitted.layout.legend.yanchor) == ("container", "bottom")
+    low = effort.timeline(controls)
+    assert low is not None
+    height = low.layout.height
+    assert for_dashboard(low).layout.height == min(height, 450)
 
 
 def test_a_curve_as_bars() -> None:
