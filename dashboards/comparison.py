@@ -25,6 +25,7 @@ from dashboards.statistics import (
 )
 from dashboards.study_data import StudyData, TrialRow
 from storage.errors import UserError
+from storage.origins import derived_from
 from study.config.loading import flat
 from study.config.models import means_something
 from study.search import space
@@ -372,6 +373,7 @@ def _warnings(
             f"Provisional: below {FEW} seeds every test rests on the assumption of a normal distribution, and only "
             "large differences are found."
         )
+    warnings += _shared(studies)
     pruned = [_named(each) for each in settings if each.cell.pruned]
     if pruned:
         warnings.append(f"Of {listed(pruned)} some seeds were pruned: the mean of the others is too high.")
@@ -393,6 +395,18 @@ def _small(first: StudyData, duels: Sequence[Duel], measure: str) -> list[str]:
                 "they hold for these images, and others may show less."
             ]
     return []
+
+
+def _shared(studies: Sequence[StudyData]) -> list[str]:
+    """A study and one derived from it have trials in common, whose differences are 0."""
+    names = {data.name for data in studies}
+    found = []
+    for data in studies:
+        origin = derived_from(data.study.user_attrs)
+        if origin is not None and origin.study in names and origin.taken_over:
+            trials = f"{count(origin.taken_over, 'trial')} of {data.name} {'was' if origin.taken_over == 1 else 'were'}"
+            found.append(f"{trials} taken over from {origin.study}: these compare with themselves.")
+    return found
 
 
 def _code(studies: Sequence[StudyData]) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -454,13 +456,15 @@ def _run(
     from study.launchers.launcher import run_study
 
     def refresh() -> None:
-        from dashboards.server.publish import publish  # a second to load: the workers have begun by then
+        from dashboards.server.publish import publish
 
         try:
             publish(study_data.read(study.storage, study.name), study.storage)
         except Exception as error:  # noqa: BLE001 — figures must not end a study
             logger.warning("the dashboard's figures were not renewed: %s: %s", type(error).__name__, error)
 
+    # optuna-dashboard takes a second to load, which the launcher has while its workers start.
+    threading.Thread(target=import_module, args=("dashboards.server.publish",), daemon=True).start()
     try:
         code = run_study(workforce, study, root, refresh, on_event)
     except KeyboardInterrupt:

@@ -14,6 +14,12 @@ from storage.optuna_internals import PlainCmaEsSampler
 from study.config.models import StudyConfig
 
 
+def sampler_seed(config: StudyConfig, number: int) -> int:
+    """Of what is drawn for trial `number`."""
+    digest = hashlib.sha256(f"{config.search.seed}/sampler/{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
 def make_sampler(
     config: StudyConfig, number: int, cma_es_trials: Sequence[FrozenTrial] | None = None
 ) -> samplers.BaseSampler:
@@ -27,8 +33,7 @@ def make_sampler(
     """
     search = config.search
     options = search.sampler.model_dump(exclude={"kind"})
-    digest = hashlib.sha256(f"{search.seed}/sampler/{number}".encode()).digest()
-    seed = int.from_bytes(digest[:4], "little")
+    seed = sampler_seed(config, number)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match search.sampler.kind:

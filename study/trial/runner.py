@@ -35,7 +35,7 @@ from study.config.models import StudyConfig
 from study.model_file import ModelDescription
 from study.model_file import to_bytes as model_bytes
 from study.search import space, warm_start
-from study.search.samplers import make_sampler
+from study.search.samplers import make_sampler, sampler_seed
 from study.training.data.placement import DeviceData
 from study.training.trainer import Diverged, EpochResult, Metric, Trainer
 from study.trial import components
@@ -250,13 +250,18 @@ MOST_DRAWS = 100
 def _feasible(study: optuna.Study, config: StudyConfig, trial: optuna.Trial, trial_id: int) -> space.Parameters:
     """The trial's parameters: the sampler's first draw that satisfies the constraints. No other is stored.
 
+    A sampler with a model knows nothing of constraints and may draw again and again where they do not hold; after
+    MOST_DRAWS the same number is drawn at random.
+
     Raises:
-        ValueError: none of MOST_DRAWS does.
+        ValueError: none of them does.
     """
     if trial.params:  # queued with some, or drawn by an attempt before: those stay
         return space.suggest(trial, config)
     storage = storage_of(study)
-    for _ in range(MOST_DRAWS):
+    for draw in range(2 * MOST_DRAWS):
+        if draw == MOST_DRAWS:
+            study.sampler = optuna.samplers.RandomSampler(seed=sampler_seed(config, trial.number))
         recorder = _ParameterRecorder(storage)
         shadow = with_storage(study, recorder, study.study_name)  # type: ignore[arg-type]
         chosen = space.suggest(optuna.Trial(shadow, trial_id), config)
@@ -264,7 +269,7 @@ def _feasible(study: optuna.Study, config: StudyConfig, trial: optuna.Trial, tri
             for name, value, distribution in recorder.parameters:
                 storage.set_trial_param(trial_id, name, value, distribution)
             return chosen
-    raise ValueError(f"none of {MOST_DRAWS} draws satisfies search.constraints")
+    raise ValueError(f"none of {2 * MOST_DRAWS} draws satisfies search.constraints")
 
 
 class _ParameterRecorder:

@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from optuna.samplers import RandomSampler
+from optuna.trial import create_trial
 
 from storage.errors import UserError
+from storage.optuna_internals import study_id_of
+from storage.queue import Queue
 from study.config import extensions
 from study.create import check_code, prepare
+from study.search import space
 from study.training.data.dataset import DataError
 from study.training.trainer import Trainer
+from study.trial.runner import InvalidParameters, ask
 from tests.support import own_code
 from tests.support.harness import Harness, StopAfter, config_of
 
@@ -124,6 +130,27 @@ def test_arguments_are_searched(sqlite_url: str) -> None:
         {"network": "own_code:make", "network.hidden": 8},
         {"network": "own_code:make", "network.hidden": 12},
     ]
+
+
+def test_a_model_that_prefers_what_a_constraint_forbids_gives_way_to_random_draws(sqlite_url: str) -> None:
+    """TPE after many trials whose values rise towards the forbidden side, up to its edge."""
+    policy = {"alpha": 60, "beta": {"low": 0.001, "high": 1.0}, "delta": {"low": 0.0, "high": 1.0}}
+    search = {"sampler": "tpe", "trials": 2}
+    config = config_of(policy=policy, search=search | {"constraints": ["beta + delta <= 0.02"]})
+    harness = Harness(sqlite_url, config)
+    study, spaces = harness.study, {name: space.distribution(config, name) for name in config.searched()}
+    for i in range(60):
+        params = {"beta": 0.9 + i / 600, "delta": 0.9 + i / 600}
+        study.add_trial(create_trial(params=params, distributions=spaces, value=i / 60))
+    queue = Queue(harness.storage.engine, study_id_of(study))
+    lease = queue.claim()
+    assert lease is not None
+    with pytest.raises(InvalidParameters, match="none of 200 draws"):  # one in 5,000 draws at random satisfies it
+        ask(study, config, lease, 1000)
+    wider = config_of(policy=policy, search=search | {"constraints": ["beta + delta <= 0.6"]})
+    chosen, _ = ask(study, wider, lease, 1000)
+    assert chosen["beta"] + chosen["delta"] <= 0.6
+    assert isinstance(study.sampler, RandomSampler)  # TPE alone would have failed
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])

@@ -257,6 +257,15 @@ def test_differences_within_the_noise_of_the_images(images: int, warns: bool) ->
 MEANS = {"a": 0.80, "b": 0.82}
 
 
+def test_trials_in_common_are_said() -> None:
+    source, other = one("a", noisy(0.8)), one("b", noisy(0.8, of=1), width=0.25)
+    attributes = {"derived_from": {"study": "a", "taken_over": 3, "finished": 8}}
+    derived = one("b", noisy(0.8), attributes=attributes)
+    assert "3 trials of b were taken over from a: these compare with themselves." in warned(source, derived)
+    assert "taken over" not in warned(source, other)
+    assert "taken over" not in warned(one("c", noisy(0.8)), derived)
+
+
 def test_other_versions_and_other_code_are_said() -> None:
     def with_torch(version: str) -> Callable[[StudyData], StudyData]:
         def change(data: StudyData) -> StudyData:
