@@ -34,6 +34,9 @@ BATCH = 500
 """Trials that are read at a time: 100,000 reports of 200 epochs each."""
 STEP_BATCH = 5000
 """The same, where one report of each is read."""
+SINGLE_STEPS = 30
+"""Steps that are read one by one, as a pruner asks about them; then all are read. Of 100,000 trials of 200 epochs one
+takes 0.7 s and all 27 s, and most trials are pruned early."""
 
 Stamp = tuple[TrialState, datetime | None]
 
@@ -57,7 +60,8 @@ class _Past:
     excluded: frozenset[int] = frozenset()
     """Numbers of the trials that a person has left out."""
     columns: dict[int, array[float]] = field(default_factory=dict)
-    """Step to its reports by COMPLETE trials, in no particular order; the steps that somebody has asked for."""
+    """Step to its reports by COMPLETE trials, in no particular order; the steps that somebody has asked for, or all."""
+    all_columns: bool = False
 
 
 class CachedStorage(OptunaCachedStorage):
@@ -137,15 +141,19 @@ class CachedStorage(OptunaCachedStorage):
     def reports_at(self, study_id: int, step: int) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
         """How many trials are COMPLETE, and what those that reported at `step` reported there."""
         with self._fresh(study_id, running=False) as past:
-            if step not in past.columns:  # one step of 100,000 trials: 0.3 s; all 200 steps: half a minute
+            if step not in past.columns and not past.all_columns:
                 complete = [
                     id
                     for id, trial in past.trials.items()
                     if trial.state == TrialState.COMPLETE and trial.number not in past.excluded
                 ]
                 with self._engine.connect() as connection:
-                    past.columns[step] = _reports_at(connection, complete, step)
-            return past.complete, np.array(past.columns[step], dtype=float)
+                    if len(past.columns) < SINGLE_STEPS:
+                        past.columns[step] = _reports_at(connection, complete, step)
+                    else:
+                        past.columns, past.all_columns = defaultdict(lambda: array("d")), True
+                        _add_reports(connection, complete, past)
+            return past.complete, np.array(past.columns.get(step, ()), dtype=float)
 
     def set_trial_param(self, trial_id: int, name: str, value: float, distribution: BaseDistribution) -> None:
         self._backend.set_trial_param(trial_id, name, value, distribution)
@@ -155,7 +163,8 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     """Bring `past` up to date; of running trials their states only, unless `running`."""
     text = stored_text(connection, study_id)
     if text != past.excluded_text:
-        past.excluded_text, past.excluded, past.columns = text, frozenset(map(int, json.loads(text))), {}
+        past.excluded_text, past.excluded = text, frozenset(map(int, json.loads(text)))
+        past.columns, past.all_columns = {}, False
         past.complete = _complete(past)
     last = max(past.stamps, default=-1)
     known = {"study": study_id, "last": last, "last_final": past.last_final, "open": past.open}
@@ -168,9 +177,9 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     if not stale:
         return
     news = _read(connection, stale, _LAST_REPORTS, lean=lean)
-    if past.columns:
+    if past.columns or past.all_columns:
         done = [id for id, trial in news.items() if trial.state == TrialState.COMPLETE]
-        _add_reports(connection, done, past.columns)
+        _add_reports(connection, done, past)
     past.trials.update(news)
     past.stamps.update((id, (news[id].state, stamps[id][1])) for id in news)
     past.ordered = sorted(past.trials.values(), key=lambda trial: trial.number)
@@ -217,12 +226,13 @@ def _read(
     return trials
 
 
-def _add_reports(connection: sa.Connection, ids: Sequence[int], columns: dict[int, array[float]]) -> None:
-    """To the steps that are in `columns`."""
+def _add_reports(connection: sa.Connection, ids: Sequence[int], past: _Past) -> None:
+    """To the columns of the steps that it has, or of all."""
+    columns = past.columns
     for start in range(0, len(ids), BATCH):
         for _, step, value, kind in connection.execute(_ALL_REPORTS, {"ids": ids[start : start + BATCH]}):
-            if step in columns:
-                columns[step].append(_number(value, kind))
+            if past.all_columns or step in columns:
+                columns[step].append(value if value is not None else _number(value, kind))
 
 
 def _reports_at(connection: sa.Connection, ids: Sequence[int], step: int) -> array[float]:

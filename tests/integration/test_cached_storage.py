@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from storage import transfer
+from storage import cached_storage, transfer
 from storage.cached_storage import CachedStorage
 from storage.engine import open_storage
 from storage.enqueue import enqueue_trials
@@ -104,7 +104,10 @@ def check(history: CachedStorage, storage: RDBStorage, study_id: int) -> None:
         assert sorted(map(repr, reports.tolist())) == sorted(repr(r[step]) for r in complete if step in r)
 
 
-def test_all_that_can_happen_to_a_trial_is_seen(url: str) -> None:
+@pytest.mark.parametrize("single_steps", [0, 3, 100])
+def test_all_that_can_happen_to_a_trial_is_seen(url: str, single_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps are read one by one before all are."""
+    monkeypatch.setattr(cached_storage, "SINGLE_STEPS", single_steps)
     storage = open_storage(url)
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
     other = optuna.create_study(study_name="other", storage=storage, direction="maximize")
