@@ -1,11 +1,14 @@
 """Images a second: our Trainer beside the loops that people write, on the same network, images and batch size.
 
     python -m benchmarks.training [--device cuda] [--data-root FOLDER] [--images 5120] [--rounds 7] [--html FILE]
+        [--network torchvision:resnet18] [--size 96] [--batch 128]
 
 Each contestant is a process of its own (allocator and determinism are settings of a process) and trains one epoch a
 round while the others sleep; rounds interleave them, in turning order, so that whatever else the machine does meets all
 of them. Without --data-root the images are scikit-learn's digits. The floor is what the measured matrix and copy rates
 of the same run would allow.
+
+Where the processor does not multiply bf16, all contestants train in fp32, as one would there.
 """
 
 from __future__ import annotations
@@ -34,10 +37,9 @@ from study.training.cuda_graphs import SWITCH, WARM_UPS
 from study.training.data import sources
 from study.training.data.placement import DeviceData, Placement
 from study.training.data.split import Part, Split, split_dataset
-from study.training.device import be_deterministic, keep_freed_memory, pick_device
-from study.training.networks import CNN, make_network
+from study.training.device import be_deterministic, keep_freed_memory, pick_device, pick_precision
+from study.training.networks import make_network
 from study.training.policies import make_policy
-from study.training.rng import generator
 from study.training.trainer import Trainer, TrainingOptions
 
 BATCH = 512
@@ -59,10 +61,21 @@ class Task:
     device: torch.device
     loader_workers: int
     width: float = 1.0
+    network: str = "paper"
+    size: int = 32
+    batch: int = BATCH
 
     def train(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-        part = split_dataset(sources.load(self.name, self.root), "paper", train_images=self.images)
+        part = split_dataset(sources.load(self.name, self.root, size=self.size), "paper", train_images=self.images)
         return part.train_images, part.train_labels, len(part.classes)
+
+    def module(self, classes: int) -> nn.Module:
+        arguments = {"width": self.width} if self.network == "paper" else {}
+        return make_network(self.network, arguments, classes=classes, channels=3, size=self.size, seed=0)
+
+    @property
+    def bf16(self) -> bool:
+        return pick_precision("auto", self.device) == "bf16"
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -93,27 +106,29 @@ def standard(task: Task, *, files: bool = False, amp: bool = False) -> Iterator[
     images, labels, classes = task.train()
     pool: Dataset[tuple[Tensor, int]] = pictures(images, labels)
     if files:
+        from torchvision import transforms
         from torchvision.datasets import ImageFolder
 
         assert task.root is not None
-        folder = ImageFolder(os.path.join(task.root, "train"), pool.transform)  # type: ignore[attr-defined]
+        resized = transforms.Compose([transforms.Resize((task.size, task.size)), pool.transform])  # type: ignore[attr-defined]
+        folder = ImageFolder(os.path.join(task.root, "train"), resized)
         pool = torch.utils.data.Subset(folder, range(0, len(folder), len(folder) // task.images)[: task.images])
     loader = DataLoader(
         pool,
-        batch_size=BATCH,
+        batch_size=task.batch,
         shuffle=True,
         num_workers=task.loader_workers,
         multiprocessing_context=FORK,
         pin_memory=amp and task.device.type == "cuda",
     )
-    network = CNN(classes, generator(0, "weights"), width=task.width).to(task.device)
+    network = task.module(classes).to(task.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
     while True:
         total = 0.0
         for inputs, targets in loader:
             inputs, targets = inputs.to(task.device), targets.to(task.device)
             optimizer.zero_grad()
-            with torch.autocast(task.device.type, dtype=torch.bfloat16, enabled=amp):
+            with torch.autocast(task.device.type, dtype=torch.bfloat16, enabled=amp and task.bf16):
                 loss = functional.cross_entropy(network(inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -138,14 +153,14 @@ def tricks(task: Task) -> Iterator[None]:
     torch.backends.cudnn.benchmark = True
     loader = DataLoader(
         pictures(images, labels),
-        batch_size=BATCH,
+        batch_size=task.batch,
         shuffle=True,
         num_workers=task.loader_workers,
         persistent_workers=True,
         multiprocessing_context=FORK,
         pin_memory=cuda,
     )
-    network = CNN(classes, generator(0, "weights"), width=task.width)
+    network = task.module(classes)
     network = network.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001, fused=True)
     while True:
@@ -154,7 +169,7 @@ def tricks(task: Task) -> Iterator[None]:
             inputs = inputs.to(task.device, memory_format=torch.channels_last, non_blocking=True)
             targets = targets.to(task.device, non_blocking=True)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(task.device.type, dtype=torch.bfloat16):
+            with torch.autocast(task.device.type, dtype=torch.bfloat16, enabled=task.bf16):
                 loss = functional.cross_entropy(network(inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -168,18 +183,19 @@ def resident(task: Task) -> Iterator[None]:
     torch.backends.cudnn.benchmark = True
     pixels = torch.from_numpy(images).to(task.device).float() / 255
     mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
-    inputs = ((pixels - mean) / std).permute(0, 3, 1, 2).to(torch.bfloat16, memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if task.bf16 else torch.float32
+    inputs = ((pixels - mean) / std).permute(0, 3, 1, 2).to(dtype, memory_format=torch.channels_last)
     targets = torch.from_numpy(labels).to(task.device)
-    network = CNN(classes, generator(0, "weights"), width=task.width)
-    network = network.to(task.device, torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = task.module(classes)
+    network = network.to(task.device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001, fused=True)
     while True:
         order = torch.randperm(len(targets), device=task.device)
-        for start in range(0, len(order), BATCH):
-            index = order[start : start + BATCH]
+        for start in range(0, len(order), task.batch):
+            index = order[start : start + task.batch]
             optimizer.zero_grad(set_to_none=True)
             loss = functional.cross_entropy(network(inputs[index]).float(), targets[index])
             loss.backward()  # type: ignore[no-untyped-call]
@@ -197,8 +213,7 @@ def ours(task: Task, placement: Placement = "device") -> Iterator[None]:
     split = Split(Part(images, None, labels), one, one, names)
     data = DeviceData.from_split(split, task.device, placement=placement)
     policy = make_policy("full", len(labels), 0)
-    network = make_network("paper", {"width": task.width}, classes=data.classes, channels=3, size=32, seed=0)
-    trainer = Trainer(data, network, policy, 0, TrainingOptions(epochs=10**6, batch_size=BATCH))
+    trainer = Trainer(data, task.module(classes), policy, 0, TrainingOptions(epochs=10**6, batch_size=task.batch))
     for result in trainer.run():
         if result is not None:
             yield
@@ -285,7 +300,7 @@ def floor(task: Task, classes: int = 10) -> dict[str, float]:
     target = torch.zeros_like(source)
     copy = 2 * size / median_seconds(lambda: target.copy_(source), device)
 
-    network = CNN(classes, generator(0, "weights"), width=task.width)
+    network = task.module(classes)
     elements = 0
 
     def count(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -296,7 +311,9 @@ def floor(task: Task, classes: int = 10) -> dict[str, float]:
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter:
-        loss = functional.cross_entropy(network(torch.zeros(2, 3, 32, 32)), torch.zeros(2, dtype=torch.int64))
+        loss = functional.cross_entropy(
+            network(torch.zeros(2, 3, task.size, task.size)), torch.zeros(2, dtype=torch.int64)
+        )
         loss.backward()  # type: ignore[no-untyped-call]
     flops, moved = counter.get_total_flops() / 2, PASSES * 2 * elements
     return {
@@ -384,6 +401,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="images an epoch (default: 5120 on a CPU, all on a GPU)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--network", default="paper", help="paper, or torchvision:NAME")
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--loader-workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--only", nargs="*", choices=list(CONTESTANTS), help="these contestants")
     parser.add_argument("--json", type=Path)
@@ -393,17 +413,22 @@ def main() -> None:
     device = pick_device(options.device)
     name, root = ("imagefolder", options.data_root) if options.data_root else ("digits", None)
     decode = time.perf_counter()
-    total = len(sources.load(name, root).train_labels)
+    total = len(sources.load(name, root, size=options.size).train_labels)
     decode, again = time.perf_counter() - decode, time.perf_counter()
-    sources.load(name, root)
+    sources.load(name, root, size=options.size)
     again = time.perf_counter() - again
     images = min(options.images or (total if device.type == "cuda" else 5120), total)
-    task = Task(name, root, images, device, options.loader_workers, options.width)
+    task = Task(
+        name, root, images, device, options.loader_workers, options.width, options.network, options.size, options.batch
+    )
     possible = {"files": root is not None, "launched": device.type == "cuda"}
     names = options.only or [each for each in CONTESTANTS if possible.get(each, True)]
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
-    print(f"{device} ({where}, {platform.machine()}), torch {torch.__version__}, {name}, {images} images a round")
+    print(
+        f"{device} ({where}, {platform.machine()}), torch {torch.__version__}, {name}, {images} images a round, "
+        f"{options.network} at {options.size} pixels, batch {options.batch}, {'bf16' if task.bf16 else 'fp32'}"
+    )
     print(f"data: {decode:.2f} s at the first call, {again:.2f} s from the cache")
     before = floor(task)
     results = measure(task, names, options.rounds)
