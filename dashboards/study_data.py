@@ -20,7 +20,7 @@ from storage.optuna_internals import storage_of, study_id_of
 from storage.queries import Attempt, TestSplitUse
 from study.config.loading import parse_config
 from study.config.models import StudyConfig, means_something
-from study.search.space import settings
+from study.search.space import fixed
 
 T = TypeVar("T")
 
@@ -181,7 +181,7 @@ def read(storage: RDBStorage, name: str, storage_option: str | None = None) -> S
     errors = queries.last_errors(storage.engine, study_id)
     curves = queries.epoch_rows(storage.engine, study_id, _chosen(totals))
     curves = {number: curve for number, curve in curves.items() if number in totals}
-    rows = []
+    rows, shared = [], fixed(config)
     for trial in study.get_trials(deepcopy=False):
         total = totals.get(trial.number, NOTHING)
         curve = curves.get(trial.number, [])
@@ -192,7 +192,7 @@ def read(storage: RDBStorage, name: str, storage_option: str | None = None) -> S
                 number=trial.number,
                 state=queries.STATE_NAMES[trial.state],
                 parameters=trial.params,
-                settings=settings(config, trial.params),
+                settings=shared | trial.params,
                 seed=trial.user_attrs.get("seed"),
                 value=total.accuracy if ran and not failed else None,
                 best_epoch=trial.user_attrs.get("best_epoch") if top is None else top["epoch"],

@@ -6,7 +6,6 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -650,11 +649,6 @@ class StudyConfig(Section):
 
     def searchable(self) -> dict[str, Any]:
         """Every parameter that a trial may vary: its name and its value, list or range."""
-        return dict(self.parameter_values)
-
-    # Found once: a report asks for each of a hundred thousand trials.
-    @cached_property
-    def parameter_values(self) -> dict[str, Any]:
         values = {name: getattr(getattr(self, section), key) for name, (section, key) in PARAMETERS.items()}
         augment: Any = values["augment"]
         is_list = isinstance(augment, tuple) and not all(isinstance(each, str) for each in augment)
@@ -682,10 +676,6 @@ class StudyConfig(Section):
 
     def searched(self) -> dict[str, Any]:
         """Those of them that this study does vary."""
-        return dict(self.searched_values)
-
-    @cached_property
-    def searched_values(self) -> dict[str, Any]:
         if self.search.cells is not None:
             return {
                 name: tuple(dict.fromkeys(cell.get(name, fixed) for cell in self.search.cells))

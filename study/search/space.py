@@ -154,8 +154,13 @@ def suggest(trial: optuna.Trial, config: StudyConfig) -> Parameters:
 
 def settings(config: StudyConfig, chosen: Parameters) -> Parameters:
     """All parameters of a trial: what was chosen over what the config fixes."""
-    fixed = {name: value for name, value in config.searchable().items() if name not in config.searched()}
-    return fixed | chosen
+    return fixed(config) | chosen
+
+
+def fixed(config: StudyConfig) -> Parameters:
+    """The parameters that all trials share."""
+    searched = config.searched()
+    return {name: value for name, value in config.searchable().items() if name not in searched}
 
 
 def trial_config(config: StudyConfig, chosen: Parameters, seed: int) -> StudyConfig:
