@@ -101,7 +101,7 @@ class StudyData:
         """Of the study's row."""
         return study_id_of(self.study)
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[str, ...]:
         """What its trials differ in, in the config's order."""
         return tuple(self.config.searched())
