@@ -118,8 +118,5 @@ def derive(
     for line in done.lines():
         logger.info("%s", line)
     taken, left = len(done.taken), len(done.queued)
-    resume = command_for(url, "resume", name)
-    logger.info(
-        "derived %r from %r: took over %d of %d finished trials, queued %d; run them with: %s",
-        name, source, taken, done.finished, left, resume,
-    )  # fmt: skip
+    rest = f"queued {left}; run them with: {command_for(url, 'resume', name)}" if left else "all of its trials"
+    logger.info("derived %r from %r: took over %d of %d finished trials, %s", name, source, taken, done.finished, rest)

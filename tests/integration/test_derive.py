@@ -426,6 +426,8 @@ def test_the_command_and_python(sqlite_url: str, tmp_path: Path) -> None:
     assert "derived 'd' from 's': took over 2 of 4 finished trials, queued 2; run them with: study resume d" in (
         done.stderr
     )
+    whole = ("derive", "w", "--from", "s", "--set", "policy.alpha=[60]", "--storage", sqlite_url)
+    assert "took over 2 of 4 finished trials, all of its trials\n" in command.study(*whole, cwd=tmp_path).stderr
     again = command.study("derive", "d", "--from", "s", "--storage", sqlite_url, cwd=tmp_path)
     assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
     assert "a study 'd' is in this storage already" in again.stderr
