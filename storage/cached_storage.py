@@ -35,8 +35,9 @@ BATCH = 500
 STEP_BATCH = 5000
 """The same, where one report of each is read."""
 SINGLE_STEPS = 30
-"""Steps that are read one by one, as a pruner asks about them; then all are read. Of 100,000 trials of 200 epochs one
-takes 0.7 s and all 27 s, and most trials are pruned early."""
+"""Steps that are read one by one, as a pruner asks about them; then all are read. On a busy machine one step of 100,000
+trials took 0.7 s and all 200 took 27 s: a trial that is pruned before the 30th pays for what it asks, one that runs to
+its end for at most twice the whole."""
 
 Stamp = tuple[TrialState, datetime | None]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import sqlite3
 import stat
 import time
@@ -28,7 +27,7 @@ from storage.errors import UserError
 from storage.exclusions import EXCLUDED, MOST_REASON
 from storage.object_store import MOST_BYTES
 from storage.optuna_internals import models
-from storage.origins import AFTER, DERIVED_FROM, ORIGIN_TRIAL, is_whole
+from storage.origins import AFTER, DERIVED_FROM, ORIGIN_TRIAL, is_finite, is_whole
 from storage.schema import (
     ARTIFACT_CHUNKS,
     ARTIFACTS,
@@ -314,10 +313,10 @@ def _check_attributes(
     attributes = {key: json.loads(text) for key, text in connection.execute(query, [study_id])}
     _check_types(attributes)
     early_end = attributes.get(EARLY_END, {})
-    if not all(value is None or (_is_finite(value) and value > 0) for value in early_end.values()):
+    if not all(value is None or (is_finite(value) and value > 0) for value in early_end.values()):
         raise _Wrong(f"its {EARLY_END} are not numbers")
     for key in ("images", "budgets"):
-        if not all(_is_finite(value) and value >= 0 for value in attributes.get(key, {}).values()):
+        if not all(is_finite(value) and value >= 0 for value in attributes.get(key, {}).values()):
             raise _Wrong(f"its {key} are not numbers")
     if not all(n.isdecimal() and _is_text(why, MOST_REASON) for n, why in attributes.get(EXCLUDED, {}).items()):
         raise _Wrong(f"its {EXCLUDED} are not trial numbers with reasons")
@@ -336,10 +335,6 @@ def _check_types(attributes: Mapping[str, Any]) -> None:
     for key in ("config", "data_fingerprint"):
         if key not in attributes:
             raise _Wrong(f"it has no {key}")
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _is_text(value: object, most: int) -> bool:
@@ -372,7 +367,7 @@ def _children(value: object) -> Iterator[Any]:
 
 
 def _is_trial_attribute(key: object, text: object) -> bool:
-    return key not in NUMBERS or (_is_json(text) and _is_finite(json.loads(str(text))))
+    return key not in NUMBERS or (_is_json(text) and is_finite(json.loads(str(text))))
 
 
 @functools.lru_cache
@@ -385,7 +380,7 @@ def _distribution(text: str) -> BaseDistribution | None:
     if isinstance(distribution, CategoricalDistribution):
         fits = all(value is None or isinstance(value, bool | int | float | str) for value in distribution.choices)
     else:
-        fits = all(_is_finite(getattr(distribution, bound)) for bound in ("low", "high"))
+        fits = all(is_finite(getattr(distribution, bound)) for bound in ("low", "high"))
     if isinstance(distribution, IntDistribution):
         fits = fits and max(abs(distribution.low), abs(distribution.high)) <= 2**53  # exact as a double
     return distribution if fits else None
@@ -397,7 +392,7 @@ def _is_distribution(text: object) -> bool:
 
 def _is_in_distribution(text: object, value: object) -> bool:
     distribution = _distribution(text) if isinstance(text, str) else None
-    if distribution is None or not isinstance(value, int | float) or not _is_finite(value):
+    if distribution is None or not isinstance(value, int | float) or not is_finite(value):
         return False
     if isinstance(distribution, CategoricalDistribution):
         return value == int(value) and 0 <= value < len(distribution.choices)

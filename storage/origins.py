@@ -102,10 +102,10 @@ def _is_trial(value: object) -> bool:
         and (step is None or _is_count(step))
         and isinstance(values, list)
         and 1 <= len(values) <= 2
-        and all(_is_finite(each) for each in values)
+        and all(is_finite(each) for each in values)
         and isinstance(params, dict)
         and len(params) <= MOST_PARAMETERS
-        and all(_is_text(name) and (_is_text(each) or _is_finite(each) or each is True or each is False)
+        and all(_is_text(name) and (_is_text(each) or is_finite(each) or each is True or each is False)
                 for name, each in params.items())
     )  # fmt: skip
 
@@ -118,5 +118,6 @@ def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_NUMBER
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """Whether it is a number as JSON has them, and neither infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
