@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from storage.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,6 +58,8 @@ def check(folder: str, setting: str = "checkpoint.store") -> None:
     if scheme and (not rest.strip("/") or (protocol in LOCAL and not rest.startswith("/"))):
         raise UserError(f"{rule}: it names no {'whole path' if protocol in LOCAL else 'bucket or host'}")
     if scheme and protocol not in LOCAL:
+        import fsspec
+
         try:
             fsspec.get_filesystem_class(protocol)
         except (ImportError, ValueError) as error:
@@ -180,6 +180,8 @@ def _local(folder: str, name: str | None = None) -> Path | None:
 @contextmanager
 def _remote(folder: str, name: str | None = None) -> Iterator[tuple[Any, str]]:
     """The file system and the path in it. Every error of it becomes an OSError: each has others of its own."""
+    import fsspec
+
     check(folder)
     url = folder if name is None else f"{folder.rstrip('/')}/{_checked(name)}"
     try:

@@ -16,7 +16,6 @@ import time
 import traceback
 import typing
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +23,7 @@ import typer
 
 from storage.errors import UserError
 from storage.text import one_line, without_passwords
-from study import __version__, exit_codes, logs
+from study import exit_codes, logs
 from study.cli import edit, manage, model, publish, run, show
 
 logger = logging.getLogger(__name__)
@@ -102,6 +101,8 @@ for panel, verbs in VERBS.items():
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from study import __version__
+
         typer.echo(f"study {__version__}")
         raise typer.Exit
 
@@ -184,6 +185,8 @@ def _report(error: Exception, arguments: list[str]) -> str:
 
 
 def _installed(package: str) -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
