@@ -6,8 +6,10 @@ docs/measurements/overhead.md.
 
 from __future__ import annotations
 
+import builtins
 import copy
 import functools
+import gc
 import json
 import threading
 from array import array
@@ -16,6 +18,7 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -177,7 +180,8 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     ]
     if not stale:
         return
-    news = _read(connection, stale, _LAST_REPORTS, lean=lean)
+    with _no_garbage_search():
+        news = _read(connection, stale, _LAST_REPORTS, lean=lean)
     if past.columns or past.all_columns:
         done = [id for id, trial in news.items() if trial.state == TrialState.COMPLETE]
         _add_reports(connection, done, past)
@@ -193,6 +197,18 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     ]
 
 
+@contextmanager
+def _no_garbage_search() -> Iterator[None]:
+    """Python searches its objects for cycles as they become more; trials have none, and it is a third of reading."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _complete(past: _Past) -> int:
     return sum(trial.state == TrialState.COMPLETE and trial.number not in past.excluded for trial in past.ordered)
 
@@ -202,10 +218,11 @@ def _read(
 ) -> dict[int, FrozenTrial]:
     """The trials with these ids that exist, with their reports as the query `reported` has them."""
     trials: dict[int, FrozenTrial] = {}
+    spaces: dict[tuple[object, ...], dict[str, BaseDistribution]] = {}
     for batch in (ids[start : start + BATCH] for start in range(0, len(ids), BATCH)):
 
-        def rows(query: sa.Select[Any], batch: Sequence[int] = batch) -> Iterator[Any]:
-            return iter(connection.execute(query, {"ids": batch}))
+        def rows(query: sa.Select[Any], batch: Sequence[int] = batch) -> Sequence[Any]:
+            return connection.execute(query, {"ids": batch}).all()
 
         values: dict[int, list[float]] = defaultdict(list)
         for id, value, kind in rows(_VALUES):
@@ -214,14 +231,19 @@ def _read(
             trials[id] = FrozenTrial(
                 number, state, None, _local(start), _local(end), {}, {}, {}, {}, {}, id, values=values.get(id)
             )
+        # A driver makes each text anew. Names that are kept once are 50 MB less in 100,000 trials, spaces 20 MB.
         for id, name, value, text in rows(_PARAMS):
             distribution = _distribution(text)
-            trials[id].distributions[name] = distribution
-            trials[id].params[name] = distribution.to_external_repr(value)
+            trials[id].distributions[intern(name)] = distribution
+            trials[id].params[intern(name)] = distribution.to_external_repr(value)
+        for trial in filter(None, map(trials.get, batch)):
+            space = trial.distributions
+            identity = (*space, *(builtins.id(distribution) for distribution in space.values()))
+            trial.distributions = spaces.setdefault(identity, space)
         for id, key, text in () if lean else rows(_USER_ATTRS):
-            trials[id].user_attrs[key] = _value(text)
+            trials[id].user_attrs[intern(key)] = _value(text)
         for id, key, text in rows(_SYSTEM_ATTRS):
-            trials[id].system_attrs[key] = json.loads(text)
+            trials[id].system_attrs[intern(key)] = json.loads(text)
         for id, step, value, kind in rows(reported):
             trials[id].intermediate_values[step] = _number(value, kind)
     return trials
