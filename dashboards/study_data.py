@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,9 @@ from storage.optuna_internals import storage_of, study_id_of
 from storage.queries import Attempt, TestSplitUse
 from study.config.loading import parse_config
 from study.config.models import StudyConfig, means_something
-from study.search.space import fixed
+from study.search.space import fixed, relevant
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -78,7 +81,7 @@ class StudyData:
     preset: str
     config: StudyConfig
     rows: tuple[TrialRow, ...]
-    """All but those that a person has excluded, which `status` names."""
+    """All but those that a person has excluded, which `status` names, and any that this program cannot have made."""
     curves: dict[int, list[dict[str, Any]]]
     """Trial number to its rows of `trial_epochs`; of more than MOST_CURVES trials, the best and a sample."""
     attempts: tuple[Attempt, ...]
@@ -184,6 +187,12 @@ def read(storage: RDBStorage, name: str, storage_option: str | None = None) -> S
     rows, shared = [], fixed(config)
     for trial in study.get_trials(deepcopy=False):
         total = totals.get(trial.number, NOTHING)
+        lacking = [
+            name for name in config.searched() if name not in trial.params and relevant(config, trial.params, name)
+        ]
+        if lacking and total is not NOTHING:
+            logger.warning("trial %d is left out: it has epochs, but no value of %s", trial.number, ", ".join(lacking))
+            continue
         curve = curves.get(trial.number, [])
         top = max(curve, key=lambda epoch: (epoch["accuracy"], -epoch["epoch"]), default=None)
         failed, ran = trial.state == TrialState.FAIL, trial.number in totals

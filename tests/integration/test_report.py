@@ -340,6 +340,23 @@ def test_the_best_are_confirmed_on_fresh_seeds_and_the_test_split(sqlite_url: st
         confirmation(harness.study, harness.config, 5, 1)
 
 
+def test_a_trial_with_epochs_but_without_its_parameters_is_left_out(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness = Harness(
+        sqlite_url,
+        config_of(policy={"alpha": {"low": 40, "high": 100, "step": 20}}, search={"sampler": "random", "trials": 3}),
+    )
+    harness.work()
+    with harness.storage.engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM trial_params WHERE trial_id = 2 AND param_name = 'alpha'")
+    data = study_data.read(harness.storage, "s")
+    assert [row.number for row in data.rows] == [0, 2]
+    assert "trial 1 is left out: it has epochs, but no value of alpha" in caplog.text
+    assert "2 single runs" in text_of(data)
+    html.page([data])
+
+
 def test_the_test_split_is_asked_once_or_knowingly_again(sqlite_url: str) -> None:
     searched = Harness(sqlite_url, config_of(policy={"alpha": 60}, training={"epochs": 1}), "tpe")
     searched.work()
