@@ -353,7 +353,7 @@ def test_a_trial_with_epochs_but_without_its_parameters_is_left_out(
     data = study_data.read(harness.storage, "s")
     assert [row.number for row in data.rows] == [0, 2]
     assert "trial 1 is left out: it has epochs, but no value of alpha" in caplog.text
-    assert "2 single runs" in text_of(data)
+    assert "of 2 runs" in text_of(data)
     html.page([data])
 
 
