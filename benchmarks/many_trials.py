@@ -152,7 +152,7 @@ def plans(url: str) -> None:
     queue, cached = Queue(engine, 1), CachedStorage(storage, lean=True)
     study = load_study(study_name="s", storage=cached)
     study.get_trials(deepcopy=False)
-    row = {"epoch": 1, "accuracy": 0.1, "loss": 1.0, "images": 500, "train_seconds": 1.0, "validation_seconds": 1.0}
+    row: dict[str, Any] = {"epoch": 1, "accuracy": 0.1, "loss": 1.0, "images": 500, "train_seconds": 1.0, "validation_seconds": 1.0}
     row |= {"kind": "keep", "k": 0, "beta": 0.0}
 
     with _explained(engine, "claim"):

@@ -40,8 +40,9 @@ from study.worker.stop_monitor import StopMonitor, launcher_ended, supervisor_pi
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 2.0
-"""Between two looks for a trial while others hold all that are left."""
+WAIT_SECONDS = 0.1, 2.0
+"""Between two looks for a trial while others hold all that are left, at least and at most; between them a quarter of
+the time waited so far."""
 MOST_ERRORS_IN_A_ROW = 2
 DATABASE_ERRORS = (DBAPIError, optuna.exceptions.StorageInternalError, DatabaseUnavailable)
 
@@ -117,15 +118,18 @@ def _work_through(
     wait: bool,
 ) -> bool:
     """Claim and run trials; whether all of the study's have finished."""
-    errors = 0
+    errors, waited = 0, 0.0
     while not stop():
         lease = queue.claim()
         if lease is None:
             left = queue.unfinished()
             if left == 0 or not wait:
                 return left == 0
-            _pause(WAIT_SECONDS, stop)
+            pause = min(max(waited / 4, WAIT_SECONDS[0]), WAIT_SECONDS[1])
+            _pause(pause, stop)
+            waited += pause
             continue
+        waited = 0.0
         try:
             with queue.renewing(lease):
                 run_trial(study, config, data, queue, lease, stop, fallback_folder)
