@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rich import box
@@ -78,3 +79,19 @@ def points(fraction: float) -> str:
 def count(number: int, noun: str) -> str:
     """`1 seed`, `12 seeds`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def moment(at: float | None, pattern: str = "%Y-%m-%d %H:%M UTC") -> str:
+    """Seconds since 1970, of which a database may hold any number, as a date and time; a dash for none."""
+    try:
+        return "–" if at is None else datetime.fromtimestamp(at, UTC).strftime(pattern)
+    except (ValueError, OverflowError, OSError):
+        return "at an unknown time"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: `1:02:03`."""
+    try:
+        return str(timedelta(seconds=round(seconds)))
+    except (ValueError, OverflowError):
+        return "unknown"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 
 import sqlalchemy as sa
 from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from dashboards import status
-from dashboards.formatting import process_of
+from dashboards.formatting import moment, process_of
 from storage import queries, trial_logs
 from storage.retry import is_transient
 from storage.schema import FINISHED
@@ -87,12 +86,5 @@ def text(line: LogLine) -> Text:
     """A line as the terminal shows it, whatever is in it. Its indentation stays: a traceback's lines are lines here."""
     indent = " " * (len(line.message) - len(line.message.lstrip(" ")))
     worker, level = one_line(process_of(line.owner)), f"{one_line(line.level):<7}"
-    start = f"{_moment(line.at)} trial {line.trial} attempt {line.attempt} {worker} {level}"
+    start = f"{moment(line.at, '%Y-%m-%d %H:%M:%S UTC')} trial {line.trial} attempt {line.attempt} {worker} {level}"
     return Text(f"{start} {indent}{one_line(line.message)}", STYLES.get(line.level, ""))
-
-
-def _moment(at: float) -> str:
-    try:
-        return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (ValueError, OverflowError, OSError):  # any number may be in a database
-        return "at an unknown time"

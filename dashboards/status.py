@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
-from dashboards.formatting import budget_lines, label, percent, plain_table, process_of
+from dashboards.formatting import budget_lines, duration, label, moment, percent, plain_table, process_of
 from storage import budgets, early_end, exclusions, queries, retry, stop_requests
 from storage.origins import Derived, Informed, derived_from, informed_by
 from storage.queries import Attempt, Progress, Running, StudySummary
@@ -185,7 +184,7 @@ def page(status: Status, storage: str | None = None, width: int = WIDE) -> Rende
     """
     lines = heading(status)
     if status.seconds_left is not None:
-        lines.append(f"about {timedelta(seconds=round(status.seconds_left))} left at the pace so far")
+        lines.append(f"about {duration(status.seconds_left)} left at the pace so far")
     now = status.progress
     for trial in now.interrupted:
         lines.append(f"trial {trial.number} is interrupted (epoch {trial.epoch} of {_epochs(status)})")
@@ -219,8 +218,8 @@ def _workers(running: tuple[Running, ...], *, narrow: bool) -> Table:
     lines = []
     for trial in running:
         rate = f"{trial.images / trial.seconds:,.0f}" if trial.seconds else "–"
-        elapsed, left = timedelta(seconds=round(trial.held_seconds)), f"{trial.lease_seconds_left:.0f} s"
-        numbers = [str(trial.number), str(trial.epoch), rate, percent(trial.accuracy), str(elapsed), left]
+        elapsed, left = duration(trial.held_seconds), f"{trial.lease_seconds_left:.0f} s"
+        numbers = [str(trial.number), str(trial.epoch), rate, percent(trial.accuracy), elapsed, left]
         host, device = process_of(trial.owner), trial.device
         lines.append([_shortened(host, MACHINE_WIDTH), *numbers] if narrow else [host, device, *numbers])
     return plain_table("", heads, lines, left=(0,) if narrow else (0, 1))
@@ -272,7 +271,7 @@ def summaries_table(studies: list[StudySummary]) -> Table:
         total = sum(study.states.values())
         finished = study.states["complete"] + study.states["pruned"] + study.states["failed"]
         best = percent(study.best) if study.is_ours else "–"
-        numbers = [f"{finished}/{total}", str(study.states["failed"]), best, _ago(study.last_activity)]
+        numbers = [f"{finished}/{total}", str(study.states["failed"]), best, moment(study.last_activity)]
         lines.append([study.name, _state(study, finished, total), *numbers])
     return plain_table("", heads, lines, left=(0, 1))
 
@@ -287,9 +286,3 @@ def _state(study: StudySummary, finished: int, total: int) -> str:
     if study.ended_early:
         return "ended early"
     return "stopped" if study.stop_requested else "paused"
-
-
-def _ago(at: float | None) -> str:
-    if at is None:
-        return "–"
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")

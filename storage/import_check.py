@@ -114,7 +114,11 @@ RULES: dict[sa.Table, tuple[str, ...]] = {
         f"level IN {LEVELS}",
         "at BETWEEN 0 AND 1e11",
     ),
-    ATTEMPTS: ("outcome IS NULL OR outcome IN ('finished', 'settled', 'released', 'error', 'vanished', 'skipped')",),
+    ATTEMPTS: (
+        "started_at BETWEEN 0 AND 1e11",
+        "ended_at IS NULL OR ended_at BETWEEN 0 AND 1e11",
+        "outcome IS NULL OR outcome IN ('finished', 'settled', 'released', 'error', 'vanished', 'skipped')",
+    ),
 }
 """What holds of every row beside the types of its columns."""
 NUMBERS = frozenset(

@@ -24,6 +24,8 @@ OUTCOMES = {
 
 MOST_BARS = 2000
 """Attempts in the figure of workers, the latest."""
+LATEST = 1e11
+"""Seconds since 1970: what a date can be made of. A database may hold any number."""
 
 
 def exchange(data: StudyData, findings: Findings) -> go.Figure | None:
@@ -115,9 +117,9 @@ def times(data: StudyData, findings: Findings) -> go.Figure | None:
 
 def timeline(data: StudyData) -> go.Figure | None:
     """Who worked on what, when: a line a worker, a bar an attempt; None before the first."""
-    if not data.attempts:
+    attempts = [a for a in data.attempts if 0 <= a.started_at <= (a.ended_at or a.started_at) <= LATEST][-MOST_BARS:]
+    if not attempts:
         return None
-    attempts = data.attempts[-MOST_BARS:]
     latest = max(a.ended_at or a.started_at for a in attempts)
     workers = list(dict.fromkeys(a.owner for a in attempts))
     names = {owner: f"{owner.split(':')[0][:24]} #{i}" for i, owner in enumerate(workers, 1)}

@@ -357,6 +357,18 @@ def test_a_trial_with_epochs_but_without_its_parameters_is_left_out(
     html.page([data])
 
 
+@pytest.mark.parametrize("at", [1e300, -1e300, 1e12])
+def test_times_that_are_no_dates_do_not_stop_anybody(at: float, sqlite_url: str) -> None:
+    harness = Harness(sqlite_url, config_of())
+    harness.queue.claim()
+    with harness.storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_attempts SET started_at = ?", (at,))
+    output = Console(file=io.StringIO(), width=400)
+    output.print(status.summaries_table(status.summaries(harness.storage.engine)))
+    output.print(status.page(status.read(harness.storage.engine, "s")))
+    assert html.page([study_data.read(harness.storage, "s")])
+
+
 def test_the_test_split_is_asked_once_or_knowingly_again(sqlite_url: str) -> None:
     searched = Harness(sqlite_url, config_of(policy={"alpha": 60}, training={"epochs": 1}), "tpe")
     searched.work()
