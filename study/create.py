@@ -41,6 +41,9 @@ CLASSES = "classes"
 """Key of the study's user attribute: the names of the data's classes, in the order of their labels."""
 CONFIG_FORMAT = 1
 """Of the config that a study stores; a later one is for later versions of this program."""
+GP_TRIALS = 1000
+"""Trials up to which the GP sampler chooses within seconds: 4.7 s after 1,000, 54 s after 2,000 (many_trials
+benchmark, one thread)."""
 
 
 def load_study(storage: RDBStorage, name: str, *, lean: bool = False) -> tuple[optuna.Study, StudyConfig]:
@@ -352,5 +355,11 @@ def config_warnings(config: StudyConfig, data: PreparedData) -> list[str]:
     if isinstance(resource, int) and resource >= last:
         sentences.append(
             f"pruning.min_resource {resource} is not below the last step {last} of a trial: nothing will be pruned"
+        )
+    trials = config.search.trials or 0
+    if config.search.sampler.kind == "gp" and trials > GP_TRIALS:
+        sentences.append(
+            f"search.sampler gp takes longer with every trial, and search.trials is {trials:,}: after {GP_TRIALS:,} it "
+            "chooses for 5 s or more, after twice as many for a minute; tpe for less than a second"
         )
     return sentences

@@ -304,6 +304,16 @@ def test_a_delta_below_the_noise_is_warned_of(images: int, delta: float, warns: 
     assert config_warnings(config_of(policy={"name": "static", "alpha": 60, "delta": delta}), data) == []
 
 
+def test_many_trials_of_the_gp_sampler_are_warned_of() -> None:
+    data = PreparedData(
+        "0" * 64, {"train": 1294, "validation": 144}, (1294, 144, 359), config_of(), (), (32, 32, 3), None
+    )
+    policy = {"alpha": {"low": 40, "high": 100, "step": 20}, "delta": 0.1}
+    for trials, warns in ((1000, False), (2000, True)):
+        config = config_of(policy=policy, search={"sampler": "gp", "trials": trials})
+        assert any("search.sampler gp" in sentence for sentence in config_warnings(config, data)) == warns
+
+
 # Confirmation, and searches with two objectives.
 
 
