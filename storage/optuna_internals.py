@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "CMA_ES_STATE",
     "DASHBOARD",
     "DASHBOARD_NOTE",
     "NOTE_LENGTH",
@@ -132,6 +133,8 @@ def forget_cached_trials(study: optuna.Study) -> None:
     study._thread_local.cached_all_trials = None
 
 
+CMA_ES_STATE = ("plain-cma:", "cma:")
+"""What keys of trials' system attributes with the state of CMA-ES begin with: ours, and Optuna's own."""
 _CMA_VECTORS = ("_mean", "_p_sigma", "_pc", "_c_1d")
 _MOST_CMA_NUMBER = 1e32
 """The limit of cmaes for a mean and for a step size."""
@@ -149,7 +152,7 @@ class PlainCmaEsSampler(optuna.samplers.CmaEsSampler):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._attr_prefix = "plain-cma:"
+        self._attr_prefix = CMA_ES_STATE[0]
 
     def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
         """Called with the pickle that Optuna has just made of its own optimizer, before it is stored."""

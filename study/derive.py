@@ -13,7 +13,7 @@ from storage.derive import derive as copy_trials
 from storage.enqueue import QUEUE_POSITION
 from storage.errors import UserError
 from storage.exclusions import excluded
-from storage.optuna_internals import storage_of
+from storage.optuna_internals import CMA_ES_STATE, storage_of
 from storage.origins import AFTER, DERIVED_FROM, ORIGIN_TRIAL, Derived, Informed, informed_by
 from study import __version__
 from study.config.loading import changed
@@ -27,8 +27,6 @@ from study.search.compatibility import deciding_differences, fit
 OF_DATA = ("data_fingerprint", "images", "protocol", "data_facts", CLASSES, "code_sha256")
 """User attributes of a study that say what its data and its own code are."""
 MOST_LINES = 20
-CMA_ES_STATE = ("plain-cma:", "cma:")
-"""What keys of the system attributes begin with in which CMA-ES keeps its state, in this version and in older ones."""
 
 
 @dataclass(frozen=True)
