@@ -169,3 +169,9 @@ def test_the_dashboards_routes(storage: RDBStorage) -> None:
     named = {str(route) for route in internals.DashboardRoute}
     assert named <= routes
     assert {route for route in routes if not route.startswith("GET ")} <= named
+
+
+def test_keys_of_cma_es() -> None:
+    ours, optunas = internals.CMA_ES_STATE
+    assert optuna.samplers.CmaEsSampler()._attr_prefix == optunas
+    assert internals.PlainCmaEsSampler()._attr_prefix == ours
