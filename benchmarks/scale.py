@@ -1,6 +1,6 @@
 """How many workers one PostgreSQL serves: 1 to 256 simulated trainings, their statements and waiting times.
 
-    python -m benchmarks.scale [workers] [nodes] [bouncer] [growth] [polls] [checkpoints] [short]
+    python -m benchmarks.scale [workers] [nodes] [bouncer] [growth] [polls] [checkpoints] [short] [copies]
 
 A worker is a forked process with the queue, the sampler, the lease and the stop monitor of a real one; its training is
 a pause. It waits for every report, which a real one leaves to a thread, so its idle share is an upper bound.
@@ -14,6 +14,8 @@ import math
 import multiprocessing
 import os
 import random
+import resource
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,16 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from storage import checkpoints
+from benchmarks import overhead
+from storage import checkpoints, transfer
 from storage.budgets import recent_spending, spending
 from storage.cached_storage import CachedStorage
-from storage.engine import open_storage
+from storage.engine import close, open_storage
+from storage.optuna_internals import models
 from storage.optuna_internals import storage_of
 from storage.queue import Queue
-from storage.schema import SPENDING
+from storage.schema import LEASES, SPENDING, TRIALS
 from storage.stop_requests import read_controls
 from study.config.loading import parse_config
 from study.create import PreparedData, create_study, load_study
@@ -438,9 +443,65 @@ def short() -> None:
         server.stop()
 
 
+COPIED, COPIED_BY_OPTUNA = 10_000, 200
+OPTUNAS = [table for table in models.BaseModel.metadata.sorted_tables if "trial_id" in table.c]
+
+
+def copied(source: str, target: str, by_optuna: bool, results: Any) -> None:
+    """Copy the study "s" and say how long that took and how much memory it added."""
+    ends = open_storage(source, create=False, reading=True), open_storage(target)
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if by_optuna:
+        optuna.copy_study(from_study_name="s", from_storage=ends[0], to_storage=ends[1])
+    else:
+        transfer.copy(*ends, "s")
+    results.put((time.monotonic() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    results.close()
+    results.join_thread()
+
+
+def copies() -> None:
+    """`study copy` and `optuna.copy_study`, of trials of 200 epochs, between SQLite and PostgreSQL."""
+    print("\n| from | to | by | trials | rows | s | trials/s | rows/s | memory, MB | load |\n|" + 10 * " --- |")
+    server = Postgres()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for trials, by_optuna in ((COPIED_BY_OPTUNA, True), (COPIED_BY_OPTUNA, False), (COPIED, False)):
+                urls = [f"sqlite:///{folder}/{trials}{by_optuna}.db", server.new_database()]
+                overhead.fill(urls[0], trials)
+                engine = open_storage(urls[0]).engine
+                with engine.begin() as connection:
+                    connection.execute(sa.update(LEASES).values(expires_at=0.0))
+                    tables = OPTUNAS if by_optuna else (TRIALS, *transfer.OF_TRIAL)
+                    counts = [connection.scalar(sa.select(sa.func.count()).select_from(table)) for table in tables]
+                    total = connection.scalar(sa.select(sa.func.count()).select_from(TRIALS)) or 0
+                rows = sum(filter(None, counts))
+                close(engine)
+                for source, target in (
+                    (urls[0], f"sqlite:///{folder}/copy{trials}{by_optuna}.db"),
+                    (urls[0], urls[1]),
+                    (urls[1], server.new_database()),
+                    (urls[1], f"sqlite:///{folder}/back{trials}{by_optuna}.db"),
+                ):
+                    results = FORK.Queue()
+                    process = FORK.Process(target=copied, args=(source, target, by_optuna, results), daemon=True)
+                    process.start()
+                    seconds, megabytes = results.get(timeout=1000)
+                    process.join(timeout=60)
+                    kinds = " | ".join("SQLite" if "sqlite" in url else "PostgreSQL" for url in (source, target))
+                    print(
+                        f"| {kinds} | {'optuna.copy_study' if by_optuna else 'study copy'} | {total:,} | {rows:,} "
+                        f"| {seconds:.1f} | {total / seconds:,.0f} | {rows / seconds:,.0f} | {megabytes:.0f} "
+                        f"| {os.getloadavg()[0]:.1f} |",
+                        flush=True,
+                    )
+    finally:
+        server.stop()
+
+
 SCENES = {
     "workers": workers, "nodes": nodes, "bouncer": bouncer, "growth": growth, "polls": polls, "checkpoints": saving,
-    "short": short,
+    "short": short, "copies": copies,
 }  # fmt: skip
 
 if __name__ == "__main__":

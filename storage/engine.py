@@ -399,7 +399,7 @@ def _engine_settings(url: URL, path: Path | None, *, reading: bool, may_write: b
         # Without locks nothing tells a connection that a writer has begun: each query then looks again.
         return settings | ({"poolclass": sa.NullPool} if _is_immutable(path) else {})
     if path is not None:
-        return {"connect_args": {"timeout": BUSY_SECONDS}}
+        return {"connect_args": {"timeout": BUSY_SECONDS, "uri": True}}  # for `ATTACH`; SQLAlchemy passes a plain path
     # Who reads locks nothing, and Optuna may take long over what it has read. UTC, because Optuna writes naive times.
     ours = "-c timezone=UTC" + (f" -c idle_in_transaction_session_timeout={IDLE_SECONDS}s" if not reading else "")
     theirs = url.query.get("options", os.environ.get("PGOPTIONS", ""))
@@ -431,6 +431,13 @@ def _connect_read_only(path: Path) -> sqlite3.Connection:
     which is safe only while nobody has a log there, and therefore looked at with each connection.
     """
     return _connect(path, "mode=ro&immutable=1" if _is_immutable(path) else _mode(path))
+
+
+def read_only_address(path: Path) -> str:
+    """The file for SQLite's `ATTACH`, only to be read, so that a transaction does not lock it against writers. Where
+    there was no log it leaves an empty one, unless another connection is closed after it.
+    """
+    return f"file:{quote(str(path))}?mode=ro{'&immutable=1' * _is_immutable(path)}"
 
 
 def _mode(path: Path) -> str:

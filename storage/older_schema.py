@@ -22,11 +22,14 @@ VALUES: dict[sa.Column[Any], str] = {
     ),
 }
 """Columns whose values changed with schema version 0002."""
+OLDER_SCHEMA = "older_schema"
+"""Execution option of an engine whose SELECTs are changed: no other connection finds the present schema there."""
 
 
 def read_as_current(engine: sa.Engine) -> None:
     """From now on the SELECTs of `engine` find the present schema. Nothing may be written through it to our tables."""
     expressions = _expressions(engine)
+    engine.update_execution_options(**{OLDER_SCHEMA: True})
 
     @sa.event.listens_for(engine, "before_cursor_execute", retval=True)
     def _hide_old_tables(

@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from storage import artifacts, object_store
+from storage import artifacts, bulk, object_store
 from storage.engine import live_lease, open_storage, upsert
 from storage.errors import UserError
 from storage.import_check import check_export
@@ -45,7 +43,7 @@ from storage.schema import (
 )
 from storage.study_attributes import STORE_KEY, store_of
 from storage.study_name import check_study_name
-from storage.url import file_of, sqlite_url
+from storage.url import sqlite_url
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ ORIGINAL_NAME = "original_name"
 COPIED_TO = "copied_to"
 """Key of a source's user attribute: where its copy is, as it may be shown."""
 BATCH = 100
-"""Trials that are read and written at a time: 20,000 rows of 200 epochs each."""
+"""Trials that are changed at a time."""
 IN_DATABASE = {"checkpoint": object_store.DATABASE, "artifacts": object_store.DATABASE}
 """Section of a config to its `store`."""
 PATIENCE_SECONDS = 30.0
@@ -132,7 +130,7 @@ def _copy(
     check_study_name(new_name)
 
     def once() -> int:
-        with target.engine.begin() as into, _reading(source, target, into) as out_of:
+        with bulk.ends(source, target) as (out_of, into):
             if target.engine.dialect.name == "postgresql":  # checkpoints may take long to read
                 into.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
             old = find_study(out_of, name)
@@ -216,7 +214,7 @@ def requeue(storage: RDBStorage, name: str, *, trials: Collection[int] | None) -
                 )
             chosen = failed if trials is None else sorted(set(trials))
             files: list[str] = []
-            for ids in _batches([rows[number].trial_id for number in chosen], BATCH):
+            for ids in bulk.batches([rows[number].trial_id for number in chosen], BATCH):
                 files += _start_over(connection, ids)
             return chosen, store_of(connection, study_id, "checkpoint"), files
 
@@ -256,20 +254,6 @@ def delete(storage: RDBStorage, name: str, *, force: bool = False) -> None:
 
     for store, names in retry(once, PATIENCE_SECONDS):
         object_store.remove_files(store, names)
-
-
-@contextmanager
-def _reading(source: RDBStorage, target: RDBStorage, into: sa.Connection) -> Iterator[sa.Connection]:
-    """One state of the source for all that is read of it, whatever is written meanwhile."""
-    ends = file_of(source.engine.url), file_of(target.engine.url)
-    if ends[0] is not None and ends[1] is not None and os.path.samefile(ends[0], ends[1]):
-        yield into  # a second connection that wants to write would wait for this one for ever
-        return
-    engine = source.engine
-    if engine.dialect.name == "postgresql":
-        engine = engine.execution_options(isolation_level="REPEATABLE READ")
-    with engine.connect() as connection:
-        yield connection
 
 
 def find_study(connection: sa.Connection, name: str, lock: bool = False) -> int:
@@ -328,22 +312,32 @@ def copy_trials(
         into.execute(sa.delete(table).where(table.c.trial_id.in_(of_copy)))
         if table in (HEARTBEATS, ARTIFACTS, ARTIFACT_CHUNKS):
             continue
-        size, having = BATCH, old_ids
-        if table is CHECKPOINTS:  # up to hundreds of megabytes each
-            of_study = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == old)
-            size, having = 1, list(out_of.scalars(sa.select(table.c.trial_id).where(table.c.trial_id.in_(of_study))))
-            having = [trial_id for trial_id in having if trial_id in ids]
-        for batch in _batches(having, size):
-            rows = _rows(out_of, table, "trial_id", batch)
-            if table is CHECKPOINTS:
-                rows = [row for row in (_whole(row, files) for row in rows) if row is not None]
-            if table is TRIAL_SYSTEM_ATTRS:  # artifacts get new ids
-                rows = [row for row in rows if not row["key"].startswith(artifacts.ATTRIBUTE)]
-            _put(into, table, "trial_id", ids, rows)
+        if table is CHECKPOINTS:
+            _copy_checkpoints(out_of, into, old, ids, files)
+        elif table is TRIAL_SYSTEM_ATTRS:
+            bulk.copy_rows(out_of, into, table, ids, _is_no_artifact)
+        else:
+            bulk.copy_rows(out_of, into, table, ids)
     into.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(of_copy)).values(expires_at=0.0))
     numbers = {old_id: row["number"] for old_id, row in zip(old_ids, trials, strict=True)}
     _copy_artifacts(out_of, into, old, ids, numbers, files)
     return ids
+
+
+def _is_no_artifact(attributes: sa.Table) -> sa.ColumnElement[bool]:
+    """Artifacts get new ids. Not LIKE, which takes capitals for small letters on SQLite."""
+    return sa.func.substr(attributes.c.key, 1, len(artifacts.ATTRIBUTE)) != artifacts.ATTRIBUTE
+
+
+def _copy_checkpoints(
+    out_of: sa.Connection, into: sa.Connection, old: int, ids: Mapping[int, int], files: Mapping[str, Path]
+) -> None:
+    """One by one: each may have hundreds of megabytes."""
+    query = sa.select(CHECKPOINTS.c.trial_id).join(TRIALS, TRIALS.c.trial_id == CHECKPOINTS.c.trial_id)
+    for trial_id in out_of.scalars(query.where(TRIALS.c.study_id == old).order_by(CHECKPOINTS.c.trial_id)).all():
+        if trial_id in ids:
+            rows = [_whole(row, files) for row in _rows(out_of, CHECKPOINTS, "trial_id", [trial_id])]
+            _put(into, CHECKPOINTS, "trial_id", ids, [row for row in rows if row is not None])
 
 
 def _copy_artifacts(
@@ -457,10 +451,6 @@ def _start_over(connection: sa.Connection, ids: Sequence[int]) -> list[str]:
     waiting = {"state": TrialState.WAITING, "datetime_start": None, "datetime_complete": None}
     connection.execute(sa.update(TRIALS).where(TRIALS.c.trial_id.in_(ids)).values(waiting))
     return files
-
-
-def _batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (ids[start : start + size] for start in range(0, len(ids), size))
 
 
 def _some(items: Sequence[object]) -> str:

@@ -1,0 +1,196 @@
+"""Copies the rows of trials between two databases, or within one, without a Python object a row and column.
+
+Where one connection sees both ends, the database does it by itself (`INSERT … SELECT`): within a database, and between
+two SQLite files, of which the target's connection attaches the other. Else rows go as the drivers read them, a batch of
+trials at a time, into SQLite by `executemany` and into PostgreSQL by `COPY`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.storages import RDBStorage
+
+from storage.engine import read_only_address
+from storage.older_schema import OLDER_SCHEMA
+from storage.url import file_of
+
+BATCH = 100
+"""Trials whose rows are in memory at a time: 20,000 rows of a table with a row an epoch, of 200 epochs a trial."""
+BATCH_WITHIN = 1000
+"""Trials of one `INSERT … SELECT`: none of their rows comes here."""
+ALIKE = (sa.Integer, sa.Float, sa.String, sa.LargeBinary)
+"""Types that both drivers read and take in the same form. An enum, which is a `String`, is its name in both."""
+COPY = "COPY "
+ATTACHED = "source"
+"""The name of the source in a connection to the target."""
+
+
+@contextmanager
+def ends(source: RDBStorage, target: RDBStorage) -> Iterator[tuple[sa.Connection, sa.Connection]]:
+    """A connection that sees one state of the source, whatever is written there meanwhile, and one in a transaction on
+    the target; the same connection if both are one SQLite file.
+    """
+    files = file_of(source.engine.url), file_of(target.engine.url)
+    if files[0] is None or files[1] is None or source.engine.get_execution_options().get(OLDER_SCHEMA):
+        with _two_connections(source.engine, target.engine) as both:
+            yield both
+    elif os.path.samefile(files[0], files[1]):
+        with target.engine.begin() as into:  # a second connection that wants to write would wait for this one for ever
+            yield into, into
+    else:
+        with _attached(source.engine, read_only_address(files[0]), target.engine) as both:
+            yield both
+
+
+@contextmanager
+def _two_connections(source: sa.Engine, target: sa.Engine) -> Iterator[tuple[sa.Connection, sa.Connection]]:
+    if source.dialect.name == "postgresql":
+        source = source.execution_options(isolation_level="REPEATABLE READ")
+    if target.dialect.name == "postgresql" and not sa.event.contains(target, "do_execute", _copy_from):
+        sa.event.listen(target, "do_execute", _copy_from)
+    with target.begin() as into, source.connect() as out_of:
+        yield out_of, into
+
+
+@contextmanager
+def _attached(source: sa.Engine, address: str, target: sa.Engine) -> Iterator[tuple[sa.Connection, sa.Connection]]:
+    # The source's own connection is open as long: the last one to close removes SQLite's log, which one that only
+    # reads cannot.
+    with source.execution_options(reading=True).connect() as beside, target.connect() as into:
+        beside.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1")
+        driver = into.connection.driver_connection
+        assert driver is not None
+        driver.execute(f"ATTACH ? AS {ATTACHED}", [address])
+        try:
+            view = sa.create_engine(
+                "sqlite://",
+                creator=lambda: _Borrowed(driver),
+                poolclass=sa.NullPool,
+                execution_options={"schema_translate_map": {None: ATTACHED}},
+            )
+            with into.begin(), view.connect() as out_of:
+                yield out_of, into
+        finally:
+            driver.execute(f"DETACH {ATTACHED}")
+
+
+class _Borrowed:
+    """A driver's connection whose transaction and end are its owner's business."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def _leave(self) -> None: ...
+
+    commit = rollback = close = _leave
+
+
+def copy_rows(
+    out_of: sa.Connection,
+    into: sa.Connection,
+    table: sa.Table,
+    ids: Mapping[int, int],
+    which: Callable[[sa.Table], sa.ColumnElement[bool]] = lambda table: sa.true(),
+) -> None:
+    """Copy rows of trials: all columns but an id of the row's own, which it gets from the database.
+
+    They are inserted in the order in which they were made, which is Optuna's order of parameters.
+
+    Args:
+        out_of, into: of `ends`, or one connection twice.
+        ids: old to new trial ids.
+        which: the condition on a row of the table.
+    """
+    attached = out_of.get_execution_options().get("schema_translate_map", {}).get(None)
+    if out_of is into or attached is not None:
+        there = table.to_metadata(sa.MetaData(), schema=attached)
+        for trials in batches(list(ids), BATCH_WITHIN):
+            _copy_within(into, there, table, [(old, ids[old]) for old in trials], which)
+    else:
+        read = (_read(out_of, table, trials, ids, which) for trials in batches(list(ids), BATCH))
+        for rows in _read_ahead(read) if into.dialect.name == "postgresql" else read:
+            if rows:
+                _insert(into, table, rows)
+
+
+def _copy_within(
+    into: sa.Connection,
+    source: sa.Table,
+    target: sa.Table,
+    ids: list[tuple[int, int]],
+    which: Callable[[sa.Table], sa.ColumnElement[bool]],
+) -> None:
+    pairs = sa.values(sa.column("old", sa.Integer), sa.column("new", sa.Integer), name="ids").data(ids).cte("ids")
+    names = _names(target)
+    rows = sa.select(pairs.c.new, *(source.c[name] for name in names[1:]))
+    rows = rows.join_from(pairs, source, source.c.trial_id == pairs.c.old).where(which(source))
+    into.execute(sa.insert(target).from_select(names, rows.order_by(*source.primary_key)))
+
+
+def _read(
+    out_of: sa.Connection,
+    table: sa.Table,
+    trials: Sequence[int],
+    ids: Mapping[int, int],
+    which: Callable[[sa.Table], sa.ColumnElement[bool]],
+) -> list[tuple[Any, ...]]:
+    """The columns `_names` of the rows, with new trial ids; as the driver reads them, if that will do."""
+    query = sa.select(*(table.c[name] for name in _names(table))).where(table.c.trial_id.in_(trials), which(table))
+    result = out_of.execute(query.order_by(*table.primary_key))
+    rows = result.cursor.fetchall() if _is_alike(table) else result.all()
+    return [(ids[old], *values) for old, *values in rows]
+
+
+def _insert(into: sa.Connection, table: sa.Table, rows: list[tuple[Any, ...]]) -> None:
+    names, quoted = _names(table), into.dialect.identifier_preparer
+    columns = f"{quoted.format_table(table)} ({', '.join(map(quoted.quote, _names(table)))})"
+    if not _is_alike(table):
+        into.execute(sa.insert(table), [dict(zip(names, row, strict=True)) for row in rows])
+    elif into.dialect.name == "postgresql":
+        into.exec_driver_sql(f"{COPY}{columns} FROM STDIN", (iter(rows),))
+    else:
+        into.exec_driver_sql(f"INSERT INTO {columns} VALUES ({', '.join('?' * len(names))})", rows)
+
+
+def _copy_from(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+    """Lets SQLAlchemy execute `COPY … FROM STDIN` as any statement: its errors are SQLAlchemy's, a lost connection
+    is noticed.
+    """
+    if not statement.startswith(COPY):
+        return False
+    with cursor.copy(statement) as copy:
+        for row in parameters[0]:
+            copy.write_row(row)
+    return True
+
+
+def _names(table: sa.Table) -> list[str]:
+    """The columns to copy, `trial_id` first."""
+    own = table.autoincrement_column
+    return ["trial_id", *(column.name for column in table.c if column is not own and column.name != "trial_id")]
+
+
+def _is_alike(table: sa.Table) -> bool:
+    return all(isinstance(column.type, ALIKE) for column in table.c)
+
+
+def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The next batch is read in a thread while PostgreSQL works on the last one."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (ids[start : start + size] for start in range(0, len(ids), size))
