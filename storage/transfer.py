@@ -302,10 +302,11 @@ def copy_trials(
     if only is not None:
         kept = sorted((row for row in trials if row["trial_id"] in only), key=lambda row: row["number"])
         trials = [row | {"number": number} for number, row in enumerate(kept)]
-    old_ids = [row.pop("trial_id") for row in trials]
-    insert = sa.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True)
-    new_ids = into.scalars(insert, [row | {"study_id": new} for row in trials]).all() if trials else []
-    ids = dict(zip(old_ids, new_ids, strict=True))
+    numbers: dict[int, int] = {row.pop("trial_id"): row["number"] for row in trials}
+    insert = sa.insert(TRIALS).returning(TRIALS.c.number, TRIALS.c.trial_id)
+    made = into.execute(insert, [row | {"study_id": new} for row in trials]).all() if trials else []
+    new_ids = {row.number: row.trial_id for row in made}
+    ids = {old_id: new_ids[number] for old_id, number in numbers.items()}
     of_copy = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == new)
     for table in OF_TRIAL:
         # SQLite may give a deleted study's trial ids again.
@@ -319,7 +320,6 @@ def copy_trials(
         else:
             bulk.copy_rows(out_of, into, table, ids)
     into.execute(sa.update(LEASES).where(LEASES.c.trial_id.in_(of_copy)).values(expires_at=0.0))
-    numbers = {old_id: row["number"] for old_id, row in zip(old_ids, trials, strict=True)}
     _copy_artifacts(out_of, into, old, ids, numbers, files)
     return ids
 
