@@ -1,4 +1,4 @@
-"""Copies the rows of trials between two databases, or within one, without a Python object a row and column.
+"""Copies the rows of trials in bulk, between two databases or within one.
 
 Where one connection sees both ends, the database does it by itself (`INSERT … SELECT`): within a database, and between
 two SQLite files, of which the target's connection attaches the other. Else rows go as the drivers read them, a batch of
@@ -25,9 +25,8 @@ BATCH = 100
 cache (1,000 trials at a time take a fifth longer)."""
 ALIKE = (sa.Integer, sa.Float, sa.String, sa.LargeBinary)
 """Types that both drivers read and take in the same form. An enum, which is a `String`, is its name in both."""
-COPY = "COPY "
 ATTACHED = "source"
-"""The name of the source in a connection to the target."""
+"""The schema name of a source that is attached."""
 
 
 @contextmanager
@@ -59,24 +58,26 @@ def _two_connections(source: sa.Engine, target: sa.Engine) -> Iterator[tuple[sa.
 
 @contextmanager
 def _attached(source: sa.Engine, address: str, target: sa.Engine) -> Iterator[tuple[sa.Connection, sa.Connection]]:
-    # The source's own connection is open as long: the last one to close removes SQLite's log, which one that only
+    """One transaction on both: the target's connection sees the source's tables in a schema, where `out_of` reads.
+
+    Nothing of the source but its tables' rows is used: no trigger, which only a write would start.
+    """
+    # The source's own connection stays open as long: the last one to close removes SQLite's log, which one that only
     # reads cannot.
     with source.execution_options(reading=True).connect() as beside, target.connect() as into:
         beside.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1")
         driver = into.connection.driver_connection
         assert driver is not None
+        into.detach()  # from the pool: it is closed afterwards, and nobody else finds the source attached
         driver.execute(f"ATTACH ? AS {ATTACHED}", [address])
-        try:
-            view = sa.create_engine(
-                "sqlite://",
-                creator=lambda: _Borrowed(driver),
-                poolclass=sa.NullPool,
-                execution_options={"schema_translate_map": {None: ATTACHED}},
-            )
-            with into.begin(), view.connect() as out_of:
-                yield out_of, into
-        finally:
-            driver.execute(f"DETACH {ATTACHED}")
+        view = sa.create_engine(
+            "sqlite://",
+            creator=lambda: _Borrowed(driver),
+            poolclass=sa.NullPool,
+            execution_options={"schema_translate_map": {None: ATTACHED}},
+        )
+        with into.begin(), view.connect() as out_of:
+            yield out_of, into
 
 
 class _Borrowed:
@@ -115,8 +116,8 @@ def copy_rows(
         for query in _queries(there, ids, which):
             into.execute(sa.insert(table).from_select(_names(table), query))
     else:
-        batches = (_read(out_of, table, query) for query in _queries(table, ids, which))
-        for rows in _read_ahead(batches) if into.dialect.name == "postgresql" else batches:
+        read = (_read(out_of, table, query) for query in _queries(table, ids, which))
+        for rows in _read_ahead(read) if into.dialect.name == "postgresql" else read:
             if rows:
                 _insert(into, table, rows)
 
@@ -153,11 +154,11 @@ def _read(out_of: sa.Connection, table: sa.Table, query: sa.Select[Any]) -> Sequ
 
 def _insert(into: sa.Connection, table: sa.Table, rows: Sequence[Sequence[Any]]) -> None:
     names, quoted = _names(table), into.dialect.identifier_preparer
-    columns = f"{quoted.format_table(table)} ({', '.join(map(quoted.quote, _names(table)))})"
+    columns = f"{quoted.format_table(table)} ({', '.join(map(quoted.quote, names))})"
     if not _is_alike(table):
         into.execute(sa.insert(table), [dict(zip(names, row, strict=True)) for row in rows])
     elif into.dialect.name == "postgresql":
-        into.exec_driver_sql(f"{COPY}{columns} FROM STDIN", (iter(rows),))
+        into.exec_driver_sql(f"COPY {columns} FROM STDIN", (iter(rows),))
     else:
         into.exec_driver_sql(f"INSERT INTO {columns} VALUES ({', '.join('?' * len(names))})", rows)
 
@@ -166,7 +167,7 @@ def _copy_from(cursor: Any, statement: str, parameters: Any, context: Any) -> bo
     """Lets SQLAlchemy execute `COPY … FROM STDIN` as any statement: its errors are SQLAlchemy's, a lost connection
     is noticed.
     """
-    if not statement.startswith(COPY):
+    if not statement.startswith("COPY "):
         return False
     with cursor.copy(statement) as copy:
         for row in parameters[0]:
@@ -191,7 +192,3 @@ def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
         while (batch := coming.result()) is not None:
             coming = thread.submit(next, batches, None)
             yield batch
-
-
-def batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (ids[start : start + size] for start in range(0, len(ids), size))

@@ -214,7 +214,7 @@ def requeue(storage: RDBStorage, name: str, *, trials: Collection[int] | None) -
                 )
             chosen = failed if trials is None else sorted(set(trials))
             files: list[str] = []
-            for ids in bulk.batches([rows[number].trial_id for number in chosen], BATCH):
+            for ids in _batches([rows[number].trial_id for number in chosen], BATCH):
                 files += _start_over(connection, ids)
             return chosen, store_of(connection, study_id, "checkpoint"), files
 
@@ -451,6 +451,10 @@ def _start_over(connection: sa.Connection, ids: Sequence[int]) -> list[str]:
     waiting = {"state": TrialState.WAITING, "datetime_start": None, "datetime_complete": None}
     connection.execute(sa.update(TRIALS).where(TRIALS.c.trial_id.in_(ids)).values(waiting))
     return files
+
+
+def _batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (ids[start : start + size] for start in range(0, len(ids), size))
 
 
 def _some(items: Sequence[object]) -> str:

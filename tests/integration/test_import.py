@@ -232,6 +232,16 @@ def test_only_the_tables_of_a_study_are_looked_at(file: Path, tmp_path: Path) ->
     assert import_(file, sqlite_url(tmp_path / "target.db")) == ("s", 6)
 
 
+def test_no_trigger_of_the_file_runs(file: Path, tmp_path: Path) -> None:
+    for table in ("studies", "trials", "trial_epochs"):
+        for when in ("BEFORE INSERT", "BEFORE UPDATE", "BEFORE DELETE"):
+            name = f"{table}_{when.replace(' ', '_')}"
+            change(file, f"CREATE TRIGGER {name} {when} ON {table} BEGIN SELECT RAISE(ABORT, 'trigger'); END")
+    assert import_(file, sqlite_url(tmp_path / "target.db")) == ("s", 6)
+    with open_engine(sqlite_url(tmp_path / "target.db")).connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM sqlite_master WHERE type = 'trigger'").scalar() == 0
+
+
 def test_a_check_has_a_time_limit(file: Path) -> None:
     """Rows enough for a check of seconds."""
 

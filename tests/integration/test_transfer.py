@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
+import os
+import re
+import signal
+import sqlite3
 import warnings
 from collections.abc import Callable
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +26,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from storage import budgets, checkpoints, enqueue, transfer
+from storage import budgets, bulk, checkpoints, enqueue, transfer
 from storage.engine import open_storage
 from storage.errors import UserError
 from storage.queue import Lease, LeaseLost, Queue
@@ -215,7 +222,7 @@ def test_an_empty_study_is_copied_too(url: str) -> None:
 
 def test_more_trials_than_a_batch(url: str) -> None:
     storage = open_storage(url)
-    count = 2 * transfer.BATCH + 3
+    count = 2 * bulk.BATCH + 3
     trials = enqueue_trials(storage, "s", count).trials
     with storage.engine.begin() as connection:
         reports = [
@@ -323,28 +330,32 @@ def test_what_is_copied_is_one_state_of_the_source(url: str, tmp_path: Path) -> 
     study = enqueue_trials(source, "s", 1)
     with source.engine.begin() as connection:
         connection.execute(sa.insert(STUDY_ATTRS).values(study_id=study._study_id, key="turn", value_json="0"))
-    turn, reads = 0, []
+    turn, reads, writing = 0, [], False
 
-    @sa.event.listens_for(reader.engine, "after_cursor_execute")
     def write(_: Any, __: Any, statement: str, *___: Any) -> None:
         """Between any two reads of the copy somebody writes: both attributes, in one transaction."""
-        nonlocal turn
-        if not statement.startswith("SELECT"):
+        nonlocal turn, writing
+        if "SELECT" not in statement or writing:
             return
-        turn += 1
+        turn, writing = turn + 1, True
         reads.append(statement)
         with source.engine.begin() as connection:
             for table in (TRIAL_ATTRS, STUDY_ATTRS):
                 keys = ("queue_position", "turn")
                 connection.execute(sa.update(table).where(table.c.key.in_(keys)).values(value_json=str(turn)))
+        writing = False
 
     turns = []
     for i in range(3):
-        transfer.copy(reader, target, "s", f"s{i}")
+        sa.event.listen(sa.Engine, "after_cursor_execute", write)  # of all: which one reads is the copy's business
+        try:
+            transfer.copy(reader, target, "s", f"s{i}")
+        finally:
+            sa.event.remove(sa.Engine, "after_cursor_execute", write)
         copied = load(target, f"s{i}")
         turns.append((copied.user_attrs["turn"], copied.trials[0].user_attrs["queue_position"]))
     trials, studies = (
-        next(n for n, statement in enumerate(reads) if f"FROM {table.name}" in statement.replace("\n", ""))
+        next(n for n, statement in enumerate(reads) if re.search(rf"FROM (source\.)?{table.name}\b", statement))
         for table in (TRIAL_ATTRS, STUDY_ATTRS)
     )
     assert trials < studies  # so a write fell between the two
@@ -352,18 +363,192 @@ def test_what_is_copied_is_one_state_of_the_source(url: str, tmp_path: Path) -> 
     assert len(set(turns)) == 3
 
 
-def test_nothing_is_left_of_a_copy_that_fails(url: str, tmp_path: Path) -> None:
-    source, target = open_storage(url), open_storage(f"sqlite:///{tmp_path / 'target.db'}")
-    rich(source)
-    with target.engine.begin() as connection:
-        refuse = "BEGIN SELECT RAISE(ABORT, 'no room'); END"
-        connection.exec_driver_sql(f"CREATE TRIGGER full BEFORE INSERT ON trial_checkpoints {refuse}")
-    with pytest.raises(sa.exc.IntegrityError, match="no room"):
-        transfer.copy(source, target, "s")
-    assert set(counts(target).values()) == {0}
-    with target.engine.begin() as connection:
-        connection.exec_driver_sql("DROP TRIGGER full")
+def long(storage: RDBStorage) -> int:
+    """The study "s" with epochs and reports in more than one batch; the number of its trials."""
+    count = bulk.BATCH + 20
+    trials = enqueue_trials(storage, "s", count).trials
+    with storage.engine.begin() as connection:
+        connection.execute(sa.insert(EPOCHS), [{"trial_id": t._trial_id, **epoch(1, t.number / 777)} for t in trials])
+    return count
+
+
+def other_database(kind: str, tmp_path: Path, postgres: Postgres) -> RDBStorage:
+    return open_storage(f"sqlite:///{tmp_path / 'other.db'}" if kind == "sqlite" else postgres.new_database())
+
+
+kinds = pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+
+
+@kinds
+def test_every_row_of_every_table_between_any_two_databases(
+    url: str, kind: str, tmp_path: Path, postgres: Postgres
+) -> None:
+    source, target = open_storage(url), other_database(kind, tmp_path, postgres)
+    made = rich(source).trials
+    odd = "\t\n\r\\\\N\\.\x7f\u2028 'quoted' \"twice\" %s :name ? 💥 " + "ü" * 100_000  # what COPY would have escaped
+    with source.engine.begin() as connection:
+        for trial in made:
+            row = {"trial_id": trial._trial_id, "key": odd[:50], "value_json": json.dumps(odd, ensure_ascii=False)}
+            connection.execute(sa.insert(TRIAL_ATTRS), row)
+            held = LEASES.c.trial_id == trial._trial_id
+            connection.execute(sa.update(LEASES).where(held).values(last_error=odd))
+            numbers = {"loss": math.inf, "beta": -0.0, "macro_f1": 5e-324, "images": 2**31 - 1, "joules": None}
+            row = {"trial_id": trial._trial_id, **epoch(4, 0.1), **numbers, "seen": -(2**31)}
+            connection.execute(sa.insert(EPOCHS), row)
+    enqueue_trials(target, "another", 3)
+    expected, trials = rows(source), fields(source)
     assert transfer.copy(source, target, "s") == 7
+    assert rows(target) == released(expected)
+    assert fields(target) == trials
+
+
+@kinds
+def test_trials_that_do_not_follow_one_another(url: str, kind: str, tmp_path: Path, postgres: Postgres) -> None:
+    """Two studies whose trials were made in turns, and ids that another study's trials leave out in the target."""
+    source, target = open_storage(url), other_database(kind, tmp_path, postgres)
+    studies = [optuna.create_study(study_name=name, storage=source) for name in ("s", "t")]
+    for i in range(9):
+        for number, study in enumerate(studies):
+            if i % (number + 2) == 0 or i > 5:
+                study.add_trial(create_trial(value=i + number / 2, params=PARAMS, distributions=SPACE))
+    enqueue_trials(target, "another", 3)
+    for name in ("s", "t"):
+        transfer.copy(source, target, name)
+        assert fields(target, name) == fields(source, name)
+        assert rows(target, name) == rows(source, name)
+
+
+def test_runs_of_trials() -> None:
+    ids = {1: 11, 2: 12, 4: 13, 5: 14, 6: 16, 9: 15}
+    assert list(bulk._runs(ids)) == [(1, 2), (4, 5), (6, 6), (9, 9)]
+    many = list(bulk._runs({i: i + 5 for i in range(bulk.BATCH + 2)}))
+    assert many == [(0, bulk.BATCH - 1), (bulk.BATCH, bulk.BATCH + 1)]
+    assert list(bulk._runs({})) == []
+
+
+@kinds
+def test_types_that_the_drivers_read_in_different_forms(
+    url: str, kind: str, tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of a future schema version."""
+    table = sa.Table(
+        "trial_future",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("trial_id", sa.Integer, nullable=False),
+        sa.Column("yes", sa.Boolean),
+        sa.Column("day", sa.DateTime),
+        sa.Column("json", sa.JSON),
+        sa.Column("exact", sa.Numeric(10, 3)),
+        sa.Column("state", sa.Enum(TrialState)),
+        sa.Column("bytes", sa.LargeBinary),
+    )
+    source, target = open_storage(url), other_database(kind, tmp_path, postgres)
+    (trial,) = enqueue_trials(source, "s", 1).trials
+    enqueue_trials(target, "another", 3)
+    values: list[dict[str, Any]] = [
+        {"yes": True, "day": datetime(2026, 2, 3, 4, 5, 6, 789), "json": {"ü": [1, None]}, "exact": Decimal("1.250"),
+         "state": TrialState.PRUNED, "bytes": bytes(range(256))},
+        dict.fromkeys(("yes", "day", "exact", "state", "bytes")) | {"json": [False]},
+    ]  # fmt: skip
+    for storage in (source, target):
+        table.create(storage.engine)
+    with source.engine.begin() as connection:
+        connection.execute(sa.insert(table), [row | {"trial_id": trial._trial_id} for row in values])
+    monkeypatch.setattr(transfer, "OF_TRIAL", (*transfer.OF_TRIAL, table))
+    transfer.copy(source, target, "s")
+    query = sa.select(*(table.c[name] for name in values[0])).order_by(table.c.id)
+    (copied,) = load(target).trials
+    with target.engine.connect() as connection:
+        assert [dict(row) for row in connection.execute(query).mappings()] == values
+        assert set(connection.scalars(sa.select(table.c.trial_id))) == {copied._trial_id}
+
+
+@kinds
+def test_nothing_is_left_of_a_copy_that_fails(url: str, kind: str, tmp_path: Path, postgres: Postgres) -> None:
+    source, target = open_storage(url), other_database(kind, tmp_path, postgres)
+    count = long(source)
+    if kind == "sqlite":
+        refuse = "WHEN NEW.accuracy > 0.14 BEGIN SELECT RAISE(ABORT, 'no room'); END"
+        full, empty = f"CREATE TRIGGER room BEFORE INSERT ON trial_epochs {refuse}", "DROP TRIGGER room"
+    else:
+        full = "ALTER TABLE trial_epochs ADD CONSTRAINT room CHECK (accuracy <= 0.14)"
+        empty = "ALTER TABLE trial_epochs DROP CONSTRAINT room"
+    with target.engine.begin() as connection:
+        connection.exec_driver_sql(full)
+    for _ in range(2):
+        with pytest.raises(sa.exc.IntegrityError, match="room"):
+            transfer.copy(source, target, "s")
+        assert set(counts(target).values()) == {0}
+    with target.engine.begin() as connection:
+        connection.exec_driver_sql(empty)
+    assert transfer.copy(source, target, "s") == count
+    assert rows(target) == rows(source)
+
+
+def _copy_until(urls: tuple[str, str], batch: int) -> None:
+    """Is killed when it writes a batch of epochs."""
+    written = 0
+
+    @sa.event.listens_for(sa.Engine, "before_cursor_execute")
+    def kill(_: Any, __: Any, statement: str, *___: Any) -> None:
+        nonlocal written
+        written += bool(re.search(r"(INTO|COPY) trial_epochs\b", statement))
+        if written == batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    transfer.copy(open_storage(urls[0], create=False, reading=True), open_storage(urls[1]), "s")
+
+
+@kinds
+def test_nothing_is_left_of_a_copy_that_is_killed(url: str, kind: str, tmp_path: Path, postgres: Postgres) -> None:
+    source, target = open_storage(url), other_database(kind, tmp_path, postgres)
+    count = long(source)
+    urls = url, target.engine.url.render_as_string(hide_password=False)
+    process = multiprocessing.get_context("spawn").Process(target=_copy_until, args=(urls, 2))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    assert set(counts(target).values()) == {0}
+    assert transfer.copy(source, target, "s") == count
+    assert rows(target) == rows(source)
+
+
+def test_a_copy_survives_a_lost_connection(url: str, postgres: Postgres) -> None:
+    """Which COPY meets, not SQLAlchemy."""
+    source, target = open_storage(url), open_storage(postgres.new_database())
+    count = long(source)
+    lost: list[int] = []
+
+    @sa.event.listens_for(target.engine, "before_cursor_execute")
+    def lose(connection: sa.Connection, _: Any, statement: str, *__: Any) -> None:
+        if statement.startswith("COPY trial_epochs") and not lost:
+            lost.append(connection.connection.driver_connection.info.backend_pid)  # type: ignore[union-attr]
+            engine = sa.create_engine(target.engine.url, poolclass=sa.NullPool)
+            with engine.connect() as other:
+                other.execute(sa.select(sa.func.pg_terminate_backend(lost[0])))
+
+    assert transfer.copy(source, target, "s") == count
+    assert len(lost) == 1
+    assert rows(target) == rows(source)
+
+
+def test_a_copy_holds_up_no_writer_of_its_source(tmp_path: Path) -> None:
+    source, target = (open_storage(f"sqlite:///{tmp_path / name}.db") for name in ("source", "target"))
+    count = long(source)
+    reader = open_storage(f"sqlite:///{tmp_path / 'source.db'}", create=False, reading=True)
+    writer = sqlite3.connect(tmp_path / "source.db", timeout=0, isolation_level=None)
+    wrote = []
+
+    @sa.event.listens_for(target.engine, "after_cursor_execute")
+    def write(*_: Any) -> None:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("ROLLBACK")
+        wrote.append(True)
+
+    assert transfer.copy(reader, target, "s") == count
+    assert wrote
+    writer.close()
 
 
 def test_a_copy_inherits_nothing_of_a_deleted_study(tmp_path: Path, postgres: Postgres) -> None:
