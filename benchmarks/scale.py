@@ -35,7 +35,6 @@ from storage import checkpoints, transfer
 from storage.budgets import recent_spending, spending
 from storage.cached_storage import CachedStorage
 from storage.engine import close, open_storage
-from storage.optuna_internals import models
 from storage.optuna_internals import storage_of
 from storage.queue import Queue
 from storage.schema import SPENDING, TRIALS
