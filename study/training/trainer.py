@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from study.training.augment import Augmentation, gather
+from study.training.cpu_layers import use_cpu_layers
 from study.training.cuda_graphs import Step, recorder
 from study.training.data.placement import DeviceData, HostImages, Stored, batches
 from study.training.device import pick_precision
@@ -142,6 +143,8 @@ class Trainer:
         self.precision = pick_precision(options.precision, self.device)
         # Channels last is the layout of the images (one gather, no transpose) and of the fast kernels.
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.device.type == "cpu" and not options.compile:
+            use_cpu_layers(self.network)
         self.evaluated: nn.Module = copy.deepcopy(self.network) if options.ema else self.network
         """The network that is validated: the one that is trained, or the average of its weights."""
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if options.compile else self.network
