@@ -1,25 +1,30 @@
 """Images a second: our Trainer beside the loops that people write, on the same network, images and batch size.
 
     python -m benchmarks.training [--device cuda] [--data-root FOLDER] [--images 5120] [--rounds 7] [--html FILE]
-        [--network torchvision:resnet18] [--size 96] [--batch 128]
+        [--network torchvision:resnet18] [--size 96] [--batch 128] [--optimizer sgd] [--augment flip crop]
+        [--photos 320]
 
 Each contestant is a process of its own (allocator and determinism are settings of a process) and trains one epoch a
 round while the others sleep; rounds interleave them, in turning order, so that whatever else the machine does meets all
 of them. Without --data-root the images are scikit-learn's digits. The floor is what the measured matrix and copy rates
 of the same run would allow.
 
-Where the processor does not multiply bf16, all contestants train in fp32, as one would there.
+Where the processor does not multiply bf16, all contestants train in fp32, as one would there. With --photos the images
+of --data-root are enlarged to JPEG files of so many pixels in a temporary folder, in the place of a camera's, which all
+contestants then reduce to --size. `--network mean` learns from the mean colour: what it takes to feed a network.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,16 +38,19 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from study.training.augment import SHIFT, make_augmentation
 from study.training.cuda_graphs import SWITCH, WARM_UPS
 from study.training.data import sources
 from study.training.data.placement import DeviceData, Placement
 from study.training.data.split import Part, Split, split_dataset
 from study.training.device import be_deterministic, keep_freed_memory, pick_device, pick_precision
 from study.training.networks import make_network
+from study.training.optimizers import OptimizerName, OptimizerOptions
 from study.training.policies import make_policy
 from study.training.trainer import Trainer, TrainingOptions
 
 BATCH = 512
+RATE, MOMENTUM = 0.001, 0.9
 FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 """How DataLoaders start workers on Linux by default; a spawned process would pass on its own start method."""
 PASSES = 12
@@ -64,14 +72,25 @@ class Task:
     network: str = "paper"
     size: int = 32
     batch: int = BATCH
+    optimizer: OptimizerName = "adam"
+    augment: tuple[str, ...] = ()
 
     def train(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
         part = split_dataset(sources.load(self.name, self.root, size=self.size), "paper", train_images=self.images)
         return part.train_images, part.train_labels, len(part.classes)
 
     def module(self, classes: int) -> nn.Module:
+        if self.network == "mean":
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, classes))
         arguments = {"width": self.width} if self.network == "paper" else {}
         return make_network(self.network, arguments, classes=classes, channels=3, size=self.size, seed=0)
+
+    def optimizer_of(self, network: nn.Module, **fused: bool) -> torch.optim.Optimizer:
+        """PyTorch's class with the options that `ours` has."""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, **fused)
+        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+        return kind(network.parameters(), lr=RATE, weight_decay=0.0, **fused)
 
     @property
     def bf16(self) -> bool:
@@ -93,26 +112,38 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-def pictures(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Pictures:
+def pictures(
+    images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], augment: tuple[str, ...] = (), size: int = 32
+) -> Pictures:
     from torchvision import transforms
 
     pixels = images[:4096].reshape(-1, 3) / 255
-    normalise = transforms.Normalize(pixels.mean(0).tolist(), pixels.std(0).tolist())
-    return Pictures(images, labels, transforms.Compose([transforms.ToTensor(), normalise]))
+    steps: list[Any] = [transforms.ToTensor(), transforms.Normalize(pixels.mean(0).tolist(), pixels.std(0).tolist())]
+    if "crop" in augment:
+        steps.insert(0, transforms.RandomCrop(size, padding=SHIFT, padding_mode="reflect"))
+    if "flip" in augment:
+        steps.insert(0, transforms.RandomHorizontalFlip())
+    return Pictures(images, labels, transforms.Compose(steps))
+
+
+def dataset(task: Task, *, files: bool) -> tuple[Dataset[tuple[Tensor, int]], int]:
+    """The images as PIL images from memory or from their files, through the usual transforms; and how many classes."""
+    images, labels, classes = task.train()
+    pool = pictures(images, labels, task.augment, task.size)
+    if not files:
+        return pool, classes
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    assert task.root is not None
+    resized = transforms.Compose([transforms.Resize((task.size, task.size)), pool.transform])
+    folder = ImageFolder(os.path.join(task.root, "train"), resized)
+    return torch.utils.data.Subset(folder, range(0, len(folder), len(folder) // task.images)[: task.images]), classes
 
 
 def standard(task: Task, *, files: bool = False, amp: bool = False) -> Iterator[None]:
     """(a) The loop of most tutorials: fp32, contiguous, a DataLoader with workers, the loss read at each step."""
-    images, labels, classes = task.train()
-    pool: Dataset[tuple[Tensor, int]] = pictures(images, labels)
-    if files:
-        from torchvision import transforms
-        from torchvision.datasets import ImageFolder
-
-        assert task.root is not None
-        resized = transforms.Compose([transforms.Resize((task.size, task.size)), pool.transform])  # type: ignore[attr-defined]
-        folder = ImageFolder(os.path.join(task.root, "train"), resized)
-        pool = torch.utils.data.Subset(folder, range(0, len(folder), len(folder) // task.images)[: task.images])
+    pool, classes = dataset(task, files=files)
     loader = DataLoader(
         pool,
         batch_size=task.batch,
@@ -122,7 +153,7 @@ def standard(task: Task, *, files: bool = False, amp: bool = False) -> Iterator[
         pin_memory=amp and task.device.type == "cuda",
     )
     network = task.module(classes).to(task.device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
+    optimizer = task.optimizer_of(network)
     while True:
         total = 0.0
         for inputs, targets in loader:
@@ -146,13 +177,13 @@ def amp(task: Task) -> Iterator[None]:
     return standard(task, amp=True)
 
 
-def tricks(task: Task) -> Iterator[None]:
-    """(b) with all that guides advise besides: channels_last, persistent workers, fused Adam, no item."""
-    images, labels, classes = task.train()
+def tricks(task: Task, *, files: bool = False) -> Iterator[None]:
+    """(b) with all that guides advise besides: channels_last, persistent workers, a fused optimizer, no item."""
+    pool, classes = dataset(task, files=files)
     cuda = task.device.type == "cuda"
     torch.backends.cudnn.benchmark = True
     loader = DataLoader(
-        pictures(images, labels),
+        pool,
         batch_size=task.batch,
         shuffle=True,
         num_workers=task.loader_workers,
@@ -162,7 +193,7 @@ def tricks(task: Task) -> Iterator[None]:
     )
     network = task.module(classes)
     network = network.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.001, fused=True)
+    optimizer = task.optimizer_of(network, fused=True)
     while True:
         total = torch.zeros((), device=task.device)
         for inputs, targets in loader:
@@ -175,6 +206,11 @@ def tricks(task: Task) -> Iterator[None]:
             optimizer.step()
             total += loss.detach()
         yield
+
+
+def tuned_files(task: Task) -> Iterator[None]:
+    """The same from JPEG files."""
+    return tricks(task, files=True)
 
 
 def resident(task: Task) -> Iterator[None]:
@@ -191,7 +227,7 @@ def resident(task: Task) -> Iterator[None]:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.001, fused=True)
+    optimizer = task.optimizer_of(network, fused=True)
     while True:
         order = torch.randperm(len(targets), device=task.device)
         for start in range(0, len(order), task.batch):
@@ -213,7 +249,13 @@ def ours(task: Task, placement: Placement = "device") -> Iterator[None]:
     split = Split(Part(images, None, labels), one, one, names)
     data = DeviceData.from_split(split, task.device, placement=placement)
     policy = make_policy("full", len(labels), 0)
-    trainer = Trainer(data, task.module(classes), policy, 0, TrainingOptions(epochs=10**6, batch_size=task.batch))
+    options = TrainingOptions(
+        epochs=10**6,
+        batch_size=task.batch,
+        optimizer=OptimizerOptions(name=task.optimizer, lr=RATE, momentum=MOMENTUM),
+        augmentation=make_augmentation([(name, {}) for name in task.augment]),
+    )
+    trainer = Trainer(data, task.module(classes), policy, 0, options)
     for result in trainer.run():
         if result is not None:
             yield
@@ -232,6 +274,7 @@ def launched(task: Task) -> Iterator[None]:
 
 CONTESTANTS: dict[str, tuple[str, Callable[[Task], Iterator[None]]]] = {
     "files": ("(a) from JPEG files", from_files),
+    "tuned_files": ("(b) with all the usual tricks, from JPEG files", tuned_files),
     "standard": ("(a) standard loop", standard),
     "amp": ("(b) with pinned memory and AMP", amp),
     "tricks": ("(b) with all the usual tricks", tricks),
@@ -324,8 +367,8 @@ def floor(task: Task, classes: int = 10) -> dict[str, float]:
         "bytes": moved,
         **rates,
         "copy": copy,
-        "images_by_flops": rates[kind] / flops,
-        "images_by_bytes": copy / moved,
+        "images_by_flops": rates[kind] / flops if flops else math.inf,
+        "images_by_bytes": copy / moved if moved else math.inf,
     }
 
 
@@ -407,12 +450,37 @@ def main() -> None:
     parser.add_argument("--network", default="paper", help="paper, or torchvision:NAME")
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--optimizer", default="adam", choices=["adam", "adamw", "sgd"])
+    parser.add_argument("--augment", nargs="*", default=[], choices=["flip", "crop"])
+    parser.add_argument("--photos", type=int, help="enlarge --images images to JPEG files of so many pixels")
     parser.add_argument("--loader-workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--only", nargs="*", choices=list(CONTESTANTS), help="these contestants")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--html", type=Path, help="a plot of the rounds")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.photos:
+            make_photos(Path(options.data_root), Path(folder), options.images or 512, options.photos)
+            options.data_root = folder
+            os.environ["STUDY_CACHE"] = os.path.join(folder, "cache")
+        run(options)
 
+
+def make_photos(source: Path, folder: Path, images: int, pixels: int) -> None:
+    """Some JPEG files of each class, enlarged: `images` to train on, a tenth as many to test on."""
+    from PIL import Image
+
+    for split, wanted in (("train", images), ("test", images // 10)):
+        classes = sorted((source / split).iterdir())
+        for number, files in enumerate(sorted(each.iterdir()) for each in classes):
+            target = folder / split / classes[number].name
+            target.mkdir(parents=True)
+            for file in files[: wanted // len(classes) + (number < wanted % len(classes))]:
+                with Image.open(file) as image:
+                    image.resize((pixels, pixels), Image.Resampling.BICUBIC).save(target / file.name, quality=90)
+
+
+def run(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     name, root = ("imagefolder", options.data_root) if options.data_root else ("digits", None)
     decode = time.perf_counter()
@@ -422,15 +490,31 @@ def main() -> None:
     again = time.perf_counter() - again
     images = min(options.images or (total if device.type == "cuda" else 5120), total)
     task = Task(
-        name, root, images, device, options.loader_workers, options.width, options.network, options.size, options.batch
+        name,
+        root,
+        images,
+        device,
+        options.loader_workers,
+        options.width,
+        options.network,
+        options.size,
+        options.batch,
+        options.optimizer,
+        tuple(options.augment),
     )
-    possible = {"files": root is not None, "launched": device.type == "cuda"}
+    possible = {
+        "files": root is not None,
+        "tuned_files": bool(options.photos),
+        "resident": not options.augment,
+        "launched": device.type == "cuda",
+    }
     names = options.only or [each for each in CONTESTANTS if possible.get(each, True)]
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
     print(
         f"{device} ({where}, {platform.machine()}), torch {torch.__version__}, {name}, {images} images a round, "
-        f"{options.network} at {options.size} pixels, batch {options.batch}, {'bf16' if task.bf16 else 'fp32'}"
+        f"{options.network} at {options.size} pixels, batch {options.batch}, {options.optimizer}, "
+        f"augmentation {' '.join(options.augment) or 'none'}, {'bf16' if task.bf16 else 'fp32'}"
     )
     print(f"data: {decode:.2f} s at the first call, {again:.2f} s from the cache")
     before = floor(task)

@@ -1,0 +1,106 @@
+"""The faster layers of a processor against PyTorch's, in double precision where that is the judge."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from study.training import cpu_layers
+from study.training.cpu_layers import use_cpu_layers
+
+
+def trained(layer: nn.Module, images: Tensor, gradient: Tensor, *, bf16: bool = False) -> list[Tensor]:
+    """Output, gradients of images and parameters, and buffers after one pass in training."""
+    images = images.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        output = layer(images)
+    output.backward(gradient.to(output.dtype))
+    gradients = [parameter.grad for parameter in layer.parameters()]
+    return [each for each in (output.detach(), images.grad, *gradients, *layer.buffers()) if each is not None]
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "whole"),
+    [
+        (1, 3, 1, 1, True),
+        (2, 3, 1, 1, True),
+        (2, 3, 2, 1, True),
+        (3, 5, 1, 2, True),
+        ((1, 2), 3, 1, 1, True),
+        (2, 2, 2, 0, True),
+        (4, 3, 1, 1, False),
+        (3, 3, 1, 1, False),
+        (1, 1, 1, 0, False),
+        (2, 3, 1, 2, False),
+    ],
+)
+def test_a_convolution_that_sees_the_whole_map(
+    size: int | tuple[int, int], kernel: int, stride: int, padding: int, whole: bool
+) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    images = drawn(6, 5, height, width)
+    usual = nn.Conv2d(5, 7, kernel, stride, padding).to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(usual)
+    use_cpu_layers(ours)
+    assert isinstance(ours, cpu_layers.Conv2d)
+    assert (ours._windows(images) is not None) == whole
+    gradient = drawn(*usual(images).shape)
+    expected = trained(copy.deepcopy(usual).double(), images.double(), gradient.double())
+    for one, other in zip(trained(copy.deepcopy(ours), images, gradient), expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+    for one, other in zip(trained(copy.deepcopy(ours), images, gradient, bf16=True), expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.1, atol=0.2)
+    assert ours(images).stride() == usual(images).stride()
+
+
+def test_other_convolutions_stay_as_they_are() -> None:
+    images = drawn(4, 4, 2, 2)
+    for layer in (
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, padding="same"),
+    ):
+        expected = layer(images)
+        use_cpu_layers(layer)
+        assert torch.equal(layer(images), expected)
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 32, 32), (21, 16, 28, 30), (257, 5, 15, 17)])
+def test_batch_norm_of_few_channels(shape: tuple[int, ...]) -> None:
+    """Also where a channel's mean is far from zero, and for numbers of pixels that are odd."""
+    images = drawn(*shape) * 2 + 10 * torch.arange(shape[1])[:, None, None]
+    images = images.contiguous(memory_format=torch.channels_last)
+    usual = nn.BatchNorm2d(shape[1])
+    nn.init.uniform_(usual.weight, generator=torch.Generator().manual_seed(1))
+    nn.init.normal_(usual.bias, generator=torch.Generator().manual_seed(2))
+    ours = copy.deepcopy(usual)
+    use_cpu_layers(ours)
+    assert cpu_layers._is_wide(images)
+    gradient = drawn(*shape)
+    expected = trained(copy.deepcopy(usual).double(), images.double(), gradient.double())
+    once = trained(copy.deepcopy(ours), images, gradient)
+    for one, other in zip(once, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=1e-3)
+    for one, other in zip(once, trained(copy.deepcopy(ours), images, gradient), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(ours.eval()(images), usual.eval()(images))
+
+
+def test_only_layers_of_torch_are_replaced_and_their_state_keeps_its_names() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Own(4, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4))
+    names = list(network.state_dict())
+    use_cpu_layers(network)
+    assert [type(each) for each in network] == [cpu_layers.Conv2d, Own, cpu_layers.BatchNorm2d, nn.GroupNorm]
+    assert list(network.state_dict()) == names
+    assert list(copy.deepcopy(network).state_dict()) == names
