@@ -85,12 +85,11 @@ class Task:
         arguments = {"width": self.width} if self.network == "paper" else {}
         return make_network(self.network, arguments, classes=classes, channels=3, size=self.size, seed=0)
 
-    def optimizer_of(self, network: nn.Module, **fused: bool) -> torch.optim.Optimizer:
+    def optimizer_of(self, network: nn.Module, *, fused: bool | None = None) -> torch.optim.Optimizer:
         """PyTorch's class with the options that `ours` has."""
         if self.optimizer == "sgd":
-            return torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, **fused)
-        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
-        return kind(network.parameters(), lr=RATE, weight_decay=0.0, **fused)
+            return torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, fused=fused)
+        return torch.optim.Adam(network.parameters(), lr=RATE, fused=fused)
 
     @property
     def bf16(self) -> bool:
@@ -450,7 +449,7 @@ def main() -> None:
     parser.add_argument("--network", default="paper", help="paper, or torchvision:NAME")
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--optimizer", default="adam", choices=["adam", "adamw", "sgd"])
+    parser.add_argument("--optimizer", default="adam", choices=["adam", "sgd"])
     parser.add_argument("--augment", nargs="*", default=[], choices=["flip", "crop"])
     parser.add_argument("--photos", type=int, help="enlarge --images images to JPEG files of so many pixels")
     parser.add_argument("--loader-workers", type=int, default=min(8, os.cpu_count() or 1))

@@ -162,6 +162,8 @@ class Trainer:
         self.hits = torch.zeros(data.classes, dtype=torch.int64, device=self.device)  # right answers, by class
         self.answers = torch.zeros_like(self.hits)  # all answers, by class
         self.invalid = torch.zeros((), dtype=torch.int64, device=self.device)  # images with outputs that are not finite
+        # Of a row of pixels where there are some: three channels are too few for vector instructions.
+        self._mean, self._std = (each.expand(data.shape[-2:]).contiguous() for each in (data.mean, data.std))
         self.random = self._random_state(seed)
         """Of PyTorch's global generators during a step, where it draws from them."""
         recording = recorder(self.device)
@@ -447,7 +449,7 @@ class Trainer:
         self.invalid += (~torch.isfinite(logits)).any(1).sum()
 
     def _normalised(self, images: Tensor) -> Tensor:
-        normalised = (images - self.data.mean) / self.data.std
+        normalised = (images - self._mean) / self._std
         return normalised.permute(0, 3, 1, 2) if normalised.ndim == 4 else normalised
 
     def _autocast(self) -> torch.autocast:
