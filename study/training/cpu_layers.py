@@ -23,6 +23,8 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-1] > self.kernel_size[-1]:  # nearly always, and the rest takes 10 µs
+            return super().forward(images)
         windows = self._windows(images)
         if windows is None:
             return super().forward(images)
