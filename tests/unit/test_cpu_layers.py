@@ -39,6 +39,7 @@ def drawn(*shape: int) -> Tensor:
         (3, 3, 1, 1, False),
         (1, 1, 1, 0, False),
         (2, 3, 1, 2, False),
+        (16, 31, 1, 15, False),
     ],
 )
 def test_a_convolution_that_sees_the_whole_map(
