@@ -39,7 +39,6 @@ def drawn(*shape: int) -> Tensor:
         (3, 3, 1, 1, False),
         (1, 1, 1, 0, False),
         (2, 3, 1, 2, False),
-        (16, 31, 1, 15, False),
     ],
 )
 def test_a_convolution_that_sees_the_whole_map(
@@ -87,3 +86,9 @@ def test_only_layers_of_torch_are_replaced_and_their_state_keeps_its_names() -> 
     assert [type(each) for each in network] == [cpu_layers.Conv2d, Own, nn.BatchNorm2d, nn.GroupNorm]
     assert list(network.state_dict()) == names
     assert list(copy.deepcopy(network).state_dict()) == names
+
+
+def test_a_large_kernel_makes_no_huge_matrix() -> None:
+    layer = nn.Conv2d(5, 7, 31, padding=15)
+    use_cpu_layers(layer)
+    assert layer._windows(drawn(6, 5, 16, 16)) is None
