@@ -8,12 +8,14 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # two test processes share two cores; one thread count everywhere means the same bits
 )
 
+import functools
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import util as alembic_util
 
 from tests.support.harness import Harness, config_of
 from tests.support.postgres import Postgres
@@ -28,6 +30,20 @@ def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setenv("STUDY_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("STUDY_STORAGE", "STUDY_DATA_ROOT", "STUDY_SUPERVISED"):
             patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _migrations_are_loaded_once() -> Iterator[None]:
+    """Alembic runs the file of every migration three times for each database that is made."""
+    load = alembic_util.load_python_file
+    remembered = functools.cache(load)
+
+    def loaded(folder: Any, name: str) -> Any:
+        return load(folder, name) if name == "env.py" else remembered(folder, name)  # env.py runs the migration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alembic_util, "load_python_file", loaded)
         yield
 
 

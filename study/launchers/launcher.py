@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -21,6 +20,7 @@ from study.worker.stop_monitor import STOP_SIGNALS
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+"""Between two looks at the progress."""
 
 
 class Launcher(Protocol):
@@ -43,6 +43,9 @@ class Launcher(Protocol):
         Raises:
             UserError: the workers refuse to work (and why), or die as fast as they start.
         """
+
+    def wait(self, seconds: float) -> None:
+        """So long, or until a worker ends where that is noticed at once."""
 
     def progressed(self) -> None:
         """A trial has finished: workers that died before count as repaired."""
@@ -136,7 +139,7 @@ def _run(
                     if display.update():
                         launcher.progressed()
                     display.refresh_when_due()
-                time.sleep(POLL_SECONDS)
+                launcher.wait(POLL_SECONDS)
             with tolerate_outage():
                 display.update()
                 if hook is not None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from storage.errors import UserError
 from study.create import OpenStudy
@@ -38,8 +38,12 @@ class WorkerProcess:
         device: str,
         data_root: str | None,
         environment: Mapping[str, str] | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """`environment`: further variables."""
+        """Args:
+        environment: further variables.
+        ended: called by a thread when the process has ended.
+        """
         self.device = device
         self.last_lines: deque[str] = deque(maxlen=20)
         # The URL, which may hold a password, goes by the environment: arguments are visible to everybody.
@@ -58,6 +62,7 @@ class WorkerProcess:
             errors="backslashreplace",
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
         )
+        self._ended = ended
         self._relay = threading.Thread(target=self._relay_lines, daemon=True)
         self._relay.start()
 
@@ -68,6 +73,8 @@ class WorkerProcess:
             self.last_lines.append(text)
             level = next((level for level, prefix in PREFIXES.items() if text.startswith(prefix)), logging.INFO)
             logger.log(level, "%s", text.removeprefix(PREFIXES.get(level, "")))
+        self.process.wait()
+        self._ended()
 
     def poll(self) -> int | None:
         """The exit code, once it has ended and its last lines are here."""
@@ -114,6 +121,7 @@ class LocalLauncher:
         self.workers: list[WorkerProcess] = []
         self.deaths = 0
         self.codes: set[int] = set()
+        self._one_ended = threading.Event()
 
     def check_budgets(self, units: Iterable[str]) -> None:
         if "kWh" in units:
@@ -130,7 +138,9 @@ class LocalLauncher:
         variables = {"OMP_NUM_THREADS": self.threads}
         if device != "cpu":
             variables = {SHARE: str(1 / self.devices.count(device))}
-        return WorkerProcess(self.study.name, self.study.url, device, self.data_root, variables)
+        return WorkerProcess(
+            self.study.name, self.study.url, device, self.data_root, variables, self._one_ended.set
+        )
 
     def poll(self) -> int | None:
         for worker in list(self.workers):
@@ -152,6 +162,10 @@ class LocalLauncher:
                 )
             self.workers.append(self._start(worker.device))
         return None if self.workers else next(code for code in ORDERLY if code in self.codes)
+
+    def wait(self, seconds: float) -> None:
+        self._one_ended.wait(seconds)
+        self._one_ended.clear()
 
     def progressed(self) -> None:
         self.deaths = 0

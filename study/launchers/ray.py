@@ -87,6 +87,9 @@ class RayLauncher:
             raise UserError(status.reason)
         return None if status.code is None else int(status.code)
 
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
+
     def progressed(self) -> None:
         """The supervisor counts deaths itself: it outlives this launcher."""
 

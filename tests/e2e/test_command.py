@@ -30,7 +30,7 @@ from tests.support.command import study_process
 
 SMALL = [
     *("--set", "network.width=0.125", "--set", "data.train_images=300", "--set", "policy.alpha=[100, 150]"),
-    *("--set", "policy.beta=[0.3, 0.6]", "--set", "training.epochs=6", "--set", "training.batch_size=50"),
+    *("--set", "policy.beta=[0.3, 0.6]", "--set", "training.epochs=4", "--set", "training.batch_size=50"),
     *("--set", "pruning=none", "--set", "checkpoint.every_seconds=0", "--set", "lease.seconds=1.5", "--device", "cpu"),
     *("--workers", "1"),
 ]
@@ -414,4 +414,4 @@ def test_questions_about_a_study_that_is_not_there_name_those_that_are(finished:
     url = f"sqlite:///{finished}/study.db"
     for verb in ("status", "report", "worker"):
         assert "no study 'other' in this storage; studies there: quick" in run(verb, "other", "--storage", url)
-    assert "training.epochs: 4 != 6" in run("launch", "quick", *SMALL, "--set", "training.epochs=4", "--storage", url)
+    assert "training.epochs: 3 != 4" in run("launch", "quick", *SMALL, "--set", "training.epochs=3", "--storage", url)

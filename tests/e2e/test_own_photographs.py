@@ -44,7 +44,7 @@ sampler = "tpe"
 trials = 2
 
 [checkpoint]
-every_seconds = 0
+every_seconds = 2
 
 [lease]
 seconds = 5

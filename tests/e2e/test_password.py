@@ -16,6 +16,9 @@ from tests.e2e.test_command import SMALL, held_in_mid_trial, started, study
 from tests.support.postgres import Postgres
 
 
+ONE_TRIAL = [*SMALL, "--set", "policy.alpha=100", "--set", "policy.beta=0.3"]
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Postgres]:
     """One that demands a password."""
@@ -45,11 +48,11 @@ def test_a_password_is_seen_nowhere(
         (tmp_path / "pgpass").write_text("127.0.0.1:*:*:postgres:hunter2\n")
         (tmp_path / "pgpass").chmod(0o600)
         environment["PGPASSFILE"] = str(tmp_path / "pgpass")
-    without = study("launch", "quick", *SMALL, cwd=tmp_path, env=os.environ | {"STUDY_STORAGE": url})
+    without = study("launch", "quick", *ONE_TRIAL, cwd=tmp_path, env=os.environ | {"STUDY_STORAGE": url})
     assert without.returncode == 2
     assert "password" in without.stderr
 
-    launcher = started("launch", "quick", *SMALL, cwd=tmp_path, env=environment)
+    launcher = started("launch", "quick", *ONE_TRIAL, cwd=tmp_path, env=environment)
     worker, seen = held_in_mid_trial(secret), set[str]()
     while launcher.poll() is None:
         for entry in Path("/proc").glob("[0-9]*/cmdline"):

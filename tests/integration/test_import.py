@@ -325,10 +325,10 @@ CELLS = [
 ]
 
 
-@functools.cache
-def shared_target() -> str:
+@pytest.fixture(scope="module")
+def shared_target(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One database for all that is imported below: creating one takes longer than the rest."""
-    url = sqlite_url(Path(tempfile.mkdtemp(), "target.db"))
+    url = sqlite_url(tmp_path_factory.mktemp("target") / "target.db")
     close(open_storage(url).engine)
     return url
 
@@ -339,8 +339,10 @@ EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 
 @settings(max_examples=int(EXAMPLES or 20), derandomize=EXAMPLES is None, deadline=None, print_blob=True)
 @given(changes=st.lists(st.tuples(st.sampled_from(CELLS), st.integers(0, 40), VALUES), min_size=1, max_size=2))
-def test_any_value_anywhere_is_refused_or_harmless(changes: list[tuple[tuple[str, str], int, Any]]) -> None:
-    url = shared_target()
+def test_any_value_anywhere_is_refused_or_harmless(
+    shared_target: str, changes: list[tuple[tuple[str, str], int, Any]]
+) -> None:
+    url = shared_target
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "s.study")
         file.write_bytes(exported())

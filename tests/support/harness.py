@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -24,6 +23,7 @@ from study.config.loading import parse_config
 from study.config.models import StudyConfig
 from study.create import create_study, load_study, prepare
 from study.search.pruners import make_pruner
+from study.training.data.dataset import cache_dir
 from study.training.data.placement import DeviceData
 from study.training.device import be_deterministic
 from study.training.trainer import Trainer
@@ -109,7 +109,8 @@ class Harness:
         logger.addHandler(handler)
         self.messages = handler.lines
         """Of all workers of this process since this harness was made."""
-        self.fallback = Path(tempfile.mkdtemp())
+        self.fallback = cache_dir() / "unsaved" / uuid.uuid4().hex
+        """Made when a checkpoint is written there."""
 
     def queue(self, **options: Any) -> Queue:
         return Queue(self.storage.engine, self.study._study_id, store=self.config.checkpoint.store, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -82,13 +83,20 @@ def _expanded(root: str) -> Path:
         raise DataError(f"--data-root {printable(root)}: {error}; give the whole path") from None
 
 
+@functools.cache
+def _digits_table() -> np.ndarray:
+    table = np.loadtxt(Path(__file__).parent / "digits.csv.gz", delimiter=",")
+    table.setflags(write=False)
+    return table
+
+
 def _digits(*, enlarged: bool = True) -> Dataset:
     """The 1,797 digits beside this file; a stratified fifth of them is the test split.
 
     Args:
         enlarged: their 8x8 pixels four times as high and wide.
     """
-    table = np.loadtxt(Path(__file__).parent / "digits.csv.gz", delimiter=",")
+    table = _digits_table()
     images = (table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     if enlarged:
         images = images.repeat(4, axis=1).repeat(4, axis=2)
