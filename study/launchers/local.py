@@ -138,9 +138,7 @@ class LocalLauncher:
         variables = {"OMP_NUM_THREADS": self.threads}
         if device != "cpu":
             variables = {SHARE: str(1 / self.devices.count(device))}
-        return WorkerProcess(
-            self.study.name, self.study.url, device, self.data_root, variables, self._one_ended.set
-        )
+        return WorkerProcess(self.study.name, self.study.url, device, self.data_root, variables, self._one_ended.set)
 
     def poll(self) -> int | None:
         for worker in list(self.workers):

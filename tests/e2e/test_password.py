@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from tests.e2e.test_command import SMALL, held_in_mid_trial, started, study
 from tests.support.postgres import Postgres
 
-
 ONE_TRIAL = [*SMALL, "--set", "policy.alpha=100", "--set", "policy.beta=0.3"]
 
 

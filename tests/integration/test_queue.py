@@ -341,17 +341,17 @@ def in_processes(function: Callable[[str], Any], url: str, processes: int) -> li
         return list(pool.map(function, [url] * processes))
 
 
-def test_many_workers_create_one_study_at_once_and_run_every_trial_exactly_once(url: str) -> None:
-    ran = [number for worker in in_processes(_run_all, url, 6) for number in worker]
+def test_many_workers_create_one_study_at_once_and_run_every_trial_exactly_once(empty_url: str) -> None:
+    ran = [number for worker in in_processes(_run_all, empty_url, 6) for number in worker]
     assert sorted(ran) == list(range(40))
-    study, _ = queued(url, 40)
+    study, _ = queued(empty_url, 40)
     assert [t.number for t in study.trials] == list(range(40))
     assert {t.state for t in study.trials} == {TrialState.COMPLETE}
 
 
-def test_readers_create_no_tables(url: str) -> None:
+def test_readers_create_no_tables(empty_url: str) -> None:
     with pytest.raises(UserError, match=r"no database file|holds no studies"):
-        open_storage(url, create=False, reading=True)
+        open_storage(empty_url, create=False, reading=True)
 
 
 def test_a_reader_does_not_hold_up_the_writers(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

