@@ -26,7 +26,6 @@ from storage.errors import UserError
 from storage.queries import attempts, find, progress
 from study import exit_codes
 from tests.support.command import study as study
-from tests.support.command import study_process
 
 SMALL = [
     *("--set", "network.width=0.125", "--set", "data.train_images=300", "--set", "policy.alpha=[100, 150]"),
@@ -169,7 +168,7 @@ def test_a_process_is_stopped_between_two_transactions(sqlite_url: str) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished study in study.db."""
     folder = tmp_path_factory.mktemp("finished")
-    done = study_process("launch", "quick", *SMALL, cwd=folder)
+    done = study("launch", "quick", *SMALL, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "trial 3 complete" in done.stderr
     assert "Trials, best first" in done.stdout
@@ -248,7 +247,16 @@ def test_dashboard_serves_the_study_on_loopback(finished: Path) -> None:
         assert server.wait(60) == 0
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "terminate", "kill the launcher", "kill the worker"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "ctrl-c",
+        # By default a launcher is terminated in test_compose.py, where another ends its study.
+        pytest.param("terminate", marks=pytest.mark.slow),
+        "kill the launcher",
+        "kill the worker",
+    ],
+)
 def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbed: list[tuple[Any, ...]]) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     launcher = started("launch", "quick", *SMALL, cwd=tmp_path)
@@ -303,6 +311,7 @@ def test_a_study_moves_by_file_and_by_copy(finished: Path, undisturbed: list[tup
     assert study("requeue", "quick", "--trial", "0", "--storage", home, cwd=tmp_path).returncode == 2
 
 
+@pytest.mark.slow  # by default: two launchers in test_compose.py, a launcher and a worker in test_budgets_and_stop.py
 def test_two_workers_and_a_third_from_elsewhere_share_the_work(postgres: Any, tmp_path: Path) -> None:
     """On PostgreSQL, with blank queued trials: exactly as many trials end as were queued.
 

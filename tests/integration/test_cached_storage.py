@@ -104,7 +104,9 @@ def check(history: CachedStorage, storage: RDBStorage, study_id: int) -> None:
         assert sorted(map(repr, reports.tolist())) == sorted(repr(r[step]) for r in complete if step in r)
 
 
-@pytest.mark.parametrize("single_steps", [0, 3, 100])
+@pytest.mark.parametrize(
+    ("single_steps", "url"), [(0, "sqlite"), (3, "sqlite"), (100, "sqlite"), (3, "postgresql")], indirect=["url"]
+)
 def test_all_that_can_happen_to_a_trial_is_seen(url: str, single_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many steps are read one by one before all are."""
     monkeypatch.setattr(cached_storage, "SINGLE_STEPS", single_steps)

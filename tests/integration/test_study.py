@@ -263,17 +263,18 @@ def test_creating_again_changes_nothing_and_other_configs_are_refused(sqlite_url
 
 def test_a_study_grows_and_ends_as_if_it_had_been_so_from_the_start(url: str) -> None:
     def config(replicates: int) -> StudyConfig:
-        return config_of(search={"replicates": replicates}, training={"epochs": 1})
+        policy = {"alpha": 60, "beta": [0.3, 0.6]}
+        return config_of(search={"replicates": replicates}, training={"epochs": 1}, policy=policy)
 
     harness = Harness(url, config(1))
-    harness.work(most=2)
+    harness.work(most=1)
     data = prepare(config(3), None)
     assert create_study(harness.storage, "s", "test", config(3), data) is False
     assert create_study(harness.storage, "s", "test", config(3), data) is False
     harness.work()
     whole = Harness(url, config(3), "whole")
     whole.work()
-    assert len(whole.study.trials) == 12
+    assert len(whole.study.trials) == 6
     assert harness.outcome() == whole.outcome()
     assert load_study(harness.storage, "s")[1] == config(3)
     with pytest.raises(UserError, match=r"search\.replicates: 2 != 3"):

@@ -95,7 +95,11 @@ def other(url: str, trials: int = 12, **sections: Any) -> Made:
     return made
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("sampler", "url"),
+    [*((sampler, "sqlite") for sampler in SAMPLERS), ("tpe", "postgresql"), ("cma-es", "postgresql")],
+    indirect=["url"],
+)
 def test_the_sampler_learns_from_the_others_and_every_worker_the_same(url: str, sampler: str) -> None:
     other(url, trials=30)
     config = searching(SAMPLERS[sampler], trials=8)

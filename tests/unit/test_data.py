@@ -231,6 +231,7 @@ def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path: Path, monkeypatch: py
 
 
 @real_images
+@pytest.mark.usefixtures("shared_cache")
 def test_real_images_load_and_come_back_within_a_second() -> None:
     first = sources.load("imagefolder", REAL)
     started = time.monotonic()

@@ -365,6 +365,7 @@ def test_normalisation_uses_the_exact_statistics(digits: DeviceData) -> None:
 
 
 @pytest.mark.skipif("STUDY_TEST_IMAGES" not in os.environ, reason="STUDY_TEST_IMAGES names no folder of images")
+@pytest.mark.usefixtures("shared_cache")
 def test_it_trains_on_real_images() -> None:
     """A few steps on photographs, half as wide: the loss falls, and a resumed copy agrees."""
     dataset = sources.load("imagefolder", os.environ["STUDY_TEST_IMAGES"])
