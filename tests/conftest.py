@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 
 import functools
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ from tests.support.postgres import Postgres
 
 # A script's background jobs ignore Ctrl-C, and so would all that we start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the search for garbage need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,7 +33,7 @@ alpha = { low = "50 %", high = "100 %" }
 beta = { low = 0.1, high = 1.0 }
 
 [training]
-epochs = 3
+epochs = 4
 batch_size = 16
 optimizer = "sgd"
 lr = { low = 0.005, high = 0.05, log = true }
@@ -44,7 +44,7 @@ sampler = "tpe"
 trials = 2
 
 [checkpoint]
-every_seconds = 2
+every_seconds = 0
 
 [lease]
 seconds = 5
@@ -95,6 +95,7 @@ def epochs_stored(home: Path) -> int:
         return 0
 
 
+@pytest.mark.slow  # by default each step has a test: test_readme.py, test_command.py, test_own_parts.py, test_model.py
 def test_from_a_folder_of_pictures_to_a_model(home: Path) -> None:
     assert "network: torchvision:resnet18" in done(home, "check", "mine.toml")
     launcher = started(home, "launch", "mine.toml", "--workers", "1", "--device", "cpu")
@@ -112,7 +113,7 @@ def test_from_a_folder_of_pictures_to_a_model(home: Path) -> None:
     worker.communicate()
 
     done(home, "resume", "mine", "--data-root", "photos", "--workers", "1", "--device", "cpu")
-    assert epochs_stored(home) == 6  # nothing lost, nothing twice
+    assert epochs_stored(home) == 8  # nothing lost, nothing twice
     assert "2 complete" in done(home, "report", "mine")
     assert "torchvision:resnet18" in done(home, "model", "mine", "--output", "best.safetensors")
     assert (home / "best.safetensors").stat().st_size > 40_000_000

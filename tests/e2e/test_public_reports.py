@@ -69,7 +69,11 @@ def test_a_finished_trial_that_somebody_adds_does_not_end_the_launcher(url: str,
     assert "5 complete" in out
 
 
-@pytest.mark.parametrize("how", ["failed", "deleted"])
+@pytest.mark.parametrize(
+    # A worker that drops its trial and works on is in test_resilience.py, too.
+    "how",
+    [pytest.param("failed", marks=pytest.mark.slow), "deleted"],
+)
 def test_a_trial_that_somebody_ends_is_dropped_while_it_trains(how: str, url: str, tmp_path: Path) -> None:
     """Public report on a neighbouring tool: a trial marked as failed went on training to its last epoch.
 

@@ -198,11 +198,14 @@ KILLS = 10
 @pytest.mark.parametrize(
     "pruning",
     [
-        {"kind": "hyperband", "min_resource": 1, "reduction_factor": 2},
-        {"kind": "successive-halving", "min_resource": 1, "reduction_factor": 2},
-        {"kind": "median", "n_startup_trials": 2},
+        pytest.param({"kind": "hyperband", "min_resource": 1, "reduction_factor": 2}, id="hyperband"),
+        pytest.param(
+            {"kind": "successive-halving", "min_resource": 1, "reduction_factor": 2},
+            id="successive-halving",
+            marks=pytest.mark.slow,  # which each of Hyperband's brackets is
+        ),
+        pytest.param({"kind": "median", "n_startup_trials": 2}, id="median"),
     ],
-    ids=lambda pruning: pruning["kind"],
 )
 def test_pruners_decide_the_same_with_and_without_kills(pruning: dict[str, Any], tmp_path: Path) -> None:
     """A worker that vanishes at random steps (its lease expires, its checkpoint is an old one), and a quiet one."""
@@ -282,6 +285,12 @@ def freeze(worker: subprocess.Popen[str], harness: Harness) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize(
+    # Leases on SQLite are in test_queue.py.
+    "url",
+    [pytest.param("sqlite", marks=pytest.mark.slow), "postgresql"],
+    indirect=True,
+)
 def test_a_frozen_worker_loses_its_trial_and_works_on(url: str, tmp_path: Path) -> None:
     """SIGSTOP for longer than the lease, the trial taken over and finished by another, then SIGCONT."""
     config = config_of(

@@ -342,7 +342,7 @@ def in_processes(function: Callable[[str], Any], url: str, processes: int) -> li
 
 
 def test_many_workers_create_one_study_at_once_and_run_every_trial_exactly_once(empty_url: str) -> None:
-    ran = [number for worker in in_processes(_run_all, empty_url, 6) for number in worker]
+    ran = [number for worker in in_processes(_run_all, empty_url, 4) for number in worker]
     assert sorted(ran) == list(range(40))
     study, _ = queued(empty_url, 40)
     assert [t.number for t in study.trials] == list(range(40))

@@ -45,7 +45,8 @@ class Postgres:
     def control(self, verb: str, *options: str) -> None:
         """`pg_ctl VERB`."""
         data = self.server.pgdata
-        settings = f"-h {self.listen} -p {self.port} -k {data} -c max_connections=500 -c fsync=off"
+        settings = f"-h {self.listen} -p {self.port} -k {data} -c max_connections=500 "
+        settings += "-c fsync=off -c full_page_writes=off -c autovacuum=off"
         log = ("-l", str(data / "log")) if verb in ("start", "restart") else ()
         arguments = ("-w", "-D", str(data), "-o", settings, *log, *options, verb)
         pgexec("pg_ctl", arguments, bin_path=self.server.bin_path, user=self.server.system_user, timeout=60)
@@ -64,7 +65,7 @@ class Postgres:
         name = f"test_{uuid.uuid4().hex}"
         engine = sa.create_engine(self.url().replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool)
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template}")
+            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
         return self.url(name)
 
     def new_database_with_tables(self) -> str:
