@@ -21,7 +21,7 @@ test: $(TESTABLE)  ## the tests; with STUDY_TEST_IMAGES=FOLDER also on real imag
 test-isa: $(TESTABLE)  ## the tests that train, as on a processor without AVX and bf16: other bits, the same outcome
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2 --dist loadfile $(TRAINING_TESTS)
 
-test-slow: $(TESTABLE)  ## the tests that take minutes each
+test-slow: $(TESTABLE)  ## long tests, and those of which a faster one verifies the substance
 	$(BIN)/python -m pytest -m slow --timeout=1800
 
 fuzz: $(TESTABLE)  ## random input for 4 minutes, with its seeds; FUZZ_SECONDS=… (of each parser) and FUZZ_SEED=… change them

@@ -110,7 +110,13 @@ PRUNERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("pruning", PRUNERS, ids=lambda p: p["kind"])
+@pytest.mark.parametrize(
+    # One on PostgreSQL: how each of the databases is read for them is tested in test_cached_storage.py.
+    ("pruning", "url"),
+    [*((each, "sqlite") for each in PRUNERS), (PRUNERS[-1], "postgresql")],
+    ids=lambda p: p if isinstance(p, str) else p["kind"],
+    indirect=["url"],
+)
 def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) -> None:
     """The same curves, through our queue and through Optuna's ask, report and tell."""
     config = config_of(pruning=pruning, training={"epochs": 9})
@@ -162,7 +168,11 @@ def test_pruners_decide_as_stock_optuna_does(pruning: dict[str, Any], url: str) 
     assert TrialState.PRUNED in {t.state for t in ours.trials}
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "cma-es", "qmc"])
+@pytest.mark.parametrize(
+    ("sampler", "url"),
+    [*((each, "sqlite") for each in ("random", "tpe", "gp", "cma-es", "qmc")), ("cma-es", "postgresql")],
+    indirect=["url"],
+)
 def test_samplers_suggest_as_stock_optuna_does(sampler: str, url: str) -> None:
     """The same values for the same parameters, through our queue and through Optuna's ask and tell."""
     startup = {"n_startup_trials": 3} if sampler in ("tpe", "gp") else {}

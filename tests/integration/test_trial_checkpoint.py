@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import math
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,39 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from storage.engine import close
 from storage.queries import attempts
 from storage.schema import CHECKPOINTS
 from study.trial.checkpoint import read_fallback, write_fallback
-from tests.support.harness import Harness, StopAfter, config_of
+from tests.support.harness import Harness, StopAfter, config_of, writers_have_ended
 
 Outcome = list[tuple[Any, ...]]
 Content = dict[str, Any]
 
 
-def interrupted(url: str, name: str = "s", **sections: Any) -> Harness:
+def another_interrupted(url: str, **sections: Any) -> Harness:
     """A study whose first trial was stopped in its second epoch, after the first of its two steps."""
-    harness = Harness(url, config_of(**sections), name)
+    harness = Harness(url, config_of(**sections))
     harness.work(StopAfter(4), most=1)
     harness.messages.clear()
     return harness
+
+
+def interrupted(url: str) -> Harness:
+    """Such a study, the same each time."""
+    Path(url.removeprefix("sqlite:///")).write_bytes(interrupted_once())
+    return Harness(url, config_of())
+
+
+@functools.cache
+def interrupted_once() -> bytes:
+    """Its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "study.db")
+        harness = another_interrupted(f"sqlite:///{path}")
+        writers_have_ended()
+        close(harness.storage.engine)
+        return path.read_bytes()
 
 
 def resumed_to_its_end(harness: Harness) -> Outcome:
@@ -176,7 +196,7 @@ def test_a_checkpoint_of_another_trial_is_dropped(what: str, sqlite_url: str, un
         identity = {"data": "f" * 64}
         payload = changed(payload_of(harness), lambda content: content["identity"].update(identity))
     else:
-        other = interrupted(sqlite_url.replace("study.db", "other.db"), **sections)
+        other = another_interrupted(sqlite_url.replace("study.db", "other.db"), **sections)
         payload = payload_of(other)
     harness.messages.clear()
     store(harness, payload)
