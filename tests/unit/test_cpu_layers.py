@@ -91,4 +91,5 @@ def test_only_layers_of_torch_are_replaced_and_their_state_keeps_its_names() -> 
 def test_a_large_kernel_makes_no_huge_matrix() -> None:
     layer = nn.Conv2d(5, 7, 31, padding=15)
     use_cpu_layers(layer)
+    assert isinstance(layer, cpu_layers.Conv2d)
     assert layer._windows(drawn(6, 5, 16, 16)) is None
