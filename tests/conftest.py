@@ -70,7 +70,7 @@ def sqlite_url(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    server = Postgres()
+    server = Postgres(settings=("full_page_writes=off", "autovacuum=off"))
     yield server
     server.stop()
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import tempfile
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from storage.engine import open_storage
 class Postgres:
     """initdb in a folder of its own, one port, no password; `stop` ends it and removes the folder."""
 
-    def __init__(self, listen: str = "127.0.0.1", trust: str = "") -> None:
-        """`trust`: a network whose hosts need no password, besides this machine itself."""
-        self.listen = listen
+    def __init__(self, listen: str = "127.0.0.1", trust: str = "", settings: Sequence[str] = ()) -> None:
+        """Args:
+        trust: a network whose hosts need no password, besides this machine itself.
+        settings: of the server, as NAME=VALUE.
+        """
+        self.listen, self.settings = listen, ("max_connections=500", "fsync=off", *settings)
         self._with_tables: str | None = None
         # Not under the user's home: as root the server runs as another user, who must be able to get here.
         self.folder = Path(tempfile.mkdtemp(prefix="study-pg-", dir="/tmp"))
@@ -45,8 +49,7 @@ class Postgres:
     def control(self, verb: str, *options: str) -> None:
         """`pg_ctl VERB`."""
         data = self.server.pgdata
-        settings = f"-h {self.listen} -p {self.port} -k {data} -c max_connections=500 "
-        settings += "-c fsync=off -c full_page_writes=off -c autovacuum=off"
+        settings = " ".join((f"-h {self.listen} -p {self.port} -k {data}", *(f"-c {each}" for each in self.settings)))
         log = ("-l", str(data / "log")) if verb in ("start", "restart") else ()
         arguments = ("-w", "-D", str(data), "-o", settings, *log, *options, verb)
         pgexec("pg_ctl", arguments, bin_path=self.server.bin_path, user=self.server.system_user, timeout=60)
