@@ -501,7 +501,10 @@ def _copy_until(urls: tuple[str, str], batch: int) -> None:
 
 
 @kinds
-def test_nothing_is_left_of_a_copy_that_is_killed(url: str, kind: str, tmp_path: Path, postgres: Postgres) -> None:
+def test_nothing_is_left_of_a_copy_that_is_killed(
+    url: str, kind: str, tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # its own temporary folder stays
     source, target = open_storage(url), other_database(kind, tmp_path, postgres)
     count = long(source)
     urls = url, target.engine.url.render_as_string(hide_password=False)
