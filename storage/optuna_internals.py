@@ -10,8 +10,10 @@ import copy
 import functools
 import json
 import logging
+import math
 import pickle
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,13 +35,16 @@ __all__ = [
     "CMA_ES_STATE",
     "DASHBOARD",
     "DASHBOARD_NOTE",
-    "NOTE_LENGTH",
+    "FIGURE",
+    "PART_LENGTH",
+    "STUDY_NOTE",
     "DashboardRoute",
     "OptunaCachedStorage",
     "PlainCmaEsSampler",
     "forget_cached_trials",
     "is_first_in_interval_step",
     "models",
+    "parts",
     "schema_revisions",
     "storage_of",
     "study_id_of",
@@ -59,8 +64,25 @@ DASHBOARD = "dashboard:"
 DASHBOARD_NOTE = re.compile(r"dashboard:(\d+):")
 """optuna-dashboard keeps the note on a trial among the study's system attributes, under the trial's id."""
 
-NOTE_LENGTH = 2045
-"""Characters of a part of a note (SYSTEM_ATTR_MAX_LENGTH in optuna_dashboard._note)."""
+PART_LENGTH = 2045
+"""Characters of a part of a note or figure (SYSTEM_ATTR_MAX_LENGTH in optuna_dashboard)."""
+STUDY_NOTE = "dashboard:note_ver", "dashboard:note_str:"
+"""Keys of the study's own note: its version, and what those of its parts begin with."""
+FIGURE = "dashboard:plot_data:"
+"""What keys of a figure's parts begin with, before its name and a colon."""
+
+
+def parts(prefix: str, text: str, stored: Iterable[str]) -> dict[str, str]:
+    """A note or figure as optuna-dashboard keeps it among a study's system attributes, in parts with numbered keys.
+
+    Its own functions do the same, but its import loads scikit-learn (a second), and each part is a transaction.
+
+    Args:
+        stored: the keys there are; those of a longer text from before become empty.
+    """
+    count = math.ceil(len(text) / PART_LENGTH)
+    new = {f"{prefix}{i}": text[i * PART_LENGTH : (i + 1) * PART_LENGTH] for i in range(count)}
+    return {key: "" for key in stored if key.startswith(prefix)} | new
 
 
 def trial_note_keys(trial_id: int) -> tuple[str, str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import warnings
+from collections.abc import Mapping
 from typing import Any
 
-import optuna
 import plotly.graph_objects as go
 from optuna.storages import RDBStorage
-from optuna_dashboard import save_note, save_plotly_graph_object
 
 from dashboards import aggregate
 from dashboards.conclusions import conclude
@@ -18,7 +16,7 @@ from dashboards.figures import accuracy, effort, search
 from dashboards.figures.style import for_dashboard
 from dashboards.formatting import label, percent
 from dashboards.study_data import StudyData, TrialRow
-from storage.optuna_internals import NOTE_LENGTH, study_id_of, trial_note_keys
+from storage.optuna_internals import DASHBOARD, FIGURE, PART_LENGTH, STUDY_NOTE, parts, study_id_of, trial_note_keys
 from storage.study_attributes import read_system_attributes, set_system_attributes
 from storage.text import command, one_line
 
@@ -35,12 +33,14 @@ MARKS = re.compile(r"([\\`*_{}\[\]()<>#+\-!|~$:])")
 
 
 def publish(data: StudyData, storage: RDBStorage) -> None:
-    """Write the study's note and figures, replacing those of an earlier call, and the notes of its trials.
+    """Write the study's note and figures, replacing those of an earlier call, and the notes of its trials, in one
+    transaction.
 
     Args:
         storage: where to write; not one opened with `reading=True`, whose transactions cannot become writing ones.
     """
-    study = optuna.load_study(study_name=data.name, storage=storage)
+    engine, study_id = storage.engine, study_id_of(data.study)
+    stored = read_system_attributes(engine, study_id, f"{DASHBOARD}%")
     findings = aggregate.findings(data)
     table, importance = aggregate.grid(data), search.importance(data)
     figures = {
@@ -55,19 +55,18 @@ def publish(data: StudyData, storage: RDBStorage) -> None:
     }
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     large = [name for name, figure in drawn.items() if _points(figure) > MAX_POINTS]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        for name, figure in drawn.items():
-            if name not in large:
-                save_plotly_graph_object(study, for_dashboard(figure), graph_object_id=f"study-{name}")
-        save_note(study, note(data, findings, large))
-    _save_trial_notes(data, storage)
+    changed: dict[str, str | int] = {}
+    for name, figure in drawn.items():
+        if name not in large:
+            changed |= parts(f"{FIGURE}study-{name}:", str(for_dashboard(figure).to_json()), stored)
+    version, text = STUDY_NOTE
+    changed |= parts(text, note(data, findings, large), stored) | {version: _next(stored.get(version))}
+    changed |= _trial_notes(data, stored)
+    set_system_attributes(engine, study_id, {key: value for key, value in changed.items() if stored.get(key) != value})
 
 
-def _save_trial_notes(data: StudyData, storage: RDBStorage) -> None:
+def _trial_notes(data: StudyData, stored: Mapping[str, Any]) -> dict[str, str | int]:
     """Of the trials that have ended, the best first; what a visitor has written instead stays."""
-    engine, study_id = storage.engine, study_id_of(data.study)
-    stored = read_system_attributes(engine, study_id, "dashboard:%")
     ids = {trial.number: trial._trial_id for trial in data.study.get_trials(deepcopy=False)}
     ended = [row for row in data.rows if row.state in ("complete", "pruned", "failed")]
     changed: dict[str, str | int] = {}
@@ -75,8 +74,13 @@ def _save_trial_notes(data: StudyData, storage: RDBStorage) -> None:
         text, (version, body) = trial_note(data, row), trial_note_keys(ids[row.number])
         old = stored.get(body)
         if old != text and (old is None or str(old).startswith(_opening(row))):
-            changed |= {body: text, version: int(stored.get(version, 0)) + 1}
-    set_system_attributes(engine, study_id, changed)
+            changed |= {body: text, version: _next(stored.get(version))}
+    return changed
+
+
+def _next(version: object) -> int:
+    """Whatever the database has for one."""
+    return version + 1 if isinstance(version, int) else 1
 
 
 def note(data: StudyData, findings: aggregate.Findings, large: list[str]) -> str:
@@ -154,7 +158,7 @@ def trial_note(data: StudyData, row: TrialRow) -> str:
         seed = [] if row.seed is None else ["--seed", str(row.seed)]
         again = command("enqueue", data.name, *map(_assignment, row.parameters.items()), *seed)
         lines.append(f"Its setting once more: {code(again)}, then {code(command('resume', data.name))}.")
-    return "\n\n".join(lines)[:NOTE_LENGTH]
+    return "\n\n".join(lines)[:PART_LENGTH]
 
 
 def _assignment(parameter: tuple[str, Any]) -> str:

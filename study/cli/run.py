@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -455,16 +454,14 @@ def _run(
     from storage.retry import retry
     from study.launchers.launcher import run_study
 
-    def refresh() -> None:
+    def refresh(data: study_data.StudyData | None = None) -> None:
         from dashboards.server.publish import publish
 
         try:
-            publish(study_data.read(study.storage, study.name), study.storage)
+            publish(data or study_data.read(study.storage, study.name), study.storage)
         except Exception as error:  # noqa: BLE001 — figures must not end a study
             logger.warning("the dashboard's figures were not renewed: %s: %s", type(error).__name__, error)
 
-    # optuna-dashboard takes a second to load, which the launcher has while its workers start.
-    threading.Thread(target=import_module, args=("dashboards.server.publish",), daemon=True).start()
     try:
         code = run_study(workforce, study, root, refresh, on_event)
     except KeyboardInterrupt:
@@ -477,7 +474,7 @@ def _run(
         logger.warning("%s", _how_to_continue(study, code, root))
         raise typer.Exit(code)
     data = retry(lambda: study_data.read(study.storage, study.name, option_for(study.url)))
-    refresh()
+    refresh(replace(data, storage_option=None))  # others read the dashboard, who have another address
     if data.status.ended_early:
         how = command_for(study.url, "resume", study.name, "--target", "none", "--patience", "none")
         logger.info("ended early: %s; run the other trials with: %s", data.status.ended_early, how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from optuna.trial import TrialState
 from optuna_dashboard._app import create_app
 
 from storage import optuna_internals as internals
+from storage.study_attributes import set_system_attributes
 
 COLUMNS: dict[str, set[str]] = {
     "StudyModel": {"study_id", "study_name"},
@@ -155,7 +157,7 @@ def test_the_dashboards_notes(storage: RDBStorage) -> None:
     optuna_dashboard.save_note(trial, "a note")
     keys = storage.get_study_system_attrs(internals.study_id_of(study))
     assert set(keys) == set(internals.trial_note_keys(trial._trial_id))
-    assert optuna_dashboard._note.SYSTEM_ATTR_MAX_LENGTH == internals.NOTE_LENGTH
+    assert optuna_dashboard._note.SYSTEM_ATTR_MAX_LENGTH == internals.PART_LENGTH
     for key in keys:
         assert key.startswith(internals.DASHBOARD)
         match = internals.DASHBOARD_NOTE.match(key)
@@ -169,6 +171,25 @@ def test_the_dashboards_routes(storage: RDBStorage) -> None:
     named = {str(route) for route in internals.DashboardRoute}
     assert named <= routes
     assert {route for route in routes if not route.startswith("GET ")} <= named
+
+
+@pytest.mark.parametrize("lengths", [(0, 1), (5000, 10), (2045, 2046), (10, 9000)])
+def test_notes_and_figures_are_those_of_optuna_dashboard(storage: RDBStorage, lengths: tuple[int, int]) -> None:
+    """A text takes the place of another: the same attributes as by its own functions, which read what it was."""
+    study, other = (optuna.create_study(study_name=name, storage=storage) for name in ("ours", "theirs"))
+    version, note = internals.STUDY_NOTE
+    figure = f"{internals.FIGURE}a-figure:"
+    for turn, length in enumerate(lengths, 1):
+        text = json.dumps("ä" * length)
+        optuna_dashboard.save_note(other, text)
+        optuna_dashboard._custom_plot_data.save_graph_object_json(storage, other._study_id, figure, text)
+        stored = storage.get_study_system_attrs(study._study_id)
+        new = internals.parts(note, text, stored) | internals.parts(figure, text, stored) | {version: turn}
+        set_system_attributes(storage.engine, study._study_id, new)
+        attributes = storage.get_study_system_attrs(study._study_id)
+        assert attributes == storage.get_study_system_attrs(other._study_id)
+        assert optuna_dashboard.get_note(study) == text
+        assert optuna_dashboard._custom_plot_data.get_plotly_graph_objects(attributes) == {"a-figure": text}
 
 
 def test_keys_of_cma_es() -> None:
