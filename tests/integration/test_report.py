@@ -26,7 +26,7 @@ from dashboards.study_data import StudyData, TrialRow
 from storage import budgets, queries, stop_requests
 from storage.engine import open_storage
 from storage.errors import UserError
-from storage.optuna_internals import trial_note_keys
+from storage.optuna_internals import STUDY_NOTE, trial_note_keys
 from storage.study_attributes import read_system_attributes, set_system_attributes
 from study.config.models import StudyConfig
 from study.confirm import FAR, ask_test_split, confirmation, earlier_confirmations, record_test_split
@@ -120,6 +120,15 @@ def test_figures_and_note_reach_optuna_dashboard(controls: StudyData) -> None:
 def notes_of(data: StudyData) -> dict[str, str]:
     attributes = data.study._storage.get_study_system_attrs(data.study._study_id)
     return {key: value for key, value in attributes.items() if "note_str" in key}
+
+
+@pytest.mark.parametrize("version", ["x", [1], None, 2.5])
+def test_a_version_of_a_note_that_is_no_number_counts_as_none(version: object, sqlite_url: str) -> None:
+    harness = Harness(sqlite_url, config_of())
+    key, _ = STUDY_NOTE
+    set_system_attributes(harness.storage.engine, harness.study._study_id, {key: version})
+    publish(study_data.read(harness.storage, "s"), harness.storage)
+    assert read_system_attributes(harness.storage.engine, harness.study._study_id, key) == {key: 1}
 
 
 def test_every_trial_has_a_note_and_a_visitors_stays(controls: StudyData) -> None:
