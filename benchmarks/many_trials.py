@@ -1,10 +1,10 @@
 """What studies of ten and a hundred thousand finished trials cost: commands, claims, a worker's start, report, queries.
 
-    python -m benchmarks.many_trials [commands] [claims] [start] [report] [sizes] [plans] [gp]
+    python -m benchmarks.many_trials [commands] [claims] [start] [report] [sizes] [plans] [samplers]
         [--trials N …] [--databases sqlite postgresql]
 
-The studies are those of `benchmarks.overhead`: 200 epochs a trial, four searched parameters. `gp` needs none: it asks
-Optuna's samplers for the parameters of one trial among N others that are in memory.
+The studies are those of `benchmarks.overhead`: 200 epochs a trial, four searched parameters. `samplers` needs none: it
+asks Optuna's samplers for the parameters of one trial among N others that are in memory.
 """
 
 from __future__ import annotations
@@ -202,28 +202,27 @@ def _explained(engine: sa.Engine, name: str) -> Iterator[None]:
         yield
     finally:
         sa.event.remove(engine, "before_cursor_execute", note)
-    accesses: dict[str, None] = {}
+    whole: dict[str, None] = {}
     with engine.connect() as connection:
         for statement, parameters in asked.items():
             if engine.dialect.name == "sqlite":
                 steps = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
-                accesses |= dict.fromkeys(step for *_, step in steps if step.startswith(("SCAN", "SEARCH")))
+                whole |= dict.fromkeys(step for *_, step in steps if step.startswith("SCAN"))
             else:
                 (((plan, *_),),) = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters)
-                accesses |= dict.fromkeys(_nodes(plan["Plan"]))
+                whole |= dict.fromkeys(_read_whole(plan["Plan"]))
         connection.rollback()
-    whole = [access for access in accesses if access.startswith(("SCAN", "Seq Scan"))]
     print(f"  {name}: {len(asked)} statements; read whole: {'; '.join(whole) or 'nothing'}", flush=True)
 
 
-def _nodes(plan: dict[str, Any]) -> Iterator[str]:
-    if "Relation Name" in plan and (plan["Node Type"] != "Seq Scan" or plan["Plan Rows"] > LARGE):
-        yield f"{plan['Node Type']} {plan['Relation Name']} by {plan.get('Index Name', 'all rows')}"
+def _read_whole(plan: dict[str, Any]) -> Iterator[str]:
+    if plan["Node Type"] == "Seq Scan" and plan["Plan Rows"] > LARGE:
+        yield str(plan["Relation Name"])
     for below in plan.get("Plans", ()):
-        yield from _nodes(below)
+        yield from _read_whole(below)
 
 
-def gp() -> None:
+def samplers() -> None:
     """Seconds in which Optuna's samplers choose the four parameters of one trial, by how many others have finished."""
     import optuna
     from optuna.trial import TrialState, create_trial
@@ -275,23 +274,23 @@ SCENES: dict[str, Callable[[str], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenes", nargs="*", choices=[*SCENES, "gp"], metavar="SCENE", help="default: all")
+    parser.add_argument("scenes", nargs="*", choices=[*SCENES, "samplers"], metavar="SCENE", help="default: all")
     parser.add_argument("--trials", nargs="+", type=int, default=SIZES, metavar="N", help="finished trials")
     parser.add_argument("--databases", nargs="+", choices=("sqlite", "postgresql"), default=("sqlite", "postgresql"))
     options = parser.parse_args()
-    scenes = options.scenes or [*SCENES, "gp"]
-    if "gp" in scenes:
-        gp()
+    scenes = options.scenes or [*SCENES, "samplers"]
+    if "samplers" in scenes:
+        samplers()
     server = Postgres()
     try:
-        for size in options.trials if set(scenes) - {"gp"} else ():
+        for size in options.trials if set(scenes) - {"samplers"} else ():
             for database in options.databases:
                 with tempfile.TemporaryDirectory() as folder:
                     url = f"sqlite:///{folder}/study.db" if database == "sqlite" else server.new_database()
                     fill(url, size)
                     print(f"{size:,} trials, {database}, load {os.getloadavg()[0]:.1f}", flush=True)
                     for name in scenes:
-                        if name != "gp":
+                        if name != "samplers":
                             SCENES[name](url)
     finally:
         server.stop()

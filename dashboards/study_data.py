@@ -184,13 +184,11 @@ def read(storage: RDBStorage, name: str, storage_option: str | None = None) -> S
     errors = queries.last_errors(storage.engine, study_id)
     curves = queries.epoch_rows(storage.engine, study_id, _chosen(totals))
     curves = {number: curve for number, curve in curves.items() if number in totals}
-    rows, shared = [], fixed(config)
+    rows, shared, searched = [], fixed(config), config.searched()
     for trial in study.get_trials(deepcopy=False):
         total = totals.get(trial.number, NOTHING)
-        lacking = [
-            name for name in config.searched() if name not in trial.params and relevant(config, trial.params, name)
-        ]
-        if lacking and total is not NOTHING:
+        lacking = [name for name in searched if name not in trial.params] if total is not NOTHING else []
+        if lacking := [name for name in lacking if relevant(config, trial.params, name)]:
             logger.warning("trial %d is left out: it has epochs, but no value of %s", trial.number, ", ".join(lacking))
             continue
         curve = curves.get(trial.number, [])

@@ -34,6 +34,7 @@ from storage.schema import (
     ATTEMPTS,
     CHECKPOINTS,
     EPOCHS,
+    LATEST,
     LEASES,
     METADATA,
     REPORTS,
@@ -112,15 +113,11 @@ RULES: dict[sa.Table, tuple[str, ...]] = {
         "token >= 1",
         f"position BETWEEN 0 AND {MOST_LINES - 1}",
         f"level IN {LEVELS}",
-        "at BETWEEN 0 AND 1e11",
     ),
-    ATTEMPTS: (
-        "started_at BETWEEN 0 AND 1e11",
-        "ended_at IS NULL OR ended_at BETWEEN 0 AND 1e11",
-        "outcome IS NULL OR outcome IN ('finished', 'settled', 'released', 'error', 'vanished', 'skipped')",
-    ),
+    ATTEMPTS: ("outcome IS NULL OR outcome IN ('finished', 'settled', 'released', 'error', 'vanished', 'skipped')",),
 }
-"""What holds of every row beside the types of its columns."""
+"""What holds of every row beside the types of its columns, and of its times."""
+TIMES = (ATTEMPTS.c.started_at, ATTEMPTS.c.ended_at, TRIAL_LOGS.c.at)
 NUMBERS = frozenset(
     (
         "best_epoch", "epochs", "images", "seen", "train_seconds", "validation_seconds", "selection_seconds",
@@ -228,7 +225,8 @@ def _check_table(connection: sqlite3.Connection, table: sa.Table, present: set[s
         if column.name in present:
             condition = f"{column.name} IS NULL OR ({_fits(column)})" if column in NULLABLE else _fits(column)
             _demand(connection, table, condition, f"a {column.name} that is no {_kind(column)}")
-    for rule in RULES.get(table, ()):
+    times = [time.name for time in TIMES if time.table is table]
+    for rule in (*RULES.get(table, ()), *(f"{name} IS NULL OR {name} BETWEEN 0 AND {LATEST}" for name in times)):
         _demand(connection, table, rule, f"a row where not {rule}")
     keys = [constraint for constraint in table.constraints if isinstance(constraint, sa.UniqueConstraint)]
     unique = [[column.name for column in key.columns] for key in keys] + [[c.name for c in table.primary_key]]

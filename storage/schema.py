@@ -19,6 +19,8 @@ VERSION = sa.Table("study_alembic_version", sa.MetaData(), sa.Column("version_nu
 
 METADATA = sa.MetaData()
 
+LATEST = 1e11
+"""Seconds since 1970 up to which a time is a date. A database may hold any number."""
 MOST_CHARACTERS = 500
 """Of a line that a worker logged about a trial."""
 

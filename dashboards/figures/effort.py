@@ -11,6 +11,7 @@ from dashboards.aggregate import Cell, Findings
 from dashboards.beside_paper import scale_differences
 from dashboards.figures.style import COLOURS, INK, REST, finished, row_height, wrapped
 from dashboards.study_data import StudyData
+from storage.schema import LATEST
 
 MOST_CELLS = len(COLOURS)
 OUTCOMES = {
@@ -24,8 +25,6 @@ OUTCOMES = {
 
 MOST_BARS = 2000
 """Attempts in the figure of workers, the latest."""
-LATEST = 1e11
-"""Seconds since 1970: what a date can be made of. A database may hold any number."""
 
 
 def exchange(data: StudyData, findings: Findings) -> go.Figure | None:
@@ -117,7 +116,8 @@ def times(data: StudyData, findings: Findings) -> go.Figure | None:
 
 def timeline(data: StudyData) -> go.Figure | None:
     """Who worked on what, when: a line a worker, a bar an attempt; None before the first."""
-    attempts = [a for a in data.attempts if 0 <= a.started_at <= (a.ended_at or a.started_at) <= LATEST][-MOST_BARS:]
+    attempts = [a for a in data.attempts if all(0 <= (at or 0) <= LATEST for at in (a.started_at, a.ended_at))]
+    attempts = attempts[-MOST_BARS:]
     if not attempts:
         return None
     latest = max(a.ended_at or a.started_at for a in attempts)

@@ -388,6 +388,16 @@ def test_times_that_are_no_dates_do_not_stop_anybody(at: float, sqlite_url: str)
     assert html.page([study_data.read(harness.storage, "s")])
 
 
+def test_an_attempt_whose_end_precedes_its_start_is_drawn(sqlite_url: str) -> None:
+    harness = Harness(sqlite_url, config_of())
+    harness.queue().claim()
+    with harness.storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_attempts SET ended_at = started_at - 1, outcome = 'vanished'")
+    figure = effort.timeline(study_data.read(harness.storage, "s"))
+    assert figure is not None
+    assert [tuple(bar.x) for bar in figure.data] == [(0.0,)]
+
+
 def test_the_test_split_is_asked_once_or_knowingly_again(sqlite_url: str) -> None:
     searched = Harness(sqlite_url, config_of(policy={"alpha": 60}, training={"epochs": 1}), "tpe")
     searched.work()
