@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from storage.errors import UserError
 from study.create import OpenStudy
 from study.exit_codes import BAD_INPUT, BUDGET_SPENT, DATABASE_UNAVAILABLE, INTERRUPTED, OK, STOPPED
+from study.launchers.fork_server import ForkServer
 from study.launchers.worker_count import local_devices, worker_threads
 from study.logs import PREFIXES
 from study.training.energy import SHARE
@@ -39,29 +40,22 @@ class WorkerProcess:
         data_root: str | None,
         environment: Mapping[str, str] | None = None,
         ended: Callable[[], None] = lambda: None,
+        server: ForkServer | None = None,
     ) -> None:
         """Args:
         environment: further variables.
         ended: called by a thread when the process has ended.
+        server: forks the process; None: it is a new one, which imports everything itself.
         """
         self.device = device
         self.last_lines: deque[str] = deque(maxlen=20)
         # The URL, which may hold a password, goes by the environment: arguments are visible to everybody.
         variables = {"STUDY_STORAGE": storage_url, SUPERVISOR_VARIABLE: str(os.getpid()), **(environment or {})}
-        # -P: a study.py or storage.py in the current folder must not run in the place of ours.
-        command = [sys.executable, "-P", "-m", "study", "worker", "--device", device]
+        arguments = ["worker", "--device", device]
         if data_root is not None:
-            command += ["--data-root", data_root]
-        self.process = subprocess.Popen(
-            [*command, "--", name],
-            env=os.environ | variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="backslashreplace",
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
-        )
+            arguments += ["--data-root", data_root]
+        arguments += ["--", name]
+        self.process = _spawn(arguments, variables) if server is None else server.start(arguments, variables)
         self._ended = ended
         self._relay = threading.Thread(target=self._relay_lines, daemon=True)
         self._relay.start()
@@ -86,6 +80,20 @@ class WorkerProcess:
     def reason(self) -> str:
         """The last line that it logged."""
         return (self.last_lines[-1] if self.last_lines else "a worker refused to start").removeprefix("study: ")
+
+
+def _spawn(arguments: list[str], variables: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        # -P: a study.py or storage.py in the current folder must not run in the place of ours.
+        [sys.executable, "-P", "-m", "study", *arguments],
+        env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="backslashreplace",
+        start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
+    )
 
 
 def stop_workers(workers: Sequence[WorkerProcess]) -> None:
@@ -118,6 +126,8 @@ class LocalLauncher:
     def __init__(self, device: str, workers: int | None, threads: int | None = None) -> None:
         self.devices = local_devices(device, workers)
         self.threads = str(worker_threads(threads))
+        forks = ForkServer.works_here and self.devices[0] == "cpu"
+        self.server = ForkServer({"OMP_NUM_THREADS": self.threads}) if forks else None
         self.workers: list[WorkerProcess] = []
         self.deaths = 0
         self.codes: set[int] = set()
@@ -138,7 +148,9 @@ class LocalLauncher:
         variables = {"OMP_NUM_THREADS": self.threads}
         if device != "cpu":
             variables = {SHARE: str(1 / self.devices.count(device))}
-        return WorkerProcess(self.study.name, self.study.url, device, self.data_root, variables, self._one_ended.set)
+        return WorkerProcess(
+            self.study.name, self.study.url, device, self.data_root, variables, self._one_ended.set, self.server
+        )
 
     def poll(self) -> int | None:
         for worker in list(self.workers):

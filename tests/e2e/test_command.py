@@ -92,7 +92,11 @@ def process(owner: str) -> int:
 
 
 def is_stopped(process: int) -> bool:
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return state_and_parent(process)[0] == "T"
+
+
+def state_and_parent(process: int) -> list[str]:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:2]
 
 
 def stop(process: int, url: str) -> None:
@@ -269,8 +273,9 @@ def test_a_study_survives_and_ends_the_same(how: str, tmp_path: Path, undisturbe
             assert "died" in err
         else:
             number = {"ctrl-c": signal.SIGINT, "terminate": signal.SIGTERM}.get(how, signal.SIGKILL)
+            before = state_and_parent(worker)
             launcher.send_signal(number)
-            wait_for(lambda: launcher.poll() is not None or has_a_signal_waiting(worker))
+            wait_for(lambda: state_and_parent(worker) != before or has_a_signal_waiting(worker))
             os.kill(worker, signal.SIGCONT)
             _, err = launcher.communicate(timeout=120)
             if number == signal.SIGKILL:
