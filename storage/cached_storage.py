@@ -146,11 +146,11 @@ class CachedStorage(OptunaCachedStorage):
         """How many trials are COMPLETE, and what those that reported at `step` reported there."""
         with self._fresh(study_id, running=False) as past:
             if step not in past.columns and not past.all_columns:
-                complete = [
+                complete = sorted(
                     id
                     for id, trial in past.trials.items()
                     if trial.state == TrialState.COMPLETE and trial.number not in past.excluded
-                ]
+                )
                 with self._engine.connect() as connection:
                     if len(past.columns) < SINGLE_STEPS:
                         past.columns[step] = _reports_at(connection, complete, step)
@@ -173,18 +173,18 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     last = max(past.stamps, default=-1)
     known = {"study": study_id, "last": last, "last_final": past.last_final, "open": past.open}
     stamps: dict[int, Stamp] = {id: (state, done) for id, state, done in connection.execute(_CHANGED, known)}
-    stale = [
+    stale = sorted(
         id
         for id, stamp in stamps.items()
         if past.stamps.get(id) != stamp or (running and stamp[0] == TrialState.RUNNING)
-    ]
+    )
     if not stale:
         return
     with _no_garbage_search():
         news = _read(connection, stale, _LAST_REPORTS, lean=lean)
     if past.columns or past.all_columns:
         done = [id for id, trial in news.items() if trial.state == TrialState.COMPLETE]
-        _add_reports(connection, done, past)
+        _add_reports(connection, sorted(done), past)
     past.trials.update(news)
     past.stamps.update((id, (news[id].state, stamps[id][1])) for id in news)
     past.ordered = sorted(past.trials.values(), key=lambda trial: trial.number)
@@ -214,15 +214,15 @@ def _complete(past: _Past) -> int:
 
 
 def _read(
-    connection: sa.Connection, ids: Sequence[int], reported: sa.Select[Any], *, lean: bool = False
+    connection: sa.Connection, ids: Sequence[int], reported: _OfTrials, *, lean: bool = False
 ) -> dict[int, FrozenTrial]:
-    """The trials with these ids that exist, with their reports as the query `reported` has them."""
+    """The trials with these ids, in ascending order, that exist, with their reports as `reported` has them."""
     trials: dict[int, FrozenTrial] = {}
     spaces: dict[tuple[object, ...], dict[str, BaseDistribution]] = {}
     for batch in (ids[start : start + BATCH] for start in range(0, len(ids), BATCH)):
 
-        def rows(query: sa.Select[Any], batch: Sequence[int] = batch) -> Sequence[Any]:
-            return connection.execute(query, {"ids": batch}).all()
+        def rows(query: _OfTrials, batch: Sequence[int] = batch) -> Sequence[Any]:
+            return query.rows(connection, batch)
 
         values: dict[int, list[float]] = defaultdict(list)
         for id, value, kind in rows(_VALUES):
@@ -253,7 +253,7 @@ def _add_reports(connection: sa.Connection, ids: Sequence[int], past: _Past) -> 
     """To the columns of the steps that it has, or of all."""
     columns = past.columns
     for start in range(0, len(ids), BATCH):
-        for _, step, value, kind in connection.execute(_ALL_REPORTS, {"ids": ids[start : start + BATCH]}):
+        for _, step, value, kind in _ALL_REPORTS.rows(connection, ids[start : start + BATCH]):
             if past.all_columns or step in columns:
                 columns[step].append(value if value is not None else _number(value, kind))
 
@@ -261,7 +261,7 @@ def _add_reports(connection: sa.Connection, ids: Sequence[int], past: _Past) -> 
 def _reports_at(connection: sa.Connection, ids: Sequence[int], step: int) -> array[float]:
     column = array("d")
     for start in range(0, len(ids), STEP_BATCH):
-        rows = connection.execute(_REPORTS_AT, {"ids": ids[start : start + STEP_BATCH], "step": step})
+        rows = _REPORTS_AT.rows(connection, ids[start : start + STEP_BATCH], step=step)
         column.extend(_number(value, kind) for value, kind in rows)
     return column
 
@@ -281,7 +281,24 @@ _value = functools.lru_cache(1024)(json.loads)
 """And a handful of devices, hosts and versions."""
 
 
-_IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
+class _OfTrials:
+    """A query for rows of some trials: of all from one id to another where they have no gap, which costs drivers and
+    databases less than a list (a third of the processor time of reading 20,000 trials from PostgreSQL).
+    """
+
+    def __init__(self, query: sa.Select[Any], id: sa.ColumnElement[int]) -> None:
+        self.between = query.where(id.between(sa.bindparam("first"), sa.bindparam("last")))
+        self.among = query.where(id.in_(sa.bindparam("ids", expanding=True)))
+
+    def rows(self, connection: sa.Connection, ids: Sequence[int], **more: object) -> Sequence[Any]:
+        """Args:
+        ids: in ascending order.
+        """
+        if ids and ids[-1] - ids[0] == len(ids) - 1:
+            return connection.execute(self.between, {"first": ids[0], "last": ids[-1], **more}).all()
+        return connection.execute(self.among, {"ids": ids, **more}).all()
+
+
 _CHANGED = sa.select(TRIALS.c.trial_id, TRIALS.c.state, TRIALS.c.datetime_complete).where(
     TRIALS.c.study_id + 0 == sa.bindparam("study"),  # + 0: not by the index on it, which leads to all of the study
     sa.or_(
@@ -291,27 +308,28 @@ _CHANGED = sa.select(TRIALS.c.trial_id, TRIALS.c.state, TRIALS.c.datetime_comple
     ),
 )
 """All trials that are new, or may have changed since they were read."""
-_TRIALS = sa.select(
-    TRIALS.c.trial_id, TRIALS.c.number, TRIALS.c.state, TRIALS.c.datetime_start, TRIALS.c.datetime_complete
-).where(TRIALS.c.trial_id.in_(_IDS))
-# The kinds as text: SQLAlchemy's conversion to an enum costs more than all the rest of a row.
-_VALUES = (
-    sa.select(TRIAL_VALUES.c.trial_id, TRIAL_VALUES.c.value, sa.type_coerce(TRIAL_VALUES.c.value_type, sa.String))
-    .where(TRIAL_VALUES.c.trial_id.in_(_IDS))
-    .order_by(TRIAL_VALUES.c.objective)
+_TRIALS = _OfTrials(
+    sa.select(TRIALS.c.trial_id, TRIALS.c.number, TRIALS.c.state, TRIALS.c.datetime_start, TRIALS.c.datetime_complete),
+    TRIALS.c.trial_id,
 )
-_PARAMS = (
+# The kinds as text: SQLAlchemy's conversion to an enum costs more than all the rest of a row.
+_VALUES = _OfTrials(
+    sa.select(
+        TRIAL_VALUES.c.trial_id, TRIAL_VALUES.c.value, sa.type_coerce(TRIAL_VALUES.c.value_type, sa.String)
+    ).order_by(TRIAL_VALUES.c.objective),
+    TRIAL_VALUES.c.trial_id,
+)
+_PARAMS = _OfTrials(
     sa.select(
         TRIAL_PARAMS.c.trial_id,
         TRIAL_PARAMS.c.param_name,
         TRIAL_PARAMS.c.param_value,
         TRIAL_PARAMS.c.distribution_json,
-    )
-    .where(TRIAL_PARAMS.c.trial_id.in_(_IDS))
-    .order_by(TRIAL_PARAMS.c.param_id)
+    ).order_by(TRIAL_PARAMS.c.param_id),
+    TRIAL_PARAMS.c.trial_id,
 )
 _USER_ATTRS, _SYSTEM_ATTRS = (
-    sa.select(table.c.trial_id, table.c.key, table.c.value_json).where(table.c.trial_id.in_(_IDS))
+    _OfTrials(sa.select(table.c.trial_id, table.c.key, table.c.value_json), table.c.trial_id)
     for table in (TRIAL_ATTRS, TRIAL_SYSTEM_ATTRS)
 )
 _REPORT = (
@@ -320,15 +338,14 @@ _REPORT = (
     REPORTS.c.intermediate_value,
     sa.type_coerce(REPORTS.c.intermediate_value_type, sa.String),
 )
-_ALL_REPORTS = sa.select(*_REPORT).where(REPORTS.c.trial_id.in_(_IDS))
-_REPORTS_AT = sa.select(*_REPORT[2:]).where(REPORTS.c.trial_id.in_(_IDS), REPORTS.c.step == sa.bindparam("step"))
+_ALL_REPORTS = _OfTrials(sa.select(*_REPORT), REPORTS.c.trial_id)
+_REPORTS_AT = _OfTrials(sa.select(*_REPORT[2:]).where(REPORTS.c.step == sa.bindparam("step")), REPORTS.c.trial_id)
 _OTHERS = REPORTS.alias()
-_LAST_REPORTS = (
+_LAST_STEP = sa.select(sa.func.max(_OTHERS.c.step)).where(_OTHERS.c.trial_id == TRIALS.c.trial_id).scalar_subquery()
+_LAST_REPORTS = _OfTrials(
     sa.select(*_REPORT)
-    .select_from(TRIALS.join(REPORTS, TRIALS.c.trial_id == REPORTS.c.trial_id))
-    .where(
-        TRIALS.c.trial_id.in_(_IDS),
-        REPORTS.c.step
-        == sa.select(sa.func.max(_OTHERS.c.step)).where(_OTHERS.c.trial_id == TRIALS.c.trial_id).scalar_subquery(),
-    )
+    # + 0: else SQLite looks through all reports of a range of trials, not from each trial for its last one
+    .select_from(TRIALS.join(REPORTS, TRIALS.c.trial_id + 0 == REPORTS.c.trial_id))
+    .where(REPORTS.c.step == _LAST_STEP),
+    TRIALS.c.trial_id,
 )
