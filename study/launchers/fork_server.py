@@ -1,9 +1,10 @@
 """Workers as copies of one process that has imported torch and the rest: 1.7 s and 330 MB once, not once each.
 
-    python -m study.launchers.fork_server SOCKET
+    python -m study.launchers.fork_server SOCKET SECONDS
 
 For workers on a CPU on Linux only: a process that uses a GPU, or Apple's libraries, must not be copied. The server
-imports, forks a process for each message on its socket, reports how each one ended, and ends when its launcher does.
+imports, forks a process for each message on its socket, and reports how each one ended. It ends when its launcher does,
+and after so many seconds without a process.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ IMPORTED = ("study.worker.worker", "study.cli.run")
 MOST_BYTES = 2**18
 """Of a message: the arguments and environment variables of a process; Linux passes no more at once."""
 NUMBER = struct.Struct("=i")
+IDLE_SECONDS = 60.0
 UNKNOWN = 255
 """The exit code of a process whose server ended first."""
 CHECK_SECONDS = 1.0
@@ -42,21 +44,23 @@ class ForkServer:
 
     Args:
         variables: further environment variables, of the server and so of all that it starts.
+        idle_seconds: after which a server without a process ends; the next process gets a new one.
     """
 
     works_here = sys.platform == "linux"
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        self._variables = {**variables, SUPERVISOR_VARIABLE: str(os.getpid())}
+    def __init__(self, variables: Mapping[str, str], idle_seconds: float = IDLE_SECONDS) -> None:
+        self._variables, self._idle_seconds = variables, idle_seconds
         self._begin()
 
     def _begin(self) -> None:
+        self._environment = {**os.environ, **self._variables, SUPERVISOR_VARIABLE: str(os.getpid())}
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._server = subprocess.Popen(
                 # -P: a study.py or storage.py in the current folder must not run in the place of ours.
-                [sys.executable, "-P", "-m", "study.launchers.fork_server", str(theirs.fileno())],
-                env=os.environ | self._variables,
+                [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), str(self._idle_seconds)],
+                env=self._environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -71,13 +75,14 @@ class ForkServer:
         Args:
             variables: further environment variables of this process.
         """
-        message = json.dumps([list(arguments), dict(variables)]).encode()
+        new = {name: value for name, value in os.environ.items() if self._environment.get(name) != value}
+        message = json.dumps([list(arguments), {**new, **self._variables, **variables}]).encode()
         stderr, stderr_end = os.pipe()
         status, status_end = os.pipe()
         try:
             try:
                 socket.send_fds(self._socket, [message], [stderr_end, status_end])
-            except OSError:  # it was killed
+            except OSError:  # it has ended: it had nothing to do, or was killed
                 self._begin()
                 socket.send_fds(self._socket, [message], [stderr_end, status_end])
         finally:
@@ -145,8 +150,8 @@ def _readable(descriptor: int, seconds: float) -> bool:
     return bool(poll.poll(1000 * seconds))
 
 
-def serve(requests: socket.socket) -> list[str] | None:
-    """Fork a process for each message until the launcher ends.
+def serve(requests: socket.socket, idle_seconds: float) -> list[str] | None:
+    """Fork a process for each message, until the launcher ends or `idle_seconds` have passed without a process.
 
     Returns:
         In such a process: the arguments of its command. In the server: None.
@@ -160,7 +165,12 @@ def serve(requests: socket.socket) -> list[str] | None:
     poll = select.poll()
     poll.register(requests, select.POLLIN)
     poll.register(child_ended, select.POLLIN)
+    last_busy = time.monotonic()
     while not is_over():
+        if statuses:
+            last_busy = time.monotonic()
+        elif time.monotonic() > last_busy + idle_seconds:
+            return None
         ready = {descriptor for descriptor, _ in poll.poll(1000 * CHECK_SECONDS)}
         if child_ended in ready:
             os.read(child_ended, 4096)
@@ -211,7 +221,7 @@ def main() -> None:
             importlib.import_module(name)
     gc.freeze()  # else the first collection in each process would write to, and so copy, all of this memory
     gc.enable()
-    arguments = serve(socket.socket(fileno=int(sys.argv[1])))
+    arguments = serve(socket.socket(fileno=int(sys.argv[1])), float(sys.argv[2]))
     if arguments is None:
         os._exit(0)  # the interpreter's own end takes 0.3 s, in which workers would not notice
     sys.argv = ["study", *arguments]

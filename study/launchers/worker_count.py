@@ -10,8 +10,8 @@ from pathlib import Path
 from storage.errors import UserError
 
 MOST_WORKERS_A_CORE = 16
-WORKER_BYTES = 2**30
-"""Memory that a worker on a CPU is taken to need: 0.45 GB for the paper's network at quarter width, 0.9 GB at full
+WORKER_BYTES = 5 * 2**28
+"""Memory that a worker on a CPU is taken to need: 0.24 GB for the paper's network at quarter width, 1.1 GB at full
 width and batch 512 (docs/measurements/performance.md)."""
 
 

@@ -88,6 +88,21 @@ def test_a_killed_server_takes_its_processes_along_and_is_replaced(server: ForkS
     assert server.start(["--help"], {}).wait(60) == exit_codes.OK
 
 
+def test_a_server_without_work_ends_and_is_replaced() -> None:
+    server = ForkServer({}, idle_seconds=0.1)
+    assert server.start(["--help"], {}).wait(60) == exit_codes.OK
+    server._server.wait(30)
+    assert server.start(["--help"], {}).wait(60) == exit_codes.OK
+
+
+def test_the_environment_is_that_of_the_start(server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own code that a launcher loads may set variables."""
+    monkeypatch.setenv("STUDY_STORAGE", "sqlite:///set/since.db")
+    refused = server.start(["worker", "--", "quick"], {})
+    assert refused.wait(60) == exit_codes.BAD_INPUT
+    assert "set/since.db" in refused.stderr.read()
+
+
 def test_a_server_ends_with_its_launcher() -> None:
     code = (
         "import os, time\n"
