@@ -4,7 +4,7 @@
 
 For workers on a CPU on Linux only: a process that uses a GPU, or Apple's libraries, must not be copied. The server
 imports, forks a process for each message on its socket, and reports how each one ended. It ends when its launcher does,
-and after so many seconds without a process.
+and after so many seconds without a process; what Slurm or systemd send to all processes is for the workers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from study.worker.stop_monitor import SUPERVISOR_VARIABLE, launcher_ended
+from study.worker.stop_monitor import STOP_SIGNALS, SUPERVISOR_VARIABLE, launcher_ended
 
 IMPORTED = ("study.worker.worker", "study.cli.run")
 MOST_BYTES = 2**18
@@ -215,6 +215,7 @@ def _write(descriptor: int, number: int) -> None:
 
 
 def main() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     gc.disable()
     for name in IMPORTED:
         with suppress(Exception):  # the processes fail at the same, and say why
@@ -224,6 +225,7 @@ def main() -> None:
     arguments = serve(socket.socket(fileno=int(sys.argv[1])), float(sys.argv[2]))
     if arguments is None:
         os._exit(0)  # the interpreter's own end takes 0.3 s, in which workers would not notice
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # what has come since the fork comes now
     sys.argv = ["study", *arguments]
     runpy.run_module("study", run_name="__main__", alter_sys=True)
 

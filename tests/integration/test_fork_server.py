@@ -70,6 +70,14 @@ def test_signals_reach_the_process(waiting: ForkedProcess) -> None:
     waiting.send_signal(signal.SIGTERM)  # too late, as for subprocess.Popen
 
 
+def test_a_signal_to_all_processes_ends_the_workers_alone(waiting: ForkedProcess) -> None:
+    """So a launcher learns how they ended, and waits for them."""
+    process = id_of(waiting)
+    for each in (parent_of(process), process):
+        os.kill(each, signal.SIGTERM)
+    assert waiting.wait(60) in (exit_codes.INTERRUPTED, -signal.SIGTERM)  # the latter before it has its own handlers
+
+
 def test_the_password_is_in_no_command_line(server: ForkServer, waiting: ForkedProcess) -> None:
     process = id_of(waiting)
     assert b"postgresql" not in Path(f"/proc/{process}/cmdline").read_bytes()
