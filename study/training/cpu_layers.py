@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 MOST_TIMES = 4
 """How much larger than the kernel the matrix may be: 1.8 times for 3x3 on 2x2 pixels, 65 times for 31x31 on 16x16."""
@@ -23,7 +23,8 @@ class Conv2d(nn.Conv2d):
     """`nn.Conv2d`; where each output pixel sees the whole input map, it is one product of matrices.
 
     A 3x3 kernel on a map of 1x1 pixels multiplies padding eight times out of nine, on one of 2x2 five times, and
-    oneDNN's gradient of the weights is slow there: docs/measurements/performance.md.
+    oneDNN's gradient of the weights is slow there: docs/measurements/performance.md. It is made of PyTorch's own
+    differentiable operations, so that whatever an own network does with a convolution works.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -32,16 +33,31 @@ class Conv2d(nn.Conv2d):
         windows = self._windows(images)
         if windows is None:
             return super().forward(images)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
-        seen: Tensor = _WholeMap.apply(images.to(dtype), self.weight, windows)
-        return seen if self.bias is None else seen + self.bias.to(dtype)[:, None, None]
+        height, width = images.shape[2:]
+        maps = images.permute(0, 2, 3, 1).flatten(1)
+        seen = functional.linear(maps, self._matrix(windows, height * width * self.in_channels))
+        high = len({rows.start for rows, _ in windows})
+        # The batch's size by `shape`: `len` of it is fixed when an own network is traced.
+        seen = seen.view(images.shape[0], high, len(windows) // high, self.out_channels).permute(0, 3, 1, 2)
+        return seen if self.bias is None else seen + self.bias.to(seen.dtype)[:, None, None]
+
+    def _matrix(self, windows: list[tuple[slice, slice]], inputs: int) -> Tensor:
+        """A row for each output pixel and channel, [windows * outputs, inputs]: copied a kernel's pixel, all of its
+        input channels, at a time, which takes as long as a backward pass of our own did.
+        """
+        pixels = math.prod(self.kernel_size)
+        kernel = torch.arange(pixels).view(self.kernel_size)
+        under_map = torch.stack([kernel[rows, columns].flatten() for rows, columns in windows])
+        places = under_map[:, None] + pixels * torch.arange(self.out_channels)[:, None]
+        by_pixel = self.weight.permute(0, 2, 3, 1).reshape(-1, self.in_channels)
+        return by_pixel.index_select(0, places.flatten()).view(-1, inputs)
 
     def _windows(self, images: Tensor) -> list[tuple[slice, slice]] | None:
         """The part of the kernel that lies on the map for each output pixel; None: for one it does not cover it."""
         plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
         if images.ndim != 4 or images.device.type != "cpu" or not plain or isinstance(self.padding, str):
             return None
-        if self.kernel_size == (1, 1):
+        if self.kernel_size == (1, 1) or images.shape[1] != self.in_channels:  # the error is PyTorch's
             return None
         sides = []
         for size, kernel, padding, stride in zip(
@@ -55,34 +71,3 @@ class Conv2d(nn.Conv2d):
         if values > MOST_TIMES * math.prod(self.kernel_size):
             return None
         return [(row, column) for row in sides[0] for column in sides[1]]
-
-
-class _WholeMap(torch.autograd.Function):
-    """[N, C, H, W] by the kernel's windows to [N, outputs, H', W'], all maps in channels_last."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, weight: Tensor, windows: list[tuple[slice, slice]]) -> Tensor:
-        maps = images.permute(0, 2, 3, 1).reshape(len(images), -1)
-        matrix = images.new_empty(len(windows), len(weight), *images.shape[2:], images.shape[1])
-        for part, (rows, columns) in zip(matrix, windows, strict=True):
-            part.copy_(weight[:, :, rows, columns].permute(0, 2, 3, 1))
-        matrix = matrix.view(-1, maps.shape[1])
-        ctx.save_for_backward(maps, matrix, weight)
-        ctx.windows, ctx.shape = windows, images.shape
-        high = len({rows.start for rows, _ in windows})
-        return (maps @ matrix.T).view(len(images), high, len(windows) // high, len(weight)).permute(0, 3, 1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        maps, matrix, weight = ctx.saved_tensors
-        n, channels, height, width = ctx.shape
-        gradients = gradient.permute(0, 2, 3, 1).reshape(n, -1)
-        of_images = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_images = (gradients @ matrix).view(n, height, width, channels).permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[1]:
-            parts = (gradients.T @ maps).view(len(ctx.windows), len(weight), height, width, channels)
-            of_weight = torch.zeros_like(weight)
-            for part, (rows, columns) in zip(parts, ctx.windows, strict=True):
-                of_weight[:, :, rows, columns] += part.permute(0, 3, 1, 2)
-        return of_images, of_weight, None

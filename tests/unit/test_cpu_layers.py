@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,76 @@ def test_a_convolution_that_sees_the_whole_map(
     for one, other in zip(trained(copy.deepcopy(ours), images, gradient, bf16=True), expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0.1, atol=0.2)
     assert ours(images).stride() == usual(images).stride()
+
+
+def pair(**options: Any) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """PyTorch's layer and ours with the same weights, in double precision, on maps of 2x2 pixels."""
+    usual = nn.Conv2d(3, 4, 3, padding=1, **options).double()
+    ours = copy.deepcopy(usual)
+    use_cpu_layers(ours)
+    return usual, ours
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_activation_in_place_after_it(bias: bool) -> None:
+    gradients = []
+    for layer in pair(bias=bias):
+        images = drawn(2, 3, 2, 2).double().requires_grad_()
+        nn.ReLU(inplace=True)(layer(images)).sum().backward()
+        gradients.append((images.grad, layer.weight.grad))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_network_that_uses_a_gradient_in_its_loss() -> None:
+    gradients = []
+    for layer in pair():
+        images = drawn(2, 3, 2, 2).double().requires_grad_()
+        (slope,) = torch.autograd.grad(layer(images).pow(2).sum(), images, create_graph=True)
+        torch.autograd.backward(slope.pow(2).sum())
+        gradients.append((images.grad, layer.weight.grad))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_functional_transforms() -> None:
+    images = drawn(2, 3, 2, 2).double()
+    results = []
+    for layer in pair():
+
+        def loss(weight: Tensor, image: Tensor, convolution: nn.Conv2d = layer) -> Tensor:
+            output: Tensor = torch.func.functional_call(convolution, {"weight": weight}, image[None])
+            return output.pow(2).sum()
+
+        results.append(torch.func.vmap(torch.func.grad(loss), (None, 0))(layer.weight.detach(), images))
+    torch.testing.assert_close(*results)
+
+
+def test_a_batch_without_images() -> None:
+    usual, ours = pair()
+    images = torch.zeros(0, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    output = ours(images)
+    torch.autograd.backward(output.sum())
+    assert output.shape == usual(images).shape
+    assert ours.weight.grad is not None
+    assert torch.equal(ours.weight.grad, torch.zeros_like(ours.weight))
+
+
+def test_what_torch_refuses_is_refused() -> None:
+    usual, ours = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 4, 3, padding=1)
+    use_cpu_layers(ours)
+    wrong: tuple[Tensor, ...] = (torch.zeros(2, 3, 2, 2), torch.zeros(2, 1, 2, 2).double())
+    for images in wrong:
+        for layer in (usual, ours):
+            with pytest.raises(RuntimeError):
+                layer(images)
+
+
+def test_double_precision_stays_under_autocast() -> None:
+    images = drawn(2, 3, 2, 2).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        usual, ours = (layer(images) for layer in pair())
+    assert ours.dtype == usual.dtype == torch.float64
 
 
 def test_other_convolutions_stay_as_they_are() -> None:
