@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -21,6 +22,9 @@ def is_transient(error: BaseException) -> bool:
     """Whether an error is of a kind that ends when the database is back: a restart, a network cut, a full disk."""
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
+    if isinstance(error, OperationalError) and isinstance(error.orig, sqlite3.OperationalError):
+        # Of a statement or of what it reads, which stay: no such column, a sum too large, text that is no UTF-8.
+        return getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_ERROR) != sqlite3.SQLITE_ERROR
     return isinstance(error, OperationalError | InterfaceError | optuna.exceptions.StorageInternalError)
 
 

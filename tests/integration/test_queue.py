@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +22,7 @@ from storage.engine import open_storage
 from storage.enqueue import enqueue_trials
 from storage.errors import UserError
 from storage.queue import Lease, LeaseLost, Queue
-from storage.retry import retry
+from storage.retry import is_transient, retry
 from storage.schema import CHECKPOINTS, LEASES
 from tests.e2e.test_command import wait_for
 from tests.support.postgres import Postgres
@@ -323,6 +324,40 @@ def test_calls_wait_for_a_database_that_becomes_available_again() -> None:
         retry(lambda: (_ for _ in ()).throw(sa.exc.OperationalError("x", {}, Exception())), patience=0.3)
     with pytest.raises(sa.exc.IntegrityError):  # not a is_transient fault: at once
         retry(lambda: (_ for _ in ()).throw(sa.exc.IntegrityError("x", {}, Exception())))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT nothing FROM studies",
+        "SELECT 1 FROM nowhere",
+        "SELECT CAST(x'ff' AS TEXT)",
+        "SELECT abs(-9223372036854775807 - 1)",
+    ],
+)
+def test_an_error_of_a_statement_is_not_waited_for(statement: str, sqlite_url: str) -> None:
+    """SQLite's driver has one class for these and for a database that is locked or a disk that is full."""
+    engine = open_storage(sqlite_url).engine
+    calls = []
+
+    def failing() -> None:
+        calls.append(1)
+        with engine.connect() as connection:
+            connection.exec_driver_sql(statement).all()
+
+    with pytest.raises(sa.exc.OperationalError) as error:
+        retry(failing, patience=1)
+    assert (len(calls), is_transient(error.value)) == (1, False)
+
+
+def test_a_locked_database_is_waited_for(sqlite_url: str) -> None:
+    engine = open_storage(sqlite_url).engine
+    other = sqlite3.connect(str(engine.url.database), timeout=0.01)
+    with engine.begin(), pytest.raises(sqlite3.OperationalError, match="locked") as locked:
+        other.execute("BEGIN IMMEDIATE")
+    other.close()
+    error = sa.exc.OperationalError("BEGIN", {}, locked.value)
+    assert is_transient(error)
 
 
 def _run_all(url: str) -> list[int]:
