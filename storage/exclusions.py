@@ -6,6 +6,7 @@ They are an attribute of the study, trial number to reason, so a copy keeps them
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 
 import sqlalchemy as sa
@@ -21,12 +22,29 @@ EXCLUDED = "excluded"
 """Key of the study's user attribute."""
 MOST_REASON = 1000
 """Characters of a reason."""
+NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def excluded(connection: sa.Connection, study_id: int) -> dict[int, str]:
     """Trial number to reason, by number."""
-    stored = json.loads(stored_text(connection, study_id))
-    return {int(number): stored[number] for number in sorted(stored, key=int)}
+    return parse(stored_text(connection, study_id))
+
+
+def parse(text: str) -> dict[int, str]:
+    """The attribute as it is stored. What has another form than this program writes excludes nothing."""
+    try:
+        stored = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    if not isinstance(stored, dict):
+        return {}
+    whole = {int(number): why for number, why in stored.items() if is_exclusion(number, why)}
+    return {number: whole[number] for number in sorted(whole)}
+
+
+def is_exclusion(number: str, why: object) -> bool:
+    """Whether a key and a value of the attribute are a trial's number and a reason."""
+    return bool(NUMBER.fullmatch(number)) and isinstance(why, str) and len(why) <= MOST_REASON and "\0" not in why
 
 
 def stored_text(connection: sa.Connection, study_id: int) -> str:

@@ -24,7 +24,7 @@ from optuna.study import StudyDirection
 from storage.artifacts import CHUNK_BYTES
 from storage.early_end import EARLY_END
 from storage.errors import UserError
-from storage.exclusions import EXCLUDED, MOST_REASON
+from storage.exclusions import EXCLUDED, is_exclusion
 from storage.object_store import MOST_BYTES
 from storage.optuna_internals import models
 from storage.origins import AFTER, DERIVED_FROM, ORIGIN_TRIAL, is_finite, is_whole
@@ -38,6 +38,7 @@ from storage.schema import (
     LEASES,
     METADATA,
     REPORTS,
+    SCHEMA_VERSION,
     SPENDING,
     STUDIES,
     STUDY_ATTRS,
@@ -48,6 +49,7 @@ from storage.schema import (
     TRIAL_SYSTEM_ATTRS,
     TRIAL_VALUES,
     TRIALS,
+    VERSION,
 )
 from storage.study_name import check_study_name
 from storage.trial_logs import LEVELS, MOST_LINES
@@ -71,6 +73,11 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = (ATTEMPTS, SPENDING, ARTIFACTS, ARTIFACT_CHUNKS, TRIAL_LOGS)
 """Older versions may lack them."""
+VERSIONS = (
+    sa.Table("alembic_version", sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True)),
+    VERSION,
+)
+"""Of Optuna's schema and of ours."""
 NULLABLE = frozenset(
     (
         *(column for table in METADATA.sorted_tables for column in table.c if column.nullable),
@@ -114,6 +121,7 @@ RULES: dict[sa.Table, tuple[str, ...]] = {
         f"position BETWEEN 0 AND {MOST_LINES - 1}",
         f"level IN {LEVELS}",
     ),
+    VERSION: ("version_num GLOB '[0-9]*' AND version_num NOT GLOB '*[^0-9]*'",),
     ATTEMPTS: ("outcome IS NULL OR outcome IN ('finished', 'settled', 'released', 'error', 'vanished', 'skipped')",),
 }
 """What holds of every row beside the types of its columns, and of its times."""
@@ -191,14 +199,25 @@ def _check(file: Path, check_config: Callable[[dict[str, Any]], object], seconds
 
 def _check_content(connection: sqlite3.Connection, check_config: Callable[[dict[str, Any]], object]) -> str:
     columns = {table: _columns(connection, table) for table in REQUIRED}
-    columns |= {table: present for table in OPTIONAL if (present := _columns(connection, table, optional=True))}
+    columns |= {
+        table: present for table in (*OPTIONAL, *VERSIONS) if (present := _columns(connection, table, optional=True))
+    }
     (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if state != "ok":
         raise _Wrong("it is damaged")
     for table, present in columns.items():
         _check_table(connection, table, present)
+    if VERSION in columns and connection.execute(f"SELECT * FROM {VERSION.name}").fetchone() == (SCHEMA_VERSION,):
+        _demand_all_columns(columns)
     _check_trials(connection)
     return _check_study(connection, check_config)
+
+
+def _demand_all_columns(columns: Mapping[sa.Table, set[str]]) -> None:
+    """A file of the present version has all of our columns; of an older one those that are new are read as NULL."""
+    for table in METADATA.sorted_tables:
+        if missing := [column.name for column in table.c if column.name not in columns.get(table, ())]:
+            raise _Wrong(f"the table {table.name} has no column {missing[0]}")
 
 
 def _columns(connection: sqlite3.Connection, table: sa.Table, optional: bool = False) -> set[str]:
@@ -214,7 +233,7 @@ def _columns(connection: sqlite3.Connection, table: sa.Table, optional: bool = F
     if any(hidden for *_, hidden in details):
         raise _Wrong(f"the table {table.name} has computed columns")
     present = {str(name) for _, name, *_ in details}
-    needed = {column.name for column in table.c if column not in NULLABLE}
+    needed = {column.name for column in table.c if column not in NULLABLE or table.metadata is not METADATA}
     if missing := sorted(needed - present):
         raise _Wrong(f"the table {table.name} has no column {missing[0]}")
     return present
@@ -320,7 +339,7 @@ def _check_attributes(
     for key in ("images", "budgets"):
         if not all(is_finite(value) and value >= 0 for value in attributes.get(key, {}).values()):
             raise _Wrong(f"its {key} are not numbers")
-    if not all(n.isdecimal() and _is_text(why, MOST_REASON) for n, why in attributes.get(EXCLUDED, {}).items()):
+    if not all(is_exclusion(number, why) for number, why in attributes.get(EXCLUDED, {}).items()):
         raise _Wrong(f"its {EXCLUDED} are not trial numbers with reasons")
     if not is_whole(attributes):
         raise _Wrong(f"its {AFTER} or {DERIVED_FROM} is not what this program writes")

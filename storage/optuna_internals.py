@@ -61,7 +61,7 @@ __all__ = [
 
 DASHBOARD = "dashboard:"
 """What optuna-dashboard's keys among a study's system attributes begin with: its note, its figures, notes on trials."""
-DASHBOARD_NOTE = re.compile(r"dashboard:(\d+):")
+DASHBOARD_NOTE = re.compile(r"dashboard:(0|[1-9][0-9]{0,18}):")
 """optuna-dashboard keeps the note on a trial among the study's system attributes, under the trial's id."""
 
 PART_LENGTH = 2045

@@ -210,6 +210,23 @@ HOSTILE: dict[str, tuple[str | Change, ...]] = {
         "INSERT INTO trials SELECT trial_id, number, study_id, datetime_start, datetime_complete FROM t",
     ),
     "a missing column": ("ALTER TABLE trial_leases DROP COLUMN owner",),
+    "a schema version that is a number": (
+        "DROP TABLE study_alembic_version",
+        "CREATE TABLE study_alembic_version (version_num INTEGER)",
+        "INSERT INTO study_alembic_version VALUES (5)",
+    ),
+    "a schema version that is a blob": ("UPDATE study_alembic_version SET version_num = x'3035'",),
+    "a schema version of 5,000 digits": (
+        "UPDATE study_alembic_version SET version_num = replace(hex(zeroblob(2500)), '0', '1')",
+    ),
+    "a schema version of two megabytes": ("UPDATE study_alembic_version SET version_num = hex(zeroblob(1000000))",),
+    "a version of Optuna that is a blob": ("UPDATE alembic_version SET version_num = x'3035'",),
+    "the present version without a column": ("ALTER TABLE trial_epochs DROP COLUMN joules",),
+    "the present version without a table": ("DROP TABLE trial_logs",),
+    "an excluded trial of 5,000 digits": (
+        "INSERT INTO study_user_attributes (study_id, key, value_json) SELECT study_id, 'excluded', "
+        "'{\"' || replace(hex(zeroblob(2500)), '0', '1') || '\": \"x\"}' FROM studies",
+    ),
     "a newer schema": ("UPDATE study_alembic_version SET version_num = '0099'",),
     "a newer Optuna": ("UPDATE alembic_version SET version_num = 'v9.0.0.a'",),
 }
@@ -228,6 +245,15 @@ def test_hostile_files_are_refused_in_one_line(
     assert len(str(refusal.value)) < 1000
     assert [path.name for path in tmp_path.iterdir()] == ["s.study"]
     assert hashlib.sha256(file.read_bytes()).digest() == digest
+
+
+def test_keys_like_those_of_notes_do_not_clash(file: Path, url: str) -> None:
+    for key in ("dashboard:1:note_ver", "dashboard:01:note_ver", f"dashboard:{'1' * 400}:note_ver"):
+        change(file, "INSERT INTO study_system_attributes (study_id, key, value_json) "
+               f"SELECT study_id, '{key}', '1' FROM studies")  # fmt: skip
+    assert import_(file, url, new_name="first") == ("first", 6)
+    assert import_(file, url, new_name="second") == ("second", 6)
+    use(url, "second")
 
 
 def test_only_the_tables_of_a_study_are_looked_at(file: Path, tmp_path: Path) -> None:
