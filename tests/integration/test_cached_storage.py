@@ -19,6 +19,7 @@ from storage import cached_storage, transfer
 from storage.cached_storage import CachedStorage
 from storage.engine import open_storage
 from storage.enqueue import enqueue_trials
+from storage.errors import UserError
 from storage.queue import Lease, Queue
 from storage.schema import TRIAL_SYSTEM_ATTRS
 from study.config.models import StudyConfig
@@ -283,6 +284,62 @@ def _stock_ask(study: optuna.Study, config: StudyConfig, lease: Lease) -> space.
     study._thread_local.cached_all_trials = None
     study.get_trials(deepcopy=False)
     return space.suggest(optuna.Trial(study, lease.trial_id), config)
+
+
+def test_a_trial_that_ends_while_it_is_read(url: str) -> None:
+    """Between any two queries: what is seen as ended has its value, now or at the next look."""
+    storage, worker = open_storage(url), open_storage(url)
+    study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
+    running = study.ask(SPACE)
+    watched = CachedStorage(open_storage(url))
+    watched.get_all_trials(study._study_id)
+    queries = 0
+
+    def before(connection: Any, cursor: Any, statement: str, *others: Any) -> None:
+        nonlocal queries
+        if statement.startswith("SELECT") and connection.engine.pool is watched.engine.pool:
+            queries += 1
+            if queries == position:
+                worker.set_trial_state_values(running._trial_id, TrialState.COMPLETE, [0.5])
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", before)
+    try:
+        for position in range(1, 9):
+            queries = 0
+            (seen,) = watched.get_all_trials(study._study_id)
+            assert seen.values == ([0.5] if seen.state == TrialState.COMPLETE else None), position
+            (seen,) = watched.get_all_trials(study._study_id)
+            assert (seen.state, seen.values) == (TrialState.COMPLETE, [0.5]), position
+            study = optuna.create_study(storage=storage, direction="maximize")
+            running = study.ask(SPACE)
+            watched.get_all_trials(study._study_id)
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", before)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE trial_user_attributes SET value_json = '{' WHERE trial_id = 3",
+        "UPDATE trial_params SET distribution_json = '[]' WHERE trial_id = 3",
+        "UPDATE trial_values SET value = NULL WHERE trial_id = 3",
+        "UPDATE trials SET number = NULL WHERE trial_id = 3",
+        "UPDATE trials SET datetime_start = 'abc' WHERE trial_id = 3",
+    ],
+)
+def test_a_trial_that_cannot_be_read_is_named(statement: str, sqlite_url: str) -> None:
+    storage = open_storage(sqlite_url)
+    study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
+    for number in range(5):
+        trial = study.ask(SPACE)
+        trial.set_user_attr("x", number)
+        study.tell(trial, 0.5)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+    with pytest.raises(
+        UserError, match=r"^the trial with the id 3 has a stored value that cannot be read \(.*; correct"
+    ):
+        CachedStorage(storage).get_all_trials(study._study_id)
 
 
 def test_two_objectives(url: str) -> None:

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from optuna.trial import TrialState
 from rich.console import Console
 
@@ -13,10 +14,12 @@ from dashboards import status, study_data, tables
 from dashboards.reports import console as console_report
 from dashboards.reports import html
 from storage import exclusions, queries
+from storage.cached_storage import CachedStorage
 from storage.engine import open_storage
 from storage.errors import UserError
 from storage.optuna_internals import storage_of, study_id_of
 from storage.queue import LeaseLost
+from storage.schema import STUDY_ATTRS
 from storage.transfer import copy
 from study.confirm import confirmation
 from study.create import OpenStudy
@@ -135,6 +138,24 @@ def test_excluding_is_undone_and_new_storages_agree(finished: Harness) -> None:
     exclusions.include(engine, study_id, [1])
     assert study_data.read(finished.storage, "s").rows == before
     assert storage_of(finished.study).reports_at(study_id, 1)[0] == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1, 2]", "7", '{"a": "x"}', '{"1": 3}', f'{{"{"1" * 5000}": "x"}}', '{"²": "x"}']
+)
+def test_an_altered_list_of_exclusions_excludes_nothing(text: str, finished: Harness, tmp_path: Path) -> None:
+    """No study of the database can be listed or run any more where one of them stops every reader."""
+    engine, study_id = finished.storage.engine, study_id_of(finished.study)
+    exclusions.exclude(engine, study_id, [1], "why")
+    with engine.begin() as connection:
+        connection.execute(sa.update(STUDY_ATTRS).where(STUDY_ATTRS.c.key == "excluded").values(value_json=text))
+    with engine.connect() as connection:
+        assert exclusions.excluded(connection, study_id) == {}
+    assert len(CachedStorage(finished.storage).get_all_trials(study_id)) == len(finished.study.trials)
+    assert [each.name for each in queries.study_summaries(engine)] == ["s"]
+    exclusions.exclude(engine, study_id, [0], "because")
+    with engine.connect() as connection:
+        assert exclusions.excluded(connection, study_id) == {0: "because"}
 
 
 def test_exclusions_travel_with_a_copy(finished: Harness, tmp_path: Path) -> None:
