@@ -85,7 +85,7 @@ def moment(at: float | None, pattern: str = "%Y-%m-%d %H:%M UTC") -> str:
     """Seconds since 1970, of which a database may hold any number, as a date and time; a dash for none."""
     try:
         return "–" if at is None else datetime.fromtimestamp(at, UTC).strftime(pattern)
-    except (ValueError, OverflowError, OSError):
+    except (ValueError, OverflowError, OSError, TypeError):
         return "at an unknown time"
 
 
@@ -93,5 +93,5 @@ def duration(seconds: float) -> str:
     """Hours, minutes and seconds: `1:02:03`."""
     try:
         return str(timedelta(seconds=round(seconds)))
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError):
         return "unknown"

@@ -114,9 +114,13 @@ def times(data: StudyData, findings: Findings) -> go.Figure | None:
     return finished(figure, 150 + row_height(names) * len(others), "Time against the full run", note)
 
 
+def _is_moment(at: object) -> bool:
+    return isinstance(at, int | float) and 0 <= at <= LATEST
+
+
 def timeline(data: StudyData) -> go.Figure | None:
     """Who worked on what, when: a line a worker, a bar an attempt; None before the first."""
-    attempts = [a for a in data.attempts if all(0 <= (at or 0) <= LATEST for at in (a.started_at, a.ended_at))]
+    attempts = [a for a in data.attempts if _is_moment(a.started_at) and (a.ended_at is None or _is_moment(a.ended_at))]
     attempts = attempts[-MOST_BARS:]
     if not attempts:
         return None

@@ -376,8 +376,8 @@ def test_a_trial_with_epochs_but_without_its_parameters_is_left_out(
     html.page([data])
 
 
-@pytest.mark.parametrize("at", [1e300, -1e300, 1e12])
-def test_times_that_are_no_dates_do_not_stop_anybody(at: float, sqlite_url: str) -> None:
+@pytest.mark.parametrize("at", [1e300, -1e300, 1e12, "abc", b"\0"])
+def test_times_that_are_no_dates_do_not_stop_anybody(at: float | str | bytes, sqlite_url: str) -> None:
     harness = Harness(sqlite_url, config_of())
     harness.queue().claim()
     with harness.storage.engine.begin() as connection:
