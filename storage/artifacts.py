@@ -218,7 +218,7 @@ class DatabaseArtifactStore:
             OSError: the store does not answer.
         """
         row, store = self._find(artifact_id)
-        if not 0 <= row.size <= object_store.MOST_BYTES:
+        if not (isinstance(row.size, int) and 0 <= row.size <= object_store.MOST_BYTES):
             raise ArtifactNotFound(f"the artifact {artifact_id} has an impossible size")
         file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115 — the caller closes it
         digest, size = hashlib.sha256(), 0
@@ -277,7 +277,7 @@ def chunks(connection: sa.Connection, trial_id: int, artifact_id: str, size: int
     )
     for position in range(-(-size // CHUNK_BYTES)):
         content = connection.scalar(query.where(ARTIFACT_CHUNKS.c.position == position))
-        if content is None:
+        if not isinstance(content, bytes):  # SQLite has any value in any column
             return
         yield content
 
@@ -286,7 +286,7 @@ def copy_content(into: sa.Connection, trial_id: int, number: int, row: Row, part
     """Store the content of an artifact in chunks for another trial, under a new id; False:
     it is missing or damaged, and nothing was stored.
     """
-    if not 0 <= row.size <= object_store.MOST_BYTES:
+    if not (isinstance(row.size, int) and 0 <= row.size <= object_store.MOST_BYTES):
         return False
     artifact_id, digest, size = str(uuid.uuid4()), hashlib.sha256(), 0
     for position, part in enumerate(parts):

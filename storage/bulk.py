@@ -8,6 +8,7 @@ trials at a time, into SQLite by `executemany` and into PostgreSQL by `COPY`.
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 
 from storage.engine import read_only_address
+from storage.errors import UserError
 from storage.older_schema import OLDER_SCHEMA
 from storage.url import file_of
 
@@ -149,7 +151,14 @@ def _runs(ids: Mapping[int, int]) -> Iterator[tuple[int, int]]:
 def _read(out_of: sa.Connection, table: sa.Table, query: sa.Select[Any]) -> Sequence[Sequence[Any]]:
     """Rows as the driver reads them, if that will do."""
     result = out_of.execute(query)
-    return result.cursor.fetchall() if _is_alike(table) else result.all()
+    if not _is_alike(table):
+        return result.all()
+    try:
+        return result.cursor.fetchall()
+    except sqlite3.Error as error:  # text that is no UTF-8, a damaged file
+        raise UserError(
+            f"the table {table.name} cannot be read: {error}; use a copy of the study from before"
+        ) from None
 
 
 def _insert(into: sa.Connection, table: sa.Table, rows: Sequence[Sequence[Any]]) -> None:

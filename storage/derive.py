@@ -66,7 +66,7 @@ def derive(
         files = transfer.files_of(storage, name, Path(folder), taken.keys())
 
         def once() -> None:
-            with storage.engine.begin() as connection:
+            with transfer.values_as_one_line(name), storage.engine.begin() as connection:
                 if connection.dialect.name == "postgresql":  # models may take long to copy
                     connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
                 old = transfer.find_study(connection, name)

@@ -26,6 +26,7 @@ from storage.schema import (
     TRIAL_VALUES,
     TRIALS,
 )
+from storage.study_attributes import decoded
 
 MOST_BOUND = 1000
 """Values in one statement; SQLite and PostgreSQL refuse some ten thousand."""
@@ -100,7 +101,7 @@ def find(engine: sa.Engine, name: str) -> tuple[int, dict[str, Any]]:
             there = f"studies there: {', '.join(names)}" if names else "there are none yet"
             raise UserError(f"no study {name!r} in this storage; {there}")
         stored = {
-            key: json.loads(value)
+            key: decoded(key, value)
             for key, value in connection.execute(attributes.where(STUDIES.c.study_id == study_id))
         }
         if "config" in stored and _lacks_our_rows(connection, study_id):

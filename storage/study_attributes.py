@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from storage import object_store
 from storage.engine import upsert
+from storage.errors import UserError
 from storage.retry import retry
 from storage.schema import STUDY_ATTRS, STUDY_SYSTEM_ATTRS
 
@@ -26,7 +27,19 @@ def read_attributes(engine: sa.Engine, study_id: int, keys: Sequence[str]) -> di
     query = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json)
     query = query.where(STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key.in_(keys))
     with engine.execution_options(reading=True).connect() as connection:
-        return {key: json.loads(value) for key, value in connection.execute(query)}
+        return {key: decoded(key, value) for key, value in connection.execute(query)}
+
+
+def decoded(key: str, text: str) -> Any:
+    """The value of an attribute of a study.
+
+    Raises:
+        UserError: it is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"the study's attribute {key!r} is no JSON ({error}); correct it in the database") from None
 
 
 def set_attribute(engine: sa.Engine, study_id: int, key: str, value: Any) -> None:
@@ -77,7 +90,7 @@ def read_system_attributes(engine: sa.Engine, study_id: int, pattern: str) -> di
     query = sa.select(STUDY_SYSTEM_ATTRS.c.key, STUDY_SYSTEM_ATTRS.c.value_json)
     with engine.execution_options(reading=True).connect() as connection:
         rows = connection.execute(query.where(of_study, STUDY_SYSTEM_ATTRS.c.key.like(pattern)))
-        return {key: json.loads(value) for key, value in rows}
+        return {key: decoded(key, value) for key, value in rows}
 
 
 def set_system_attributes(engine: sa.Engine, study_id: int, values: Mapping[str, Any]) -> None:

@@ -9,13 +9,16 @@ import hashlib
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy.exc import DataError, IntegrityError
 
 from storage import artifacts, bulk, object_store
 from storage.engine import live_lease, open_storage, upsert
@@ -83,6 +86,17 @@ def copy(source: RDBStorage, target: RDBStorage, name: str, new_name: str | None
         return _copy(source, target, name, new_name or name, files_of(source, name, Path(folder)), {})
 
 
+def check_source(source: RDBStorage, name: str, new_name: str | None = None) -> None:
+    """What `copy` refuses whatever the target is, for who does not want to make a target in vain.
+
+    Raises:
+        UserError: no such study, a name that no study may have, or trials that are being worked on.
+    """
+    check_study_name(new_name or name)
+    with source.engine.connect() as connection:
+        _refuse_live(connection, find_study(connection, name), name, "copying", "stop those workers first")
+
+
 def import_study(
     file: Path,
     target: str,
@@ -130,7 +144,7 @@ def _copy(
     check_study_name(new_name)
 
     def once() -> int:
-        with bulk.ends(source, target) as (out_of, into):
+        with values_as_one_line(name), bulk.ends(source, target) as (out_of, into):
             if target.engine.dialect.name == "postgresql":  # checkpoints may take long to read
                 into.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
             old = find_study(out_of, name)
@@ -155,6 +169,22 @@ def _copy(
             return len(ids)
 
     return retry(once, PATIENCE_SECONDS)
+
+
+@contextmanager
+def values_as_one_line(name: str) -> Iterator[None]:
+    """Values that the target does not take: SQLite has a value of any type and length in any column, PostgreSQL not.
+
+    Raises:
+        UserError: in the place of the database's error.
+    """
+    try:
+        yield
+    except (DataError, IntegrityError) as error:
+        reason = str(error.orig).splitlines()[0]
+        raise UserError(
+            f"the study {name!r} has a value that the target does not take ({reason}); correct it in the source"
+        ) from None
 
 
 def files_of(source: RDBStorage, name: str, folder: Path, only: Collection[int] | None = None) -> dict[str, Path]:
@@ -303,6 +333,8 @@ def copy_trials(
         kept = sorted((row for row in trials if row["trial_id"] in only), key=lambda row: row["number"])
         trials = [row | {"number": number} for number, row in enumerate(kept)]
     numbers: dict[int, int] = {row.pop("trial_id"): row["number"] for row in trials}
+    if twice := [number for number, count in Counter(numbers.values()).items() if count > 1]:
+        raise UserError(f"two trials of the study have the number {twice[0]}; give one of them another in the source")
     insert = sa.insert(TRIALS).returning(TRIALS.c.number, TRIALS.c.trial_id)
     made = into.execute(insert, [row | {"study_id": new} for row in trials]).all() if trials else []
     new_ids = {row.number: row.trial_id for row in made}
@@ -377,7 +409,7 @@ def _whole(row: dict[str, Any], files: Mapping[str, Path]) -> dict[str, Any] | N
     if row["location"] is not None:
         file = files.get(row["location"])
         row |= {"payload": None if file is None else file.read_bytes(), "location": None}
-    if row["payload"] is None or hashlib.sha256(row["payload"]).hexdigest() != row["sha256"]:
+    if not isinstance(row["payload"], bytes) or hashlib.sha256(row["payload"]).hexdigest() != row["sha256"]:
         logger.warning("a checkpoint is missing or damaged and was not copied: its trial starts again from epoch 0")
         return None
     return row
@@ -386,7 +418,12 @@ def _whole(row: dict[str, Any], files: Mapping[str, Path]) -> dict[str, Any] | N
 def _rows(out_of: sa.Connection, table: sa.Table, key: str, ids: Sequence[int]) -> list[dict[str, Any]]:
     """In the order in which they were made, which is Optuna's order of parameters and trials."""
     query = sa.select(table).where(table.c[key].in_(ids)).order_by(*table.primary_key)
-    return [dict(row) for row in out_of.execute(query).mappings()]
+    try:
+        return [dict(row) for row in out_of.execute(query).mappings()]
+    except (ValueError, TypeError, LookupError) as error:  # SQLAlchemy's, of a date or a state that is none
+        raise UserError(
+            f"the table {table.name} has a value that nobody can read: {error}; correct it in the source"
+        ) from None
 
 
 def _put(into: sa.Connection, table: sa.Table, key: str, ids: Mapping[int, int], rows: list[dict[str, Any]]) -> None:

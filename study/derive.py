@@ -145,6 +145,8 @@ def plan(source: OpenStudy, config: StudyConfig) -> Derivation:
             faults = ["it failed"]
         elif trial.number in left_out:
             faults = [f"it is excluded: {left_out[trial.number]}"]
+        elif not isinstance(seed := trial.user_attrs.get("seed", source.config.search.seed), int):
+            faults = ["its seed is no whole number"]
         if faults:
             not_taken[trial.number] = "; ".join(faults)
             continue
@@ -153,7 +155,7 @@ def plan(source: OpenStudy, config: StudyConfig) -> Derivation:
             params=chosen,
             distributions={name: distributions[name] for name in chosen},
             user_attrs={
-                "seed": int(trial.user_attrs.get("seed", source.config.search.seed)),
+                "seed": seed,
                 ENQUEUED: QUEUE_POSITION not in trial.user_attrs,
             },
         )

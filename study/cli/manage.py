@@ -31,10 +31,12 @@ def copy(
     from storage.engine import open_storage
     from storage.queries import find
     from storage.study_attributes import set_attribute
-    from storage.transfer import COPIED_TO
+    from storage.transfer import COPIED_TO, check_source
     from storage.transfer import copy as copy_study
 
-    count = copy_study(open_storage(source, create=False, reading=True), open_storage(target), name, new_name)
+    opened = open_storage(source, create=False, reading=True)
+    check_source(opened, name, new_name)  # before the target is made
+    count = copy_study(opened, open_storage(target), name, new_name)
     resume = command_for(target, "resume", new_name or name)
     try:
         engine = open_storage(source, create=False).engine
@@ -52,20 +54,31 @@ def export(
     Example: study export quick quick.study
     """
     from storage.engine import close, open_storage
+    from storage.transfer import check_source
     from storage.transfer import copy as copy_study
     from storage.url import sqlite_url
 
-    if file.exists():
-        raise UserError(f"the file {file} is there already; name another")
     source = open_storage(storage_url(storage), create=False, reading=True)
-    target = open_storage(sqlite_url(file))
+    check_source(source, name)
     try:
-        count = copy_study(source, target, name)
+        file.open("x").close()  # from here on it is this export's, and no other's to remove
+    except FileExistsError:
+        raise UserError(f"the file {file} is there already; name another") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {str(file)!r}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        target = open_storage(sqlite_url(file))
+        try:
+            count = copy_study(source, target, name)
+        finally:
+            close(target.engine)
+        log = file.with_name(file.name + "-wal")
+        if log.exists() and log.stat().st_size:  # the disk is full: the rest of the study is there, not in the file
+            raise UserError(f"{file} cannot be completed; make room on its disk")
     except BaseException:
-        close(target.engine)
-        file.unlink(missing_ok=True)
+        for beside in ("", "-wal", "-shm"):
+            file.with_name(file.name + beside).unlink(missing_ok=True)
         raise
-    close(target.engine)
     logger.info("wrote %d trials of %r to %s; read it back with: %s", count, name, file, command("import", str(file)))
 
 

@@ -230,6 +230,8 @@ def test_what_is_damaged_is_neither_read_nor_copied(
         sa.update(ARTIFACTS).values(sha256="0" * 64),
         sa.update(ARTIFACTS).values(size=2**31 - 1),
         sa.update(ARTIFACTS).values(size=-1),
+        sa.update(ARTIFACTS).values(size=sa.literal_column("'many'")),
+        sa.update(ARTIFACT_CHUNKS).where(first).values(content=sa.literal_column("'text'")),
         sa.update(ARTIFACTS).values(location="/etc/passwd"),
         sa.update(ARTIFACTS).values(location="../../trial-1-1-01234567.safetensors"),
     ]

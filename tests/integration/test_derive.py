@@ -22,7 +22,7 @@ from storage import artifacts, exclusions, queries
 from storage.engine import close, open_storage
 from storage.errors import UserError
 from storage.optuna_internals import study_id_of
-from storage.schema import ARTIFACTS, STUDIES, TRIAL_PARAMS
+from storage.schema import ARTIFACTS, STUDIES, TRIAL_ATTRS, TRIAL_PARAMS
 from storage.study_attributes import set_attribute
 from storage.transfer import copy, delete, import_study
 from study.config.loading import parse_config
@@ -323,6 +323,17 @@ def test_bad_changes_are_refused_and_nothing_is_made(sqlite_url: str, assignment
     with pytest.raises((UserError, DataError), match=message):
         derived(harness, *assignments)
     assert queries.study_names(harness.storage.engine) == {"s"}
+
+
+@pytest.mark.parametrize("seed", ["x", [], 1.5, None])
+def test_a_trial_whose_seed_is_no_number_is_not_taken_over(seed: Any, sqlite_url: str) -> None:
+    harness = finished(sqlite_url)
+    with harness.storage.engine.begin() as connection:
+        of_first = sa.and_(TRIAL_ATTRS.c.trial_id == 1, TRIAL_ATTRS.c.key == "seed")
+        connection.execute(sa.update(TRIAL_ATTRS).where(of_first).values(value_json=json.dumps(seed)))
+    done = derived(harness)
+    assert list(done.taken) == [1, 2, 3]
+    assert done.not_taken == {0: "its seed is no whole number"}
 
 
 def test_names_that_are_there_and_deleted_trials(url: str) -> None:

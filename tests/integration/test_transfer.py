@@ -8,8 +8,11 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import sqlite3
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import datetime
@@ -31,6 +34,8 @@ from storage.engine import open_storage
 from storage.errors import UserError
 from storage.queue import Lease, LeaseLost, Queue
 from storage.schema import EPOCHS, LEASES, METADATA, REPORT_TYPE, REPORTS, STUDY_ATTRS, TRIAL_ATTRS, TRIALS
+from study import exit_codes
+from tests.support import command
 from tests.support.postgres import Postgres
 
 SPACE = {
@@ -477,7 +482,7 @@ def test_nothing_is_left_of_a_copy_that_fails(url: str, kind: str, tmp_path: Pat
     with target.engine.begin() as connection:
         connection.exec_driver_sql(full)
     for _ in range(2):
-        with pytest.raises(sa.exc.IntegrityError, match="room"):
+        with pytest.raises(UserError, match=r"the study 's' has a value that the target does not take .*room"):
             transfer.copy(source, target, "s")
         assert set(counts(target).values()) == {0}
     with target.engine.begin() as connection:
@@ -595,6 +600,95 @@ def test_refused_copies_write_nothing(url: str, tmp_path: Path) -> None:
         transfer.copy(source, source, "s", "t")
     assert counts(target) == once
     assert transfer.copy(source, target, "s", "again") == 4
+
+
+NOT_IN_POSTGRESQL = {
+    "a long key": "UPDATE trial_user_attributes SET key = hex(zeroblob(300)) WHERE key = 'seed'",
+    "a zero in a text": "UPDATE trial_user_attributes SET value_json = char(0) WHERE key = 'seed'",
+    "text for a number": "UPDATE trial_epochs SET accuracy = 'abc'",
+    "a large number": "UPDATE trial_epochs SET images = 9000000000000000000",
+    "no UTF-8": "UPDATE trial_user_attributes SET value_json = CAST(x'22ff22' AS TEXT) WHERE key = 'seed'",
+}
+IN_NEITHER = {
+    "a number twice": "UPDATE trials SET number = 1 WHERE number = 2",
+    "no state": "UPDATE trials SET state = 'DONE'",
+    "no date": "UPDATE trials SET datetime_start = 'abc'",
+}
+
+
+@kinds
+@pytest.mark.parametrize("fault", [*NOT_IN_POSTGRESQL, *IN_NEITHER])
+def test_values_that_no_column_has(fault: str, kind: str, tmp_path: Path, postgres: Postgres) -> None:
+    """SQLite takes any value in any column. They are copied as they are, or refused in one line."""
+    url = f"sqlite:///{tmp_path / 'source.db'}"
+    source = open_storage(url)
+    rich(source)
+    with source.engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM study_user_attributes WHERE key <> 'config'")  # one has a zero
+        connection.exec_driver_sql((NOT_IN_POSTGRESQL | IN_NEITHER)[fault])
+    to = f"sqlite:///{tmp_path / 'target.db'}" if kind == "sqlite" else postgres.new_database_with_tables()
+    target = open_storage(to)
+    reading = open_storage(url, create=False, reading=True)
+    if kind == "sqlite" and fault in NOT_IN_POSTGRESQL:
+        assert transfer.copy(reading, target, "s") == 7
+        return
+    with pytest.raises(UserError) as refusal:
+        transfer.copy(reading, target, "s")
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 500
+    assert set(counts(target).values()) == {0}
+
+
+def test_a_checkpoint_that_is_text_is_left_out(tmp_path: Path) -> None:
+    source, target = (open_storage(f"sqlite:///{tmp_path / name}.db") for name in ("source", "target"))
+    rich(source)
+    with source.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_checkpoints SET payload = 'abc'")
+    transfer.copy(source, target, "s")
+    assert counts(target)["trial_checkpoints"] == 0
+
+
+def test_a_refused_copy_makes_no_target(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = enqueue_trials(open_storage(url), "s", 2)
+    claimed(Queue(study._storage._backend.engine, study._study_id))  # type: ignore[attr-defined]
+    to = f"sqlite:///{tmp_path / 'target.db'}"
+    for words, message in (
+        (("nope", "--to", to), "no study 'nope'"),
+        (("s", "--to", to), "workers hold 1 trial"),
+        (("s", "--to", to, "--name=-x"), "begin"),
+    ):
+        done = command.study("copy", *words, "--from", url, cwd=tmp_path)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+        done = command.study("export", words[0], "x.study", "--storage", url, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"study.db"}
+
+
+def test_an_export_that_finds_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    rich(open_storage(url))  # six checkpoints of 256 kB
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, before[1]))
+    try:
+        done = command.study("export", "s", "x.study", "--storage", url, cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == exit_codes.DATABASE_UNAVAILABLE, done.stderr
+    assert not list(tmp_path.glob("x.study*"))
+
+
+def test_of_exports_into_one_file_one_writes_it(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    rich(open_storage(url))
+    words = [sys.executable, "-m", "study", "export", "s", str(tmp_path / "x.study"), "--storage", url]
+    processes = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2, 2], errors
+    assert sum("x.study is there already; name another" in error for error in errors) == 2, errors
+    exported = open_storage(f"sqlite:///{tmp_path / 'x.study'}", create=False, reading=True)
+    assert fields(exported) == fields(open_storage(url))
 
 
 def failing(storage: RDBStorage, count: int, fails: set[int]) -> optuna.Study:
