@@ -9,7 +9,6 @@ from __future__ import annotations
 import builtins
 import copy
 import functools
-import gc
 import json
 import threading
 from array import array
@@ -29,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage.errors import UserError
 from storage.exclusions import parse, stored_text
+from storage.garbage import no_garbage_search
 from storage.optuna_internals import OptunaCachedStorage
 from storage.schema import REPORTS, TRIAL_ATTRS, TRIAL_PARAMS, TRIAL_SYSTEM_ATTRS, TRIAL_VALUES, TRIALS
 
@@ -181,7 +181,7 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
     )
     if not stale:
         return
-    with _no_garbage_search():
+    with no_garbage_search():
         news = _read(connection, stale, _LAST_REPORTS, lean=lean)
     if past.columns or past.all_columns:
         done = [id for id, trial in news.items() if trial.state == TrialState.COMPLETE]
@@ -196,18 +196,6 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
         for id, (state, _) in past.stamps.items()
         if state not in FINAL and (state != TrialState.WAITING or id < past.last_final)
     ]
-
-
-@contextmanager
-def _no_garbage_search() -> Iterator[None]:
-    """Python searches its objects for cycles as they become more; trials have none, and it is a third of reading."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _complete(past: _Past) -> int:

@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from storage.garbage import no_garbage_search
 from study.worker.stop_monitor import STOP_SIGNALS, SUPERVISOR_VARIABLE, launcher_ended
 
 IMPORTED = ("study.worker.worker", "study.cli.run")
@@ -216,12 +217,11 @@ def _write(descriptor: int, number: int) -> None:
 
 def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    gc.disable()
-    for name in IMPORTED:
-        with suppress(Exception):  # the processes fail at the same, and say why
-            importlib.import_module(name)
-    gc.freeze()  # else the first collection in each process would write to, and so copy, all of this memory
-    gc.enable()
+    with no_garbage_search():
+        for name in IMPORTED:
+            with suppress(Exception):  # the processes fail at the same, and say why
+                importlib.import_module(name)
+        gc.freeze()  # else the first search in each process would write to, and so copy, all of this memory
     arguments = serve(socket.socket(fileno=int(sys.argv[1])), float(sys.argv[2]))
     if arguments is None:
         os._exit(0)  # the interpreter's own end takes 0.3 s, in which workers would not notice

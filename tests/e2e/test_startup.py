@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -47,3 +48,22 @@ def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
     modules = loaded("worker", "s", "--storage", url, "--device", "cpu", cwd=tmp_path)
     assert "torch.nn" in modules
     assert "torch._dynamo" not in modules
+
+
+SEARCHES = """
+import gc, sys
+from study.__main__ import main
+try:
+    main()
+except SystemExit:
+    print(*gc.get_threshold())
+"""
+
+
+def test_only_verbs_that_soon_end_search_less_for_garbage(tmp_path: Path) -> None:
+    """An own network may make a cycle a step, with its activations in it."""
+    usual = " ".join(map(str, gc.get_threshold()))
+    for verb, same in (("worker", True), ("predict", True), ("bench", True), ("status", False)):
+        command = [sys.executable, "-c", SEARCHES, verb, "--help"]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=True)
+        assert (ran.stdout.splitlines()[-1] == usual) == same, verb
