@@ -11,7 +11,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -66,11 +66,13 @@ def _attached(source: sa.Engine, address: str, target: sa.Engine) -> Iterator[tu
     """
     # The source's own connection stays open as long: the last one to close removes SQLite's log, which one that only
     # reads cannot.
-    with source.execution_options(reading=True).connect() as beside, target.connect() as into:
+    reading = source.execution_options(reading=True)
+    with reading.connect() as beside, ExitStack() as afterwards, target.connect() as into:
         beside.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1")
         driver = into.connection.driver_connection
         assert driver is not None
         into.detach()  # from the pool: it is closed afterwards, and nobody else finds the source attached
+        afterwards.callback(driver.close)  # Ctrl-C makes SQLAlchemy forget a detached connection, its lock with it
         driver.execute(f"ATTACH ? AS {ATTACHED}", [address])
         view = sa.create_engine(
             "sqlite://",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -520,6 +521,35 @@ def test_nothing_is_left_of_a_copy_that_is_killed(
     assert set(counts(target).values()) == {0}
     assert transfer.copy(source, target, "s") == count
     assert rows(target) == rows(source)
+
+
+def test_an_interrupted_copy_leaves_no_lock(tmp_path: Path) -> None:
+    """At any statement, in a program that continues, such as a notebook."""
+    source, target = (open_storage(f"sqlite:///{tmp_path / name}.db") for name in ("source", "target"))
+    rich(source)
+    other = sqlite3.connect(tmp_path / "target.db", timeout=0, isolation_level=None)
+
+    places = ["INTO studies", "INTO trials", "INTO trial_params", "INTO trial_epochs", "INTO trial_checkpoints"]
+
+    def interrupt(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if places[0] in statement:
+            raise KeyboardInterrupt
+
+    gc.disable()
+    sa.event.listen(sa.Engine, "before_cursor_execute", interrupt)
+    try:
+        while places:
+            with pytest.raises(KeyboardInterrupt):
+                transfer.copy(source, target, "s")
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("ROLLBACK")
+            places.pop(0)
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", interrupt)
+        gc.enable()
+        other.close()
+    assert set(counts(target).values()) == {0}
+    assert transfer.copy(source, target, "s") == 7
 
 
 def test_a_copy_survives_a_lost_connection(url: str, postgres: Postgres) -> None:
