@@ -62,8 +62,9 @@ def _data(data: StudyData) -> str:
     shape = facts.get("shape")
     if isinstance(shape, list) and len(shape) == 3:
         parts.append("{} x {} pixels, {}".format(*shape[:2], count(shape[2], "channel")))
-    if options.augment:
-        parts.append("augmented" if options.augment is True else f"augmented by {options.augment}")
+    augmentations = data.config.augmentations()
+    if augmentations != ("none",):
+        parts.append("augmented" if options.augment is True else f"augmented by {', '.join(augmentations)}")
     return ", ".join(parts)
 
 
@@ -73,7 +74,7 @@ def _network(data: StudyData) -> str:
     names = ["width", "norm", *(name for name in config.searchable() if name.startswith("network."))]
     parts = [", ".join(config.networks())]
     for name in names:
-        value = config.searchable()[name]
+        value = searched.get(name, config.searchable()[name])  # of a confirmation, what its cells name
         if config.is_meaningful(name) and value is not None:
             parts.append(f"{name} {_values(value) if name in searched else shown(value)}")
     return "; ".join(filter(None, [", ".join(parts), _parameters(data, ["network", *names])]))
@@ -131,5 +132,7 @@ def _cost(data: StudyData) -> str:
         return ""
     joules = [row.joules for row in data.rows if row.joules is not None]
     energy = f", {sum(joules) / 3.6e6:.3g} kWh in {count(len(joules), 'trial')}" if joules else ""
-    time = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+    time = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
+    if seconds >= 3600:
+        time = f"{seconds / 3600:,.1f} hours"
     return f"{images:,} images trained on, {time} of training and validation{energy}"

@@ -69,3 +69,33 @@ def test_parameters_are_those_that_are_learnt() -> None:
     network(torch.zeros(2, 3))
     assert parameter_count(network) == 3 * 4 + 4 + 2 * 4 + 4 * 2 + 2
     assert 1_500_000 < parameter_count(CNN(10, torch.Generator())) < 1_600_000  # design: about 1.54 million
+
+
+@pytest.mark.parametrize(
+    ("augment", "said"),
+    [
+        (True, "augmented"),
+        (["flip"], "augmented by flip"),
+        ([["flip"], ["flip", "crop"]], "augmented by flip, flip+crop"),
+    ],
+)
+def test_augmentations_are_named_as_in_tables(augment: Any, said: str) -> None:
+    data = made_cells([({}, [0.8])], config_of(data={"augment": augment}, policy={"alpha": 60, "beta": 0.5}))
+    assert dict(describe(data))["Data"].endswith(f", {said}")
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(1.9, "1.9 seconds"), (90.0, "1.5 minutes"), (7200.0, "2.0 hours")])
+def test_times_have_a_unit_that_shows_them(seconds: float, said: str) -> None:
+    data = made_cells([({}, [0.8])], config_of(policy={"alpha": 60, "beta": 0.5}))
+    spent: dict[str, Any] = {"train_seconds": seconds, "validation_seconds": 0.0, "selection_seconds": 0.0}
+    data = replace(data, rows=tuple(replace(row, images=100, **spent) for row in data.rows))
+    assert f"100 images trained on, {said} of training" in dict(describe(data))["Cost"]
+
+
+def test_a_confirmation_names_the_networks_of_its_cells() -> None:
+    """What the search varied is fixed in a confirmation's config, and varied by its cells."""
+    cells = [{"alpha": 60, "width": width, "augment": augment} for width, augment in ((0.25, "none"), (0.5, "flip"))]
+    config = config_of(network={"width": 0.125}, policy={"alpha": 60, "beta": 0.5}, search={"cells": cells})
+    facts = dict(describe(made_cells([(cell, [0.8]) for cell in cells], config)))
+    assert facts["Network"] == "paper, width 0.25, 0.5, norm batch"
+    assert facts["Data"].endswith(", augmented by none, flip")
