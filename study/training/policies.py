@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -332,12 +334,33 @@ def make_policy(
         return POLICIES[name](total, seed, **parameters)
     try:
         policy = make(total, seed, **parameters)
-        fault = active_fault(policy, total)
+        fault = active_fault(policy, total) or _state_fault(policy)
     except Exception as error:
         raise DataError(f"policy {name!r} cannot be made: {type(error).__name__}: {error}") from error
     if fault:
         raise DataError(f"policy {name!r}: {fault}")
     return policy
+
+
+def _state_fault(policy: Policy) -> str:
+    """Why a checkpoint with the policy's state could not be read back; empty: it could."""
+    rule = "state_dict() must hold tensors, numbers, text, lists and dicts alone, for checkpoints to be read back"
+    state = policy.state_dict()
+    if not isinstance(state, dict):
+        return f"{rule}, in a dict, and is of type {type(state).__name__}"
+    wrong = [f"{name!r} ({type(value).__name__})" for name, value in state.items() if not _can_be_read_back(value)]
+    return f"{rule}; others: {', '.join(wrong)}" if wrong else ""
+
+
+def _can_be_read_back(value: Any) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PicklingError, pickle.UnpicklingError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def active_fault(policy: Policy, total: int) -> str:

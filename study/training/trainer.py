@@ -309,6 +309,8 @@ class Trainer:
         self.seen[self.order] = True
         score: float = getattr(scores, self.options.metric)
         resampling = self.policy.update(epoch, score, done)
+        if not isinstance(resampling, Resampling):
+            raise ValueError(f"the policy's update must return a Resampling, got {type(resampling).__name__}")
         if fault := active_fault(self.policy, len(self.seen)):
             raise ValueError(f"the policy after epoch {epoch}: {fault}")
         if (self.options.keep_best or self.data.test_labels is not None) and score > self.best:

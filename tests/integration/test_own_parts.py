@@ -183,6 +183,17 @@ def test_a_network_that_cannot_be_is_refused_before_the_launch(network: dict[str
         prepare(config_of(**ONE_TRIAL, network=network), None)
 
 
+def test_a_policy_whose_checkpoint_could_not_be_read_is_refused_before_the_launch() -> None:
+    with pytest.raises(DataError, match=r"numbers, text, lists and dicts alone.*: 'losses' \(ndarray\)"):
+        prepare(config_of(**ONE_TRIAL | {"policy": {"name": "own_code:InNumpy", "alpha": 60}}), None)
+
+
+def test_a_policy_that_returns_no_resampling_fails_with_the_rule(sqlite_url: str) -> None:
+    run = Harness(sqlite_url, config_of(**ONE_TRIAL | {"policy": {"name": "own_code:Forgetful", "alpha": 60}}))
+    with pytest.raises(ValueError, match="update must return a Resampling, got NoneType"):
+        run.work()
+
+
 @pytest.mark.parametrize(
     ("augment", "fault"),
     [

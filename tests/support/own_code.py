@@ -82,6 +82,20 @@ class Hardest(Static):
         self.losses = state["losses"].clone()
 
 
+class InNumpy(Hardest):
+    """Its state has an array that `torch.load(weights_only=True)` refuses."""
+
+    def state_dict(self) -> dict[str, object]:
+        return super().state_dict() | {"losses": self.losses.numpy()}
+
+
+class Forgetful(Hardest):
+    """Its update has no return statement."""
+
+    def update(self, epoch: int, accuracy: float, done: float = 0.0) -> Resampling:
+        return None  # type: ignore[return-value]
+
+
 def table() -> Dataset:
     """120 rows of 5 numbers, in two classes."""
     draws = np.random.default_rng(0)
