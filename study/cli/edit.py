@@ -26,7 +26,7 @@ def enqueue(
 ) -> None:
     """Queue one more trial, with parameters of your choice.
 
-    Example: study enqueue quick alpha=900 beta=0.3
+    Example: study enqueue quick alpha=500 beta=0.3
     """
     from study.create import open_study
     from study.enqueue import enqueue as enqueue_trial

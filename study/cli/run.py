@@ -158,8 +158,11 @@ def check(
     for name in config.searched():
         typer.echo(f"  {name}: {space.shown(config.searched()[name])}")
     train, validation, test = data.sizes
+    what = f"images of {' x '.join(map(str, data.shape))}" if len(data.shape) == 3 else f"rows of {data.shape}"
+    if len(data.shape) == 1:
+        what = f"rows of {data.shape[0]:,} features"
     typer.echo(
-        f"data: {config.data.name}, {len(data.classes)} classes, images of {' x '.join(map(str, data.shape))}; "
+        f"data: {config.data.name}, {len(data.classes)} classes, {what}; "
         f"{train:,} train, {validation:,} validate, {test:,} test ({config.data.protocol} protocol)"
     )
     for name in config.networks():
@@ -250,6 +253,7 @@ def worker(
     name: Name,
     storage: Storage = None,
     device: Device = "auto",
+    threads: Threads = None,
     root: DataRoot = None,
     code: Code = None,
     wait: Annotated[bool, typer.Option(help="Wait while others work, in case they die.")] = True,
@@ -258,12 +262,22 @@ def worker(
 
     Example: study worker quick --device cuda:1
     """
+    from study.launchers.worker_count import may_have_gpu, worker_threads
+
+    if device == "cpu" or (device == "auto" and not may_have_gpu()):
+        # As `study launch` does for its workers; before torch is imported, which reads it once.
+        os.environ["OMP_NUM_THREADS"] = str(worker_threads(threads))
     from study.trial.runner import DatabaseUnavailable
-    from study.worker.worker import work
+    from study.worker.worker import WorkerBroken, work
 
     _allow_code(code)
+    url = storage_url(storage)
     try:
-        exit_code = work(name, storage_url(storage), device, data_root(root), wait=wait)
+        exit_code = work(name, url, device, data_root(root), wait=wait)
+    except WorkerBroken as error:
+        # Mostly own code that raises: what is to be read is its traceback, which each attempt has stored.
+        logger.error("%s; traceback: %s", error, command_for(url, "logs", name))
+        raise typer.Exit(exit_codes.UNEXPECTED) from None
     except DatabaseUnavailable as error:
         logger.error("%s", error)
         raise typer.Exit(exit_codes.DATABASE_UNAVAILABLE) from None
@@ -481,8 +495,9 @@ def _run(
     out.print(console.report_text(data))
     failed, total = data.status.states["failed"], data.status.progress.total
     if failed > allow_failures or failed == total > 0:
-        logger.warning("%d of %d trials failed; run them again with: %s", failed, total,
-                       command_for(study.url, "requeue", study.name, "--failed"))  # fmt: skip
+        logger.warning("%d of %d trials failed; run them again with: %s (their tracebacks: %s)", failed, total,
+                       command_for(study.url, "requeue", study.name, "--failed"),
+                       command_for(study.url, "logs", study.name))  # fmt: skip
         raise typer.Exit(exit_codes.TRIALS_FAILED)
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.support.command import study_process
 from tests.support.harness import Harness, config_of
 
 PROGRAM = """
@@ -67,3 +71,16 @@ def test_only_verbs_that_soon_end_search_less_for_garbage(tmp_path: Path) -> Non
         command = [sys.executable, "-c", SEARCHES, verb, "--help"]
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=True)
         assert (ran.stdout.splitlines()[-1] == usual) == same, verb
+
+
+@pytest.mark.parametrize(("more", "threads"), [((), 1), (("--threads", "2"), 2)])
+def test_a_worker_by_hand_has_as_many_threads_as_one_of_a_launch(
+    tmp_path: Path, more: tuple[str, ...], threads: int
+) -> None:
+    """And not torch's default of one a core, with which a few workers on one machine slow each other down."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    harness = Harness(url, config_of(policy={"alpha": 60, "beta": 0.5}, training={"epochs": 1}))
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = study_process("worker", "s", "--storage", url, "--device", "cpu", *more, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert harness.study.trials[0].user_attrs["device"].endswith(f", {threads} threads)")
