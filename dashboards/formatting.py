@@ -43,11 +43,17 @@ def process_of(owner: str) -> str:
 
 
 def plain_table(
-    title: str, heads: list[str], lines: list[list[str]], left: tuple[int, ...] = (), folded: tuple[int, ...] = ()
+    title: str,
+    heads: list[str],
+    lines: list[list[str]],
+    left: tuple[int, ...] = (),
+    folded: tuple[int, ...] = (),
+    least: int = 0,
 ) -> Table:
     """Args:
     left: columns of text.
     folded: columns whose cells go on in a further line where the terminal is too narrow; others are cut.
+    least: characters of a folded column at least, where its text is as long.
     """
     table = Table(
         title=Text(printable(title)) if title else None,
@@ -58,7 +64,11 @@ def plain_table(
         pad_edge=False,
     )
     for i, head in enumerate(heads):
-        table.add_column(Text(printable(head)), justify="left" if i in left else "right", no_wrap=i not in folded)
+        longest = max([len(head), *(len(line[i]) for line in lines)])
+        table.add_column(
+            Text(printable(head)), justify="left" if i in left else "right", no_wrap=i not in folded,
+            min_width=min(least, longest) if i in folded and least else None,
+        )  # fmt: skip
     for line in lines:
         table.add_row(*(Text(printable(cell)) for cell in line))
     return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -25,16 +27,22 @@ MOST_COMPARED = 20
 """Settings of each study in the table of a comparison."""
 
 
-def report_text(data: StudyData) -> RenderableType:
+def report_text(data: StudyData, width: int = WIDE) -> RenderableType:
+    """A study: the answer, what was studied, its tables, what was found.
+
+    Args:
+        width: of the terminal, in characters; columns that it has no room for are left out, costs first.
+    """
     findings = aggregate.findings(data)
     said = conclude(data, findings)
     top = [said.answer, *(f"Warning: {warning}" for warning in said.warnings), "", *heading(data.status)]
     top += [f"{name.lower()} {value}" for name, value in describe(data) if name in STUDIED]
     parts: list[RenderableType] = [Text(printable("\n".join(top)))]
-    if any(len(cell.ended) > 1 for cell in findings.cells) or "policy" in data.parameters:
-        parts.append(plain_table(CELLS_TITLE, *cells_table(data, findings), left=(0,)))
+    ended = [len(cell.ended) for cell in findings.cells]
+    if any(each > 1 for each in ended) or ("policy" in data.parameters and any(ended)):
+        parts.append(_fitted(CELLS_TITLE, *cells_table(data, findings), width, folded=0))
     else:
-        parts.append(_trials(data))
+        parts.append(_trials(data, width))
     if findings.comparisons:
         heads, lines = comparisons_table(findings)
         parts.append(plain_table(COMPARISONS_TITLE, heads, lines, left=(0, len(heads) - 1)))
@@ -48,6 +56,36 @@ def report_text(data: StudyData) -> RenderableType:
     if sentences:
         parts.append(Text(printable("\n".join(["", *sentences]))))
     return Group(*parts)
+
+
+DISPENSABLE = ("different", "best at", "epochs", "images", "sd", "seconds", "% of full time", "may be best")
+"""Columns that narrow terminals do not show, in the order in which they go."""
+LEAST_FOLDED = 24
+"""Characters of a column of settings, whose text continues in further lines."""
+
+
+def _fitted(
+    title: str, heads: list[str], lines: list[list[str]], width: int, *, folded: int, left: tuple[int, ...] = ()
+) -> Table:
+    """The table without the columns that the terminal has no room for, as far as they are dispensable."""
+    kept = list(range(len(heads)))
+    for name in DISPENSABLE:
+        if _needed(heads, lines, kept, folded) <= width:
+            break
+        kept = [i for i in kept if heads[i] != name]
+    places = {i: place for place, i in enumerate(kept)}
+    return plain_table(
+        title, [heads[i] for i in kept], [[line[i] for i in kept] for line in lines],
+        left=tuple(places[i] for i in (folded, *left)), folded=(places[folded],), least=LEAST_FOLDED,
+    )  # fmt: skip
+
+
+def _needed(heads: list[str], lines: list[list[str]], kept: Iterable[int], folded: int | None = None) -> int:
+    """Characters of a line of the table."""
+    widths = {i: max(len(line[i]) for line in (heads, *lines)) for i in kept}
+    if folded is not None:
+        widths[folded] = min(widths[folded], LEAST_FOLDED)
+    return 1 + sum(each + 2 for each in widths.values())
 
 
 CELLS_TITLE = "Settings: mean (95 % interval over seeds and images), n: seeds, p: some pruned"
@@ -216,10 +254,32 @@ def trials_table(data: StudyData) -> tuple[list[str], list[list[str]]]:
     return heads, lines
 
 
-def _trials(data: StudyData) -> Table:
+def _trials(data: StudyData, width: int) -> Table:
     heads, lines = trials_table(data)
     more = f" ({MOST_TRIALS} of {len(lines)})" if len(lines) > MOST_TRIALS else ""
-    return plain_table(f"Trials, best first{more}", heads, lines[:MOST_TRIALS], left=(len(heads) - 1,))
+    title, lines = f"Trials, best first{more}", lines[:MOST_TRIALS]
+    if _needed(heads, lines, [i for i, head in enumerate(heads) if head not in DISPENSABLE]) > width:
+        return _trials_by_setting(title, heads, lines, data.parameters, width)
+    kept = list(range(len(heads)))
+    for name in DISPENSABLE:
+        if _needed(heads, lines, kept) > width:
+            kept = [i for i in kept if heads[i] != name]
+    heads, lines = [heads[i] for i in kept], [[line[i] for i in kept] for line in lines]
+    return plain_table(title, heads, lines, left=(len(heads) - 1,))
+
+
+def _trials_by_setting(
+    title: str, heads: list[str], lines: list[list[str]], parameters: Sequence[str], width: int
+) -> Table:
+    """With all parameters of a trial in one column, for more of them than fit side by side."""
+    end = 1 + len(parameters)
+    settings = [
+        ", ".join(f"{name} {value}" for name, value in zip(heads[1:end], line[1:end], strict=True) if value)
+        for line in lines
+    ]
+    lines = [[line[0], setting, *line[end:]] for line, setting in zip(lines, settings, strict=True)]
+    heads = ["trial", "setting", *heads[end:]]
+    return _fitted(title, heads, lines, width, folded=1, left=(len(heads) - 1,))
 
 
 def _grid(grid: Grid) -> Table:

@@ -173,7 +173,8 @@ def _write(file: Path, write: Callable[[Path], Any]) -> None:
             os.replace(unfinished, file)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}; name another with --output") from None
-    logger.info("wrote %s (%.1f MB)", file, file.stat().st_size / 1e6)
+    size = file.stat().st_size
+    logger.info("wrote %s (%s)", file, f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB")
 
 
 def _facts(description: ModelDescription) -> Iterator[str]:

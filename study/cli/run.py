@@ -492,7 +492,7 @@ def _run(
     if data.status.ended_early:
         how = command_for(study.url, "resume", study.name, "--target", "none", "--patience", "none")
         logger.info("ended early: %s; run the other trials with: %s", data.status.ended_early, how)
-    out.print(console.report_text(data))
+    out.print(console.report_text(data, out.width))
     failed, total = data.status.states["failed"], data.status.progress.total
     if failed > allow_failures or failed == total > 0:
         logger.warning("%d of %d trials failed; run them again with: %s (their tracebacks: %s)", failed, total,

@@ -133,7 +133,7 @@ def report(
     studies = [read_study(name, storage) for name in names]
     if STANDARD_OUTPUT not in (html, to_json):
         for study in studies:
-            out.print(console.report_text(study))
+            out.print(console.report_text(study, out.width))
     for file, text in ((html, html_report.page), (to_json, json_report.text)):
         if file is not None:
             _write(file, text(studies))

@@ -40,7 +40,7 @@ from study.create import (
     prepare,
 )
 from tests.support.harness import Harness, config_of, scripted_accuracies
-from tests.support.made_studies import made
+from tests.support.made_studies import made, made_cells
 
 ALL = ["dynamic", "static", "fresh", "full", "infobatch"]
 
@@ -488,3 +488,26 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     harness.work()
     status.watch(engine, "s", console)  # finished: returns at once
     assert "4 trials: 4 complete" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("parameters", [2, 7])
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_no_number_is_cut_on_a_narrow_terminal(seeds: int, parameters: int, width: int) -> None:
+    """What has no room is left out as a whole; a long setting goes on in further lines."""
+    names = ("alpha", "lr", "weight_decay", "label_smoothing", "momentum", "warmup", "clip")[:parameters]
+    cells = [
+        ({name: 0.123456 + 100 * (name == "alpha") for name in names} | {"beta": b}, [0.8] * seeds) for b in (0.3, 0.6)
+    ]
+    searched = {"lr": [0.1, 0.2], "weight_decay": [0.1, 0.2], "label_smoothing": [0.1, 0.2]}
+    searched |= {"momentum": [0.1, 0.2], "warmup": [0.1, 0.2], "clip": [0.1, 0.2]}
+    training = {name: values for name, values in searched.items() if name in names} | {"optimizer": "sgd"}
+    config = config_of(policy={"alpha": [60, 90], "beta": [0.3, 0.6]}, training=training, search={"replicates": seeds})
+    output = Console(file=io.StringIO(), width=width)
+    output.print(console_report.report_text(made_cells(cells, config), width))
+    text = output.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert "80.00" in text
+    (heads,) = (line for line in text.splitlines() if re.search(r"^ (setting|trial) .* (accuracy|validation %) ", line))
+    assert re.search(r"(state|seconds|may be best|validation %)\s*$", heads)
+    assert ("seconds" in heads) or width < 200
