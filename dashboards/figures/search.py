@@ -78,8 +78,9 @@ def cost(studies: Sequence[StudyData]) -> go.Figure | None:
         if id(row) not in shown_rows:
             continue
         groups.setdefault((row.policy if len(studies) == 1 else data.name, row.state), []).append(row)
-    names = sorted({name for name, _ in groups})
-    for (name, state), rows in sorted(groups.items()):
+    # Several studies have the colours that they have in `settings_of_studies`, by their place.
+    names = sorted({name for name, _ in groups}) if len(studies) == 1 else [data.name for data in studies]
+    for (name, state), rows in sorted(groups.items(), key=lambda group: (names.index(group[0][0]), group[0][1])):
         figure.add_scatter(
             x=[getattr(row, by) for row in rows], y=[100 * (row.value or 0) for row in rows], mode="markers",
             marker={

@@ -143,6 +143,15 @@ def test_studies_on_other_images_have_no_common_front() -> None:
     assert "Pareto front of made, again" in html.page([one, replace(one, name="again")])
 
 
+def test_a_study_has_one_colour_on_a_page_that_compares() -> None:
+    """Whatever its name: figures go by its place among the studies."""
+    studies = [replace(grid_study(), name=name) for name in ("quick", "wider", "tpe")]
+    figure = search.cost(studies)
+    assert figure is not None
+    colours = {trace.name.split(",")[0]: trace.marker.color for trace in figure.data if trace.mode == "markers"}
+    assert colours == dict(zip(("quick", "wider", "tpe"), COLOURS, strict=False))
+
+
 @pytest.mark.parametrize(("trials", "says"), [(5, ""), (40, "all others grey"), (200, "all others as a band")])
 def test_curves_that_are_not_in_colour_are_counted(trials: int, says: str) -> None:
     data = search_study(trials)
