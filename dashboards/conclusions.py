@@ -125,12 +125,14 @@ def _of_replicates(data: StudyData, findings: Findings) -> str:
         seeds += f", provisional with fewer than {FEW}"
     if len(settings) == 1:
         value = accuracy(first.measured(findings.measure))
-        return f"One setting was run, {first.label}: {value} {place} on {seeds}; run it with: {_model(data, first)}"
+        return (
+            f"One setting was run, {first.label}: {value} {place} on {seeds}; as a config file: {_model(data, first)}"
+        )
     if len(best) == 1:
         value = accuracy(first.measured(findings.measure))
         return (
             f"Use {first.label}: {value} {place} on {seeds}, the only one of {len(settings)} settings that may be the "
-            f"best (family-wise 95 %); run it with: {_model(data, first)}"
+            f"best (family-wise 95 %); as a config file: {_model(data, first)}"
         )
     named = "; ".join(f"{cell.label} {accuracy(cell.measured(findings.measure))}" for cell in best[:MOST_NAMED])
     more = f"; and {len(best) - MOST_NAMED} more" if len(best) > MOST_NAMED else ""

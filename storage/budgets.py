@@ -78,7 +78,8 @@ class Spending:
     def reason_to_stop(self, budgets: Mapping[str, float]) -> str | None:
         for unit, limit in budgets.items():
             if self.amounts[unit] >= limit:
-                return f"the budget is spent: {self.amounts[unit]:,.4g} of {limit:,.4g} {unit}"
+                digits = ",.0f" if unit == "images" else ",.4g"
+                return f"the budget is spent: {self.amounts[unit]:{digits}} of {limit:{digits}} {unit}"
         return None
 
     def seconds_left(self, budgets: Mapping[str, float], before: Spending | None = None) -> float:

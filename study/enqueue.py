@@ -78,7 +78,7 @@ def _faults(config: StudyConfig, chosen: space.Parameters, train_images: int | N
             f"{name} means nothing to {', '.join(decides)}" for name in chosen if not means_something(name, choices)
         ]
     faults += config.faults_of(chosen) or [
-        f"{name} must be within {space.shown(searched[name])}, got {value!r}"
+        f"{name} must be within {space.shown_limits(config, name)}, got {value!r}"
         for name, value in chosen.items()
         if not space.contains(config, name, value)
     ]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from storage.errors import UserError
 from study.config.assignments import assign
-from study.config.models import StudyConfig
+from study.config.models import PARAMETERS, StudyConfig
 
 
 def _leaves(model: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -207,7 +207,11 @@ def _sentence(fault: Any) -> str:
     kinds |= {"int", "float", "str", "Range"}
     location = [key for position, key in enumerate(path) if position in typed or key not in kinds]
     where = ".".join(location)
+    if fault["type"] == "missing":
+        return f"{where} is missing"
     if unknown:
+        if len(location) == 1 and where in PARAMETERS:
+            return f"unknown key {where} (did you mean {'.'.join(PARAMETERS[where])!r}?)"
         return f"unknown key {where}{_did_you_mean(location[-1], _known_keys(location[:-1]))}"
     if fault["type"] == "union_tag_invalid":
         context = fault["ctx"]

@@ -80,7 +80,7 @@ def usable_cores() -> int:
 
 
 LOAD_SLACK = 1.0
-"""Of a core, that other programs may use before a launch mentions it."""
+"""Of a core, that may be in use before a launch mentions it."""
 
 
 def load_warning(devices: list[str], threads: int) -> str | None:
@@ -91,8 +91,8 @@ def load_warning(devices: list[str], threads: int) -> str | None:
     if len(devices) * threads + load <= cores + LOAD_SLACK:
         return None
     return (
-        f"other programs have kept {load:.1f} of {cores} cores busy in the last minute, and the workers want "
-        f"{len(devices) * threads}: trials may take longer than estimated"
+        f"the load average of the last minute is {load:.1f} on {cores} cores, and the workers want "
+        f"{len(devices) * threads}: if the load stays, trials take longer"
     )
 
 

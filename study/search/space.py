@@ -124,7 +124,17 @@ def shown(values: Any) -> str:
     """A list or a range as text."""
     if isinstance(values, tuple):
         return ", ".join(map(str, values))
-    return f"{values.low:g} to {values.high:g}{' (log)' if values.log else ''}"
+    how = " (log)" if values.log else f" (step {values.step:g})" if values.step is not None else ""
+    return f"{values.low:g} to {values.high:g}{how}"
+
+
+def shown_limits(config: StudyConfig, name: str) -> str:
+    """What `contains` allows a searched parameter, as text: for a grid's numbers the range of its list."""
+    values = config.searched()[name]
+    match distribution(config, name):
+        case (IntDistribution() | FloatDistribution()) as each if isinstance(values, tuple):
+            return f"{each.low:g} to {each.high:g}"
+    return shown(values)
 
 
 def labels(chosen: Parameters) -> list[str]:

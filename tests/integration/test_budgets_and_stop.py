@@ -82,6 +82,8 @@ def test_what_is_spent_is_counted_over_all_attempts(url: str) -> None:
     assert budgets.spending(engine, study_id).amounts["gpu-hours"] == pytest.approx(2.5)
     budgets.set_budgets(engine, study_id, {"hours": 2.1, "images": 350})
     assert stop_requests.reason_to_stop(engine, study_id) == "the budget is spent: 350 of 350 images"
+    many = replace(budgets.spending(engine, study_id), amounts={"images": 10_250})
+    assert many.reason_to_stop({"images": 10_000}) == "the budget is spent: 10,250 of 10,000 images"
     budgets.set_budgets(engine, study_id, {})
     assert stop_requests.reason_to_stop(engine, study_id) is None
     lease = harness.queue(seconds=60).claim()

@@ -79,7 +79,7 @@ def test_launching_again_adds_no_trial_beside_enqueued_ones(sqlite_url: str) -> 
         (["alpha=60", "alpha=90"], "alpha is given twice"),
         (["lr=0.1", "alpha=60"], r"lr is not searched \(searched: alpha, beta\)"),
         (["alpha=60"], "no sampler that could fill in beta"),
-        (["alpha=6000", "beta=0.3"], "alpha must be within"),
+        (["alpha=6000", "beta=0.3"], "alpha must be within 60 to 90, got 6000"),
         (["alpha=0.5", "beta=0.3"], "must be a whole number"),
         (["alpha=[60]", "beta=0.3"], "alpha"),
         (["alpha=sixty", "beta=0.3"], "alpha"),
@@ -90,6 +90,13 @@ def test_what_does_not_fit_is_refused_in_one_line(sqlite_url: str, words: list[s
     with pytest.raises(UserError, match=message):
         enqueue(opened(harness), parse_parameters(words))
     assert len(harness.study.trials) == 4
+
+
+def test_a_value_between_two_steps_is_refused_with_the_step(sqlite_url: str) -> None:
+    alpha = {"low": 60, "high": 100, "step": 20}
+    config = config_of(policy={"alpha": alpha, "beta": 0.3}, search={"sampler": "random", "trials": 1})
+    with pytest.raises(UserError, match=r"alpha must be within 60 to 100 \(step 20\), got 70"):
+        enqueue(opened(Harness(sqlite_url, config)), {"alpha": 70})
 
 
 # Exclude

@@ -45,7 +45,7 @@ def test_one_setting_that_is_ahead_is_to_be_used() -> None:
     answer = said(grid_of({0.2: 0.90, 0.4: 0.80, 0.6: 0.81}, seeds=8)).answer
     assert answer.startswith("Use beta 0.2: 90.")
     assert "on 8 seeds, the only one of 3 settings that may be the best (family-wise 95 %)" in answer
-    assert answer.endswith("run it with: study model made --toml")
+    assert answer.endswith("as a config file: study model made --toml")
     assert "provisional" not in answer
 
 

@@ -89,6 +89,8 @@ def test_set_makes_a_search_of_any_number() -> None:
         (["pruning.kind=medain"], ["must be one of none, median"]),
         (["pruning.patience=3"], ["unknown key pruning.patience"]),
         (["hyperband=3"], ["unknown key hyperband"]),
+        (["lr=0.1"], ["unknown key lr (did you mean 'training.lr'?)"]),
+        (["training.lr={low=0.1}"], ["training.lr.high is missing"]),
         (["pruning.hyperband=3"], ["unknown key pruning.hyperband"]),
         (["data.holdout=1"], ["data.holdout", "less than 1"]),
         (["network.width=-1"], ["network.width", "a number above 0 and at most 8, got -1"]),

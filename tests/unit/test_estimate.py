@@ -150,7 +150,7 @@ def test_busy_cores_are_mentioned(load: float, workers: int, said: bool, monkeyp
     assert (text is not None) is said
     assert load_warning(["cuda:0"] * workers, 1) is None
     if text is not None:
-        assert f"{load} of 4 cores" in text
+        assert f"is {load} on 4 cores" in text
 
 
 def test_a_containers_limit_of_processor_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
