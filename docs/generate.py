@@ -197,7 +197,7 @@ def settings(model: type[BaseModel], prefix: str, fields: dict[str, FieldInfo]) 
     texts = meanings(model)
     rows = []
     for key, field in fields.items():
-        default = "required" if field.is_required() else _toml(field.default)
+        default = "required" if field.is_required() else _toml(field.get_default(call_default_factory=True))
         rows.append([code(prefix + key), texts[key], UNITS.get(prefix + key, ""), default, allowed(field)])
     return table(["setting", "meaning", "unit", "default", "allowed"], rows)
 
@@ -222,7 +222,8 @@ def allowed(field: FieldInfo) -> str:
             annotation = str(field.annotation)
             if "tuple" not in annotation:
                 return _rule(part)
-            return f"{_rule(part)}; {'value or list' if 'str' in annotation else 'value, list or range'}"
+            parts = " or a part such as `10 %`" if "PartRange" in annotation else ""
+            return f"{_rule(part)}{parts}; {'value, list or range' if 'Range' in annotation else 'value or list'}"
     bounds = [_bound(part) for part in field.metadata if _bound(part)]
     return ", ".join(filter(None, [_kind(field.annotation), " and ".join(bounds)]))
 
@@ -255,7 +256,7 @@ def _kind(annotation: Any) -> str:
     if origin is typing.Annotated:
         return _kind(typing.get_args(annotation)[0])
     if origin in (tuple, list):
-        return "a list of tables"
+        return "a list of texts" if str in typing.get_args(annotation) else "a list of tables"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return code(str(typing.get_args(annotation.model_fields["kind"].annotation)[0]))
     return {bool: "`true`, `false`", int: "a whole number", float: "a number", str: "text"}[annotation]
@@ -284,6 +285,8 @@ def _toml(value: Any) -> str:
         return "–"
     if isinstance(value, BaseModel):
         return code(str(getattr(value, "kind", "")))
+    if isinstance(value, tuple):
+        value = list(value)
     return code(str(value).lower() if isinstance(value, bool) else str(value))
 
 

@@ -405,7 +405,7 @@ class MedianPrunerConfig(PruningConfig):
     n_startup_trials: int = Field(default=5, ge=0, le=MOST_COUNT)
     """Complete trials before any is pruned."""
     n_warmup_steps: int = Field(default=0, ge=0, le=MOST_COUNT)
-    """Steps of a trial before it can be pruned."""
+    """The first step, from 1, at which a trial can be pruned; 0 is the same as 1."""
     interval_steps: int = Field(default=1, ge=1, le=MOST_COUNT)
     """Steps between two decisions."""
     n_min_trials: int = Field(default=1, ge=1, le=MOST_COUNT)
@@ -421,7 +421,7 @@ class PercentilePrunerConfig(PruningConfig):
     n_startup_trials: int = Field(default=5, ge=0, le=MOST_COUNT)
     """Complete trials before any is pruned."""
     n_warmup_steps: int = Field(default=0, ge=0, le=MOST_COUNT)
-    """Steps of a trial before it can be pruned."""
+    """The first step, from 1, at which a trial can be pruned; 0 is the same as 1."""
     interval_steps: int = Field(default=1, ge=1, le=MOST_COUNT)
     """Steps between two decisions."""
     n_min_trials: int = Field(default=1, ge=1, le=MOST_COUNT)
