@@ -262,13 +262,15 @@ def worker(
 
     Example: study worker quick --device cuda:1
     """
+    from storage.garbage import no_garbage_search
     from study.launchers.worker_count import may_have_gpu, worker_threads
 
     if device == "cpu" or (device == "auto" and not may_have_gpu()):
         # As `study launch` does for its workers; before torch is imported, which reads it once.
         os.environ["OMP_NUM_THREADS"] = str(worker_threads(threads))
-    from study.trial.runner import DatabaseUnavailable
-    from study.worker.worker import WorkerBroken, work
+    with no_garbage_search():
+        from study.trial.runner import DatabaseUnavailable
+        from study.worker.worker import WorkerBroken, work
 
     _allow_code(code)
     url = storage_url(storage)
