@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from storage.engine import database_time, live_lease, upsert
 from storage.errors import UserError
+from storage.origins import is_finite
 from storage.schema import ATTEMPTS, LEASES, SPENDING, TRIALS
 from storage.study_attributes import set_attribute
 
@@ -55,6 +56,13 @@ def parse_budgets(texts: Iterable[str]) -> dict[str, float]:
             raise UserError(f"two budgets in {unit}: give one")
         budgets[unit] = amount
     return budgets
+
+
+def budgets_of(stored: object) -> dict[str, float]:
+    """From a study's attribute; what is no budget there is none."""
+    if not isinstance(stored, Mapping):
+        return {}
+    return {unit: limit for unit, limit in stored.items() if unit in UNITS and is_finite(limit)}
 
 
 def set_budgets(engine: sa.Engine, study_id: int, budgets: Mapping[str, float]) -> None:
@@ -110,13 +118,14 @@ def recent_spending(engine: sa.Engine, study_id: int, part: float = 0.1) -> Spen
     stored = sa.select(SPENDING.c.spent, SPENDING.c.took, (clock - SPENDING.c.at).label("age"))
     with engine.execution_options(reading=True).connect() as connection:
         row = connection.execute(stored.where(SPENDING.c.study_id == study_id)).one_or_none()
-    if row is not None and 0 <= row.age < MOST_AGE_SECONDS:  # unless the database's clock was put back
+    known = None if row is None or not is_finite(row.took) else _spending_of(row.spent)
+    if row is not None and known is not None and 0 <= row.age < MOST_AGE_SECONDS:  # unless the clock was put back
         if row.age < row.took / part:
-            return Spending(**json.loads(row.spent))
+            return known
         mine = sa.and_(SPENDING.c.study_id == study_id, SPENDING.c.at < clock - SPENDING.c.took / part)
         with engine.begin() as connection:
             if connection.execute(sa.update(SPENDING).where(mine).values(at=clock)).rowcount == 0:
-                return Spending(**json.loads(row.spent))  # another process adds up now
+                return known  # another process adds up now
     began = time.monotonic()
     latest = spending(engine, study_id)
     insert = upsert(engine, SPENDING).values(
@@ -126,6 +135,17 @@ def recent_spending(engine: sa.Engine, study_id: int, part: float = 0.1) -> Spen
     with engine.begin() as connection:
         connection.execute(insert.on_conflict_do_update(index_elements=["study_id"], set_=newest))
     return latest
+
+
+def _spending_of(text: str) -> Spending | None:
+    """From the table's row; None: it has another form than this program writes."""
+    try:
+        known = Spending(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    amounts = known.amounts if isinstance(known.amounts, dict) else {}
+    numbers = (*amounts.values(), known.workers, known.seconds_worked, known.at)
+    return known if amounts.keys() == UNITS.keys() and all(map(is_finite, numbers)) else None
 
 
 def spending(engine: sa.Engine, study_id: int) -> Spending:

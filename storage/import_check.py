@@ -22,6 +22,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.study import StudyDirection
 
 from storage.artifacts import CHUNK_BYTES
+from storage.budgets import UNITS
 from storage.early_end import EARLY_END
 from storage.errors import UserError
 from storage.exclusions import EXCLUDED, is_exclusion
@@ -339,6 +340,8 @@ def _check_attributes(
     for key in ("images", "budgets"):
         if not all(is_finite(value) and value >= 0 for value in attributes.get(key, {}).values()):
             raise _Wrong(f"its {key} are not numbers")
+    if unknown := attributes.get("budgets", {}).keys() - UNITS.keys():
+        raise _Wrong(f"it has a budget in {min(unknown)[:50]!r}")
     if not all(is_exclusion(number, why) for number, why in attributes.get(EXCLUDED, {}).items()):
         raise _Wrong(f"its {EXCLUDED} are not trial numbers with reasons")
     if not is_whole(attributes):

@@ -181,11 +181,18 @@ def test_split_uses(engine: sa.Engine, fingerprint: str | None) -> list[TestSpli
         counts = {study_id: int(number) for study_id, number in connection.execute(evaluated)}
         started = set(connection.scalars(begun.distinct()))
         for study_id, name, text in connection.execute(named.where(STUDIES.c.study_id.in_(same))):
-            data_config = json.loads(text).get("data", {})
-            validates = data_config.get("protocol") == "paper" and study_id in started
+            validates = _protocol(text) == "paper" and study_id in started
             if counts.get(study_id) or validates:
                 uses.append(TestSplitUse(name, counts.get(study_id, 0), validates))
     return sorted(uses, key=lambda use: use.study)
+
+
+def _protocol(config: str) -> object:
+    """`data.protocol` of the stored config of any study; None: there is none, or the text is no config."""
+    try:
+        return json.loads(config)["data"]["protocol"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
 
 
 def progress(engine: sa.Engine, study_id: int) -> Progress:
@@ -377,9 +384,13 @@ def parameters(engine: sa.Engine, study_id: int, number: int) -> dict[str, Any]:
         .order_by(TRIAL_PARAMS.c.param_id)
     )
     with engine.connect() as connection:
-        return {
-            name: json_to_distribution(text).to_external_repr(value) for name, value, text in connection.execute(query)
-        }
+        rows = connection.execute(query).all()
+    try:
+        return {name: json_to_distribution(text).to_external_repr(value) for name, value, text in rows}
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(
+            f"the parameters of trial {number} cannot be read ({error}); correct them in the database"
+        ) from None
 
 
 def failures(engine: sa.Engine, study_id: int) -> dict[int, str]:
@@ -393,9 +404,17 @@ def failures(engine: sa.Engine, study_id: int) -> dict[int, str]:
     )
     with engine.connect() as connection:
         return {
-            number: json.loads(text) if text else error or "no reason is known"
+            number: str(_or_itself(text)) if text else error or "no reason is known"
             for number, text, error in connection.execute(query)
         }
+
+
+def _or_itself(text: str) -> object:
+    """The JSON's value; of what is none the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def last_errors(engine: sa.Engine, study_id: int) -> dict[int, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from storage.budgets import BUDGETS, spending
+from storage.budgets import BUDGETS, budgets_of, spending
 from storage.early_end import EARLY_END, Rules, rules_of
 from storage.study_attributes import read_attributes, set_attribute
 
@@ -38,7 +38,7 @@ class Controls:
 
 def read_controls(engine: sa.Engine, study_id: int) -> Controls:
     attributes = read_attributes(engine, study_id, [STOP, BUDGETS, EARLY_END, "config"])
-    return Controls(bool(attributes.get(STOP)), attributes.get(BUDGETS) or {}, rules_of(attributes))
+    return Controls(bool(attributes.get(STOP)), budgets_of(attributes.get(BUDGETS)), rules_of(attributes))
 
 
 def reason_to_stop(engine: sa.Engine, study_id: int) -> str | None:

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from storage.errors import UserError
 from storage.origins import MOST_INFORMING, Informed
+from storage.queries import study_names
 from study.create import PreparedData, load_study
 from study.search import warm_start
 from study.search.compatibility import fit, fixed_differences, informing_differences
@@ -30,7 +30,7 @@ def informing(storage: RDBStorage, name: str, other: str, data: PreparedData) ->
         UserError: no such study as `other`, or it differs in data, protocol, network or length; a sampler that does
             not learn from trials; none of its trials fits.
     """
-    if name in optuna.get_all_study_names(storage):
+    if name in study_names(storage.engine):
         return Informed(other, ())  # `create_study` compares the names
     config = data.config
     kind = config.search.sampler.kind

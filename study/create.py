@@ -22,7 +22,7 @@ from storage.engine import open_storage
 from storage.enqueue import enqueue_trials
 from storage.errors import UserError
 from storage.optuna_internals import study_id_of
-from storage.queries import find
+from storage.queries import find, study_names
 from storage.study_name import check_study_name
 from storage.url import parse, redact
 from study import __version__
@@ -230,7 +230,7 @@ def create_study(
             study, and what differs.
     """
     check_study_name(name)
-    existed = name in optuna.get_all_study_names(storage)
+    existed = name in study_names(storage.engine)
     pareto = config.search.objective == "accuracy,images"
     directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if pareto else ["maximize"]
     study = optuna.create_study(

@@ -17,10 +17,11 @@ import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
+from dashboards import status
 from storage import budgets, queue, stop_requests
 from storage.engine import database_time, open_storage
 from storage.errors import UserError
-from storage.schema import ATTEMPTS, EPOCHS, SPENDING
+from storage.schema import ATTEMPTS, EPOCHS, SPENDING, STUDY_ATTRS
 from study import exit_codes
 from study.worker import stop_monitor
 from study.worker.stop_monitor import StopMonitor
@@ -117,6 +118,34 @@ def test_the_faster_pace_counts_towards_how_long_budgets_will_last() -> None:
     spent = budgets.Spending(now, 1, 100.0, at=1100.0)
     assert spent.seconds_left({"images": 2000}) == pytest.approx(100.0)
     assert spent.seconds_left({"images": 2000}, budgets.Spending(before, 1, 90.0, at=1090.0)) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(
+    "stored", ["7", "[]", '{"apples": 1}', '{"images": "many"}', '{"images": null}', '{"hours": 1e999}']
+)
+def test_what_is_no_budget_limits_nothing(stored: str, sqlite_url: str) -> None:
+    harness = Harness(sqlite_url, config_of())
+    engine, study_id = harness.storage.engine, harness.study._study_id
+    budgets.set_budgets(engine, study_id, {})
+    with engine.begin() as connection:
+        connection.execute(sa.update(STUDY_ATTRS).where(STUDY_ATTRS.c.key == "budgets").values(value_json=stored))
+    assert stop_requests.read_controls(engine, study_id).budgets == {}
+    assert stop_requests.reason_to_stop(engine, study_id) is None
+    status.page(status.read(engine, "s"))
+
+
+@pytest.mark.parametrize(
+    "spent", ["{", "[]", "{}", '{"amounts": {}, "workers": 0, "seconds_worked": 0}', '{"amounts": 1, "workers": "a"}']
+)
+def test_stored_sums_of_another_form_are_added_up_again(spent: str, sqlite_url: str) -> None:
+    harness = Harness(sqlite_url, config_of())
+    engine, study_id = harness.storage.engine, harness.study._study_id
+    budgets.recent_spending(engine, study_id)
+    with engine.begin() as connection:
+        connection.execute(sa.update(SPENDING).values(spent=spent, took=100.0))
+    assert budgets.recent_spending(engine, study_id).amounts.keys() == budgets.UNITS.keys()
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(SPENDING.c.spent)) != spent
 
 
 def test_one_worker_sums_for_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

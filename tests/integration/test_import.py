@@ -223,6 +223,10 @@ HOSTILE: dict[str, tuple[str | Change, ...]] = {
     "a version of Optuna that is a blob": ("UPDATE alembic_version SET version_num = x'3035'",),
     "the present version without a column": ("ALTER TABLE trial_epochs DROP COLUMN joules",),
     "the present version without a table": ("DROP TABLE trial_logs",),
+    "a budget of no unit": (
+        "INSERT INTO study_user_attributes (study_id, key, value_json) SELECT study_id, 'budgets', "
+        "'{\"apples\": 1}' FROM studies",
+    ),
     "an excluded trial of 5,000 digits": (
         "INSERT INTO study_user_attributes (study_id, key, value_json) SELECT study_id, 'excluded', "
         "'{\"' || replace(hex(zeroblob(2500)), '0', '1') || '\": \"x\"}' FROM studies",

@@ -388,6 +388,35 @@ def test_times_that_are_no_dates_do_not_stop_anybody(at: float | str | bytes, sq
     assert html.page([study_data.read(harness.storage, "s")])
 
 
+def test_another_study_of_the_same_data_may_have_any_config(sqlite_url: str) -> None:
+    harness = Harness(sqlite_url, config_of(training={"epochs": 1}))
+    harness.work()
+    for name, config in (("t", "{"), ("u", "[]"), ("v", '{"data": 3}'), ("w", "null")):
+        Harness(sqlite_url, config_of(training={"epochs": 1}), name)
+        with harness.storage.engine.begin() as connection:
+            connection.exec_driver_sql(
+                "UPDATE study_user_attributes SET value_json = ? WHERE key = 'config' "
+                "AND study_id = (SELECT study_id FROM studies WHERE study_name = ?)", (config, name),
+            )  # fmt: skip
+    assert html.page([study_data.read(harness.storage, "s")])
+
+
+def test_a_broken_error_is_shown_as_it_is_and_broken_parameters_are_named(sqlite_url: str) -> None:
+    harness = Harness(sqlite_url, config_of(training={"epochs": 1}))
+    harness.work(most=1)
+    queue = harness.queue()
+    lease = queue.claim()
+    assert lease is not None
+    queue.fail(lease, "boom")
+    with harness.storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_user_attributes SET value_json = '{boom' WHERE key = 'error'")
+    assert status.read(harness.storage.engine, "s").failures == {1: "{boom"}
+    with harness.storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_params SET distribution_json = '{' WHERE trial_id = 1")
+    with pytest.raises(UserError, match="the parameters of trial 0 cannot be read"):
+        status.read(harness.storage.engine, "s")
+
+
 def test_an_attempt_whose_end_precedes_its_start_is_drawn(sqlite_url: str) -> None:
     harness = Harness(sqlite_url, config_of())
     harness.queue().claim()
