@@ -234,6 +234,9 @@ def _columns(connection: sqlite3.Connection, table: sa.Table, optional: bool = F
     if any(hidden for *_, hidden in details):
         raise _Wrong(f"the table {table.name} has computed columns")
     present = {str(name) for _, name, *_ in details}
+    known = {column.name for column in table.c}
+    if other := [name for name in present - known if name.lower() in known]:  # SQLite takes it for the known one
+        raise _Wrong(f"the table {table.name} has a column {other[0]}")
     needed = {column.name for column in table.c if column not in NULLABLE or table.metadata is not METADATA}
     if missing := sorted(needed - present):
         raise _Wrong(f"the table {table.name} has no column {missing[0]}")
@@ -241,13 +244,15 @@ def _columns(connection: sqlite3.Connection, table: sa.Table, optional: bool = F
 
 
 def _check_table(connection: sqlite3.Connection, table: sa.Table, present: set[str]) -> None:
+    source = ", ".join(["*", *(f"NULL AS {column.name}" for column in table.c if column.name not in present)])
+    source = f"(SELECT {source} FROM {table.name})"  # with the columns that an older version lacks
     for column in table.c:
         if column.name in present:
             condition = f"{column.name} IS NULL OR ({_fits(column)})" if column in NULLABLE else _fits(column)
-            _demand(connection, table, condition, f"a {column.name} that is no {_kind(column)}")
+            _demand(connection, table, source, condition, f"a {column.name} that is no {_kind(column)}")
     times = [time.name for time in TIMES if time.table is table]
     for rule in (*RULES.get(table, ()), *(f"{name} IS NULL OR {name} BETWEEN 0 AND {LATEST}" for name in times)):
-        _demand(connection, table, rule, f"a row where not {rule}")
+        _demand(connection, table, source, rule, f"a row where not {rule}")
     keys = [constraint for constraint in table.constraints if isinstance(constraint, sa.UniqueConstraint)]
     unique = [[column.name for column in key.columns] for key in keys] + [[c.name for c in table.primary_key]]
     for names in unique:
@@ -257,8 +262,8 @@ def _check_table(connection: sqlite3.Connection, table: sa.Table, present: set[s
             raise _Wrong(f"the table {table.name} has two rows with the same {listed}")
 
 
-def _demand(connection: sqlite3.Connection, table: sa.Table, condition: str, fault: str) -> None:
-    if connection.execute(f"SELECT 1 FROM {table.name} WHERE ({condition}) IS NOT 1 LIMIT 1").fetchone():
+def _demand(connection: sqlite3.Connection, table: sa.Table, source: str, condition: str, fault: str) -> None:
+    if connection.execute(f"SELECT 1 FROM {source} WHERE ({condition}) IS NOT 1 LIMIT 1").fetchone():
         raise _Wrong(f"the table {table.name} has {fault}")
 
 

@@ -65,7 +65,9 @@ def export(
     except FileExistsError:
         raise UserError(f"the file {file} is there already; name another") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {str(file)!r}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"cannot write {str(file)!r}: {getattr(error, 'strerror', None) or error}; name another file"
+        ) from None
     try:
         target = open_storage(sqlite_url(file))
         try:

@@ -209,6 +209,7 @@ HOSTILE: dict[str, tuple[str | Change, ...]] = {
         "datetime_start, datetime_complete)",
         "INSERT INTO trials SELECT trial_id, number, study_id, datetime_start, datetime_complete FROM t",
     ),
+    "a column in capitals": ("ALTER TABLE trial_attempts RENAME COLUMN error TO ERROR",),
     "a missing column": ("ALTER TABLE trial_leases DROP COLUMN owner",),
     "a schema version that is a number": (
         "DROP TABLE study_alembic_version",

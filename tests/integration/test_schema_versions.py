@@ -28,6 +28,7 @@ from storage.engine import close, open_engine, open_storage, upgrade
 from storage.errors import UserError
 from storage.optuna_internals import schema_revisions
 from storage.schema import BASELINE, METADATA, SCHEMA_VERSION
+from study.config.loading import parse_config
 from tests.support.harness import Harness, config_of
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1.0.db.gz"
@@ -136,6 +137,21 @@ def test_locations_become_file_names(old: Path) -> None:
         with engine.connect() as opened:
             location = opened.exec_driver_sql("SELECT location FROM trial_checkpoints").scalar()
         assert location == LOCATION.rpartition("/")[2]
+
+
+@pytest.mark.parametrize("prepare", [lambda path: path, older], ids=["0.1.0", "before 0.1.0"])
+def test_a_file_of_an_older_version_is_imported(old: Path, prepare: Any, url: str, tmp_path: Path) -> None:
+    old = prepare(old.rename(tmp_path / "old.study"))
+    before = old.read_bytes()
+    assert transfer.import_study(old, url, check_config=parse_config) == ("old", 3)
+    imported, original = (
+        optuna.load_study(study_name="old", storage=storage).trials
+        for storage in (open_storage(url), open_storage(f"sqlite:///{old}", create=False, reading=True))
+    )
+    assert [(t.number, t.state, t.values, t.params, t.intermediate_values) for t in imported] == [
+        (t.number, t.state, t.values, t.params, t.intermediate_values) for t in original
+    ]
+    assert old.read_bytes() == before
 
 
 def test_the_attributes_of_other_programs_stay(old: Path) -> None:
