@@ -11,6 +11,7 @@ The command line does the same things, and more: a study that one of them has st
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import signal
@@ -43,6 +44,7 @@ from study import create
 from study import derive as deriving
 from study.after import informing
 from study.config import extensions
+from study.config.assignments import assign
 from study.config.loading import LoadedConfig, load, parse_config
 from study.config.models import StudyConfig
 from study.create import OpenStudy
@@ -59,6 +61,7 @@ Table = Any
 def launch(
     config: str | Path | Mapping[str, Any],
     *,
+    assignments: Iterable[str] = (),
     name: str | None = None,
     storage: str | None = None,
     workers: int | None = None,
@@ -76,6 +79,7 @@ def launch(
     Args:
         config: a preset or config file, as `study launch` takes it, or a config's sections as a dictionary. Own code is
             found in the file's folder and in those of $STUDY_CODE.
+        assignments: such as "policy.alpha=[400, 800]", laid over it, as `--set` does.
         name: of the study. None: that of the preset or file; a dictionary needs one.
         storage: database URL. None: $STUDY_STORAGE, else sqlite:///study.db.
         workers: processes. None: one a GPU, or one a core.
@@ -91,13 +95,17 @@ def launch(
         Unreachable: the database was unavailable for too long; the same call continues later.
         KeyboardInterrupt: interrupted.
     """
+    words = [assignments] if isinstance(assignments, str) else assignments
     if isinstance(config, Mapping):
         if name is None:
             raise UserError('a config that is a dictionary needs a name: study.launch({...}, name="mine")')
-        loaded = LoadedConfig(parse_config(config), name)
+        tree = copy.deepcopy(dict(config))
+        for each in words:
+            assign(tree, each)
+        loaded = LoadedConfig(parse_config(tree), name)
         origin = "Python"
     else:
-        loaded, origin = load(str(config)), str(config)
+        loaded, origin = load(str(config), words), str(config)
         extensions.allow([] if loaded.folder is None else [loaded.folder])
     options = LaunchOptions(device=device, workers=workers, threads=threads)
     study_name = loaded.name if name is None else name

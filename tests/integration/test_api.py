@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from optuna.trial import TrialState
 
 import study
 from storage.errors import UserError
+from study.config.models import StudyConfig
 from tests.support.harness import BASE, Harness, config_of
 
 ROOT = Path(__file__).parents[2]
@@ -116,3 +118,19 @@ def test_the_notebook_of_the_examples_runs(tmp_path: Path, monkeypatch: pytest.M
     assert any("application/vnd.plotly.v1+json" in output.get("data", {}) for output in shown)
     assert any("<table" in output.get("data", {}).get("text/html", "") for output in shown)
     assert (tmp_path / "notebook.html").exists()
+
+
+@pytest.mark.parametrize("config", ["quick", BASE | {"description": "mine"}], ids=["preset", "dictionary"])
+def test_a_launch_overrides_settings_as_the_command_does(
+    config: str | dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a worker: what is launched is what is run."""
+    seen: list[StudyConfig] = []
+    monkeypatch.setattr("study.api._run", lambda of, *_, **__: seen.append(of))
+    kept = copy.deepcopy(config)
+    words = ["training.epochs=6", "policy.alpha=[40, 60]"]
+    study.launch(config, assignments=words, name="short", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    study.launch(config, assignments=words[0], name="short", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [each.training.epochs for each in seen] == [6, 6]
+    assert seen[0].policy.alpha == (40, 60) != seen[1].policy.alpha
+    assert config == kept
