@@ -16,7 +16,10 @@ from storage import queries
 from storage.errors import UserError
 from study.config.models import means_something
 
-MEASURES = ("accuracy", "loss", "images", "k", "train_seconds", "validation_seconds", "selection_seconds", "joules")
+MEASURES = (
+    "accuracy", "balanced_accuracy", "macro_f1", "loss", "validation_loss", "images", "k", "train_seconds",
+    "validation_seconds", "selection_seconds", "joules",
+)  # fmt: skip
 """Columns of `trial_epochs` that trackers get, a value an epoch."""
 FINISHED = ("complete", "pruned", "failed")
 

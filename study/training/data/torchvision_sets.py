@@ -98,7 +98,8 @@ def _fetched(name: str, make: type[Any], root: Path, parts: dict[str, Options]) 
                 return make(root, **options, download=True)
             except (OSError, RuntimeError, ValueError) as error:
                 where = f"{name} is not under {printable(root)}"
-                raise DataError(f"{where} and could not be downloaded: {printable(str(error))}") from None
+                reason = printable(" ".join(str(error).split()))
+                raise DataError(f"{where} and could not be downloaded: {reason}") from None
         except ImportError as error:
             raise DataError(f"{name} needs a package that is missing here: {printable(str(error))}") from None
         except DataError:
