@@ -9,7 +9,7 @@ from typing import Any
 from dashboards.aggregate import Cell, Findings, noise, pareto
 from dashboards.formatting import count, label, p_value, percent, points
 from dashboards.statistics import FEW, LEVEL, Comparison, Ratio, Summary, p_of_guessing, still_rising
-from dashboards.study_data import StudyData
+from dashboards.study_data import StudyData, TrialRow
 from storage.text import command
 
 MOST_NAMED = 5
@@ -164,8 +164,17 @@ def _of_single_runs(data: StudyData, findings: Findings) -> str:
     return (
         f"Cannot tell which of {len(findings.cells):,} settings is the best: they are single runs{pruned}. The "
         "highest, "
-        f"{percent(best.value)} {place} with {name}, is the maximum of {count(ended, 'run')}; {searched}."
+        f"{percent(best.value)} {place} with {name}{_as_high(findings, best)}, is the maximum of "
+        f"{count(ended, 'run')}; {searched}."
     )
+
+
+def _as_high(findings: Findings, best: TrialRow) -> str:
+    """Settings whose runs are as high: those that differ in beta alone are equal until the first exchange."""
+    others = sum(
+        any(row.value == best.value for row in cell.rows) and best not in cell.rows for cell in findings.complete
+    )
+    return f" and {count(others, 'other setting')}" if others else ""
 
 
 def _front(data: StudyData) -> str:

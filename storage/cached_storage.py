@@ -26,7 +26,7 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from storage.errors import UserError
+from storage.errors import Unreadable
 from storage.exclusions import parse, stored_text
 from storage.garbage import no_garbage_search
 from storage.optuna_internals import OptunaCachedStorage
@@ -208,7 +208,7 @@ def _read(
     """The trials with these ids, in ascending order, that exist, with their reports as `reported` has them.
 
     Raises:
-        UserError: a stored value that neither Optuna nor this program writes, and of which trial.
+        Unreadable: and of which trial.
     """
     try:
         return _read_rows(connection, ids, reported, lean=lean)
@@ -217,7 +217,7 @@ def _read(
             half = len(ids) // 2
             first = _read(connection, ids[:half], reported, lean=lean)
             return first | _read(connection, ids[half:], reported, lean=lean)
-        raise UserError(
+        raise Unreadable(
             f"the trial with the id {ids[0]} has a stored value that cannot be read ({type(error).__name__}: {error}); "
             "correct it, or use a copy of the study from before"
         ) from None

@@ -152,6 +152,8 @@ def _located(text: str, create: bool) -> tuple[URL, Path | None]:
             raise UserError(f"no database file {path}; check --storage, or start a study with: study launch")
         if not path.parent.is_dir():
             raise UserError(f"no folder {path.parent} for the database {path.name}; create it or name another")
+    if path is not None and path.is_dir():
+        raise UserError(f"{path} is a folder, where a database file is meant; name a file: sqlite:///{path}/study.db")
     if path is not None and (kind := network_filesystem(path)):
         raise UserError(
             f"the folder of {path.name} is on a network file system ({kind}), where SQLite's locks do not hold; "
@@ -242,6 +244,10 @@ def _open_to_write(url: URL, path: Path | None, create: bool) -> RDBStorage:
     return storage
 
 
+MOST_VERSION = 32
+"""Characters of a schema version, in either table."""
+
+
 @dataclass(frozen=True)
 class _Versions:
     """Of the schemas that a database has; None: the tables are not there, or not complete."""
@@ -255,8 +261,10 @@ def _versions(engine: sa.Engine) -> _Versions:
     with engine.connect() as connection:
 
         def number(table: str) -> str | None:
-            column = sa.column("version_num", sa.String)
-            return connection.scalar(sa.select(column).select_from(sa.table(table))) if table in tables else None
+            if table not in tables:
+                return None
+            stored = connection.scalar(sa.select(sa.column("version_num")).select_from(sa.table(table)))
+            return stored if stored is None else str(stored)[:MOST_VERSION]  # SQLite has a value of any type there
 
         stamped = "version_info" in tables and connection.scalar(sa.select(models.VersionInfoModel.version_info_id))
         ours = number(VERSION.name) or (BASELINE if LEASES.name in tables else None)

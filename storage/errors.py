@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Unreachable(UserError):
     """The database does not answer: a wrong address, or one that is unavailable for a moment."""
+
+
+class Unreadable(UserError):
+    """A stored value that neither Optuna nor this program writes."""

@@ -67,6 +67,10 @@ def exclude(engine: sa.Engine, study_id: int, numbers: Collection[int], why: str
         with engine.begin() as connection:
             left_out = _locked(connection, study_id)
             query = sa.select(TRIALS.c.number).where(TRIALS.c.study_id == study_id)
+            if missing := sorted(set(numbers) - set(connection.scalars(query))):
+                raise UserError(
+                    f"the study has no trial {', '.join(map(str, missing))}; `study report` lists its trials"
+                )
             with_result = query.where(TRIALS.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED)))
             wrong = sorted(set(numbers) - set(connection.scalars(with_result)))
             if wrong:

@@ -1,4 +1,4 @@
-"""Checks a file to import, value by value, before anything of it is used.
+"""Checks a file to import, value by value, before anything of it is used; and any SQLite file that cannot be read.
 
 Whoever made the file is not trusted: values may be of any type and size, rows doubled, tables views with endless
 queries. The file is opened read-only, only real tables count, and the whole check has a time limit.
@@ -12,6 +12,7 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,32 @@ class _Wrong(Exception):
     """The first fault."""
 
 
+def stored_fault(file: Path) -> str | None:
+    """The first value in a database, of whatever studies, that neither Optuna nor this program writes: for programs
+    that could not read it. SQLite has a value of any type in any column. None: there is none.
+    """
+    try:
+        with _opened(file, SECONDS) as connection:
+            _check_tables(connection)
+    except _Wrong as error:
+        return str(error)
+    return None
+
+
 def _check(file: Path, check_config: Callable[[dict[str, Any]], object], seconds: float) -> str:
+    with _opened(file, seconds) as connection:
+        _check_tables(connection)
+        _check_trials(connection)
+        return _check_study(connection, check_config)
+
+
+@contextmanager
+def _opened(file: Path, seconds: float) -> Iterator[sqlite3.Connection]:
+    """A connection that only reads, with the functions of the rules.
+
+    Raises:
+        _Wrong: in the place of errors of SQLite.
+    """
     log = file.with_name(file.name + "-wal")
     mode = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
     connection = sqlite3.connect(f"file:{quote(str(file))}?{mode}", uri=True)
@@ -187,7 +213,7 @@ def _check(file: Path, check_config: Callable[[dict[str, Any]], object], seconds
             connection.execute(f"PRAGMA {pragma}")
         for name, arguments, function in _FUNCTIONS:
             connection.create_function(name, arguments, function, deterministic=True)
-        return _check_content(connection, check_config)
+        yield connection
     except sqlite3.OperationalError as error:
         if "interrupted" in str(error):
             raise _Wrong(f"checking it takes more than {seconds:.0f} s") from None
@@ -198,7 +224,7 @@ def _check(file: Path, check_config: Callable[[dict[str, Any]], object], seconds
         connection.close()
 
 
-def _check_content(connection: sqlite3.Connection, check_config: Callable[[dict[str, Any]], object]) -> str:
+def _check_tables(connection: sqlite3.Connection) -> None:
     columns = {table: _columns(connection, table) for table in REQUIRED}
     columns |= {
         table: present for table in (*OPTIONAL, *VERSIONS) if (present := _columns(connection, table, optional=True))
@@ -210,8 +236,6 @@ def _check_content(connection: sqlite3.Connection, check_config: Callable[[dict[
         _check_table(connection, table, present)
     if VERSION in columns and connection.execute(f"SELECT * FROM {VERSION.name}").fetchone() == (SCHEMA_VERSION,):
         _demand_all_columns(columns)
-    _check_trials(connection)
-    return _check_study(connection, check_config)
 
 
 def _demand_all_columns(columns: Mapping[sa.Table, set[str]]) -> None:
@@ -249,7 +273,7 @@ def _check_table(connection: sqlite3.Connection, table: sa.Table, present: set[s
     for column in table.c:
         if column.name in present:
             condition = f"{column.name} IS NULL OR ({_fits(column)})" if column in NULLABLE else _fits(column)
-            _demand(connection, table, source, condition, f"a {column.name} that is no {_kind(column)}")
+            _demand(connection, table, source, condition, f"a value of {column.name} that is no {_kind(column)}")
     times = [time.name for time in TIMES if time.table is table]
     for rule in (*RULES.get(table, ()), *(f"{name} IS NULL OR {name} BETWEEN 0 AND {LATEST}" for name in times)):
         _demand(connection, table, source, rule, f"a row where not {rule}")

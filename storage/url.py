@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from typing import TYPE_CHECKING
 
 from storage.errors import UserError
+
+# SQLAlchemy is imported by need: a launcher starts its workers first, which takes less than to import it.
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 DEFAULT = "sqlite:///study.db"
 
 
 def sqlite_url(path: str | Path) -> str:
     """The storage URL of a SQLite file, whatever signs are in its name."""
+    from sqlalchemy.engine import URL
+
     return URL.create("sqlite", database=str(Path(path).absolute())).render_as_string()
 
 
@@ -24,6 +28,9 @@ def parse(text: str) -> URL:
     Raises:
         UserError: a path where a URL is meant, an unreadable URL, or a database that is neither SQLite nor PostgreSQL.
     """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
     if "://" not in text:
         # What may hold a password is not repeated.
         shown = "another text" if any(sign in text for sign in "@=:") else repr(text)
@@ -58,9 +65,9 @@ def parse(text: str) -> URL:
 
 
 def redact(url: URL) -> str:
-    """The URL as it may be shown: no password, neither before the host nor among the options."""
+    """The URL as it may be shown: no password, neither before the host nor among the options, and no driver."""
     shown = url.difference_update_query([key for key in url.query if "pass" in key.lower()])
-    return shown.render_as_string(hide_password=True)
+    return shown.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
 
 
 def tells_password(text: str) -> bool:

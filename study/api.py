@@ -49,8 +49,9 @@ from study.config.loading import LoadedConfig, load, parse_config
 from study.config.models import StudyConfig
 from study.create import OpenStudy
 from study.exit_codes import DATABASE_UNAVAILABLE
-from study.launchers.launcher import LaunchOptions, make_launcher, run_study
-from study.worker.stop_monitor import STOP_SIGNALS
+from study.launchers.launcher import LaunchOptions, make_launcher
+from study.launchers.loop import run_study
+from study.worker.supervisor import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 

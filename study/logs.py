@@ -30,10 +30,14 @@ def stderr_console() -> Console:
 class ConsoleHandler(logging.Handler):
     """Log records as lines on stderr: coloured by level on a terminal, with a prefix by level elsewhere."""
 
+    shows_finished = False
+    """Whether a line of a worker about a trial that has finished is shown: where no launcher has one."""
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if self.level > logging.DEBUG and not getattr(record, "console", True):
-                return  # of a trial, which the launcher has a line for
+            console = getattr(record, "console", True)
+            if self.level > logging.DEBUG and not (self.shows_finished if console == "finished" else console):
+                return
             line = printable(self.format(record))
             console = stderr_console()
             if console.is_terminal:

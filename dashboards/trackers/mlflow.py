@@ -31,7 +31,7 @@ def connect(at: str | None, study: str) -> MLflow:
         experiment = client.get_experiment_by_name(study)
         return MLflow(client, client.create_experiment(study) if experiment is None else experiment.experiment_id)
     except MlflowException as error:
-        raise UserError(f"MLflow does not answer: {str(error).splitlines()[0]}") from None
+        raise UserError(f"MLflow cannot be used: {str(error).splitlines()[0]}") from None
 
 
 class MLflow:

@@ -25,6 +25,7 @@ from storage.errors import UserError
 from storage.text import one_line, without_passwords
 from study import exit_codes, logs
 from study.cli import edit, manage, model, publish, run, show
+from study.cli.options import storage_url
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,12 @@ def _with_logging(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def with_logging(*args: Any, verbose: bool, quiet: bool, log_file: Path | None, **kwargs: Any) -> None:
         logs.configure(verbose - quiet, log_file)
-        verb(*args, **kwargs)
+        try:
+            verb(*args, **kwargs)
+        except Exception as error:
+            if "storage" in kwargs and (fault := _stored_fault(error, kwargs["storage"])):
+                raise UserError(fault) from error
+            raise
 
     with_logging.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
     with_logging.__annotations__ = hints | options
@@ -138,7 +144,7 @@ def _run(arguments: list[str]) -> int:
         return exit_codes.OK
     except Exception as error:  # noqa: BLE001 — the boundary
         if _is_expected(error):
-            return _fail(str(error), exit_codes.BAD_INPUT)
+            return _fail(f"{error}{_place_of(error)}", exit_codes.BAD_INPUT)
         if _is_outage(error):
             return _fail(f"the database does not answer: {error}", exit_codes.DATABASE_UNAVAILABLE)
         return _fail(_report(error, arguments), exit_codes.UNEXPECTED)
@@ -159,6 +165,34 @@ def _is_expected(error: Exception) -> bool:
 def _is_outage(error: Exception) -> bool:
     loaded = sys.modules.get("storage.retry")
     return loaded is not None and bool(loaded.is_transient(error))
+
+
+def _place_of(error: Exception) -> str:
+    """The line of own code that an error comes from."""
+    loaded = sys.modules.get("study.config.extensions")
+    return "" if loaded is None else str(loaded.place_of(error.__cause__))
+
+
+def _stored_fault(error: Exception, storage: str | None) -> str | None:
+    """What is wrong in the database, for an error that its content may have caused; None: nothing, or not that error.
+
+    Only after such an error, because it reads the whole file; PostgreSQL has no text in a column of numbers.
+    """
+    database_errors = getattr(sys.modules.get("sqlalchemy.exc"), "DatabaseError", ())
+    if not isinstance(error, (TypeError, ValueError, LookupError, ArithmeticError, database_errors)):
+        return None
+    if _is_expected(error) or _is_outage(error):
+        return None
+    from storage.import_check import stored_fault
+    from storage.url import file_of, parse, redact
+
+    url = parse(storage_url(storage))
+    file = file_of(url)
+    fault = stored_fault(file) if file is not None and file.is_file() else None
+    if fault is None:
+        return None
+    reason = f"{type(error).__name__}: {getattr(error, 'orig', None) or error}"
+    return f"the database {redact(url)} cannot be read: {fault} ({reason}); correct it, or use a copy from before"
 
 
 def _report(error: Exception, arguments: list[str]) -> str:

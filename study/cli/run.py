@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from storage.errors import UserError
-from study import exit_codes
+from study import exit_codes, logs
 from study.cli.options import (
     Address,
     AllowFailures,
@@ -46,6 +46,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Trials = Annotated[int | None, typer.Option(help="Short for --set search.trials=N.", show_default=False)]
+Objective = Annotated[
+    str | None,
+    typer.Option(help="accuracy, or accuracy,images: short for --set search.objective=…", show_default=False),
+]
 Source = Annotated[str, typer.Argument(help="A preset (`study presets` lists them) or a config file: my.toml.")]
 
 
@@ -56,11 +61,8 @@ def launch(
     ] = None,
     storage: Storage = None,
     assignments: Assignments = None,
-    trials: Annotated[int | None, typer.Option(help="Short for --set search.trials=N.", show_default=False)] = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(help="accuracy, or accuracy,images: short for --set search.objective=…", show_default=False),
-    ] = None,
+    trials: Trials = None,
+    objective: Objective = None,
     after: Annotated[
         str | None,
         typer.Option(
@@ -88,26 +90,28 @@ def launch(
 
     Example: study launch quick --set training.epochs=6
     """
-    from storage.engine import open_storage
-    from storage.study_name import check_study_name
-    from study.after import informing
-    from study.config.loading import load
-    from study.create import OpenStudy, config_warnings, create_study, load_study, prepare
     from study.launchers.launcher import LaunchOptions
 
-    more = [] if trials is None else [f"search.trials={trials}"]
-    more += [] if objective is None else [f"search.objective={objective}"]
-    loaded = load(source, [*(assignments or []), *more])
-    _allow_code(code, loaded.folder)
-    study_name = loaded.name if name is None else name
-    check_study_name(study_name)
-    images = data_root(root) or loaded.data_root
     url = storage_url(storage)
     options = LaunchOptions(
         launcher=launcher, device=device, workers=workers, threads=threads, address=address,
         gpus_per_worker=gpus, cpus_per_worker=cpus, detach=detach, storage_option=storage,
     )  # fmt: skip
-    workforce, budgets = _launcher(options, url, budget)
+    # A local one begins to import what workers need; to join a cluster takes seconds.
+    early = _launcher(options, url, budget) if launcher == "local" else None
+
+    from storage.engine import open_storage
+    from storage.study_name import check_study_name
+    from study.after import informing
+    from study.config.loading import load
+    from study.create import OpenStudy, config_warnings, create_study, load_study, prepare
+
+    loaded = load(source, _with_shorts(assignments, trials, objective))
+    _allow_code(code, loaded.folder)
+    study_name = loaded.name if name is None else name
+    check_study_name(study_name)
+    images = data_root(root) or loaded.data_root
+    workforce, budgets = early or _launcher(options, url, budget)
     hook = _event_command(on_event, detach)
     # Everything that can be wrong is found before the database is touched.
     data = prepare(loaded.config, images)
@@ -132,6 +136,8 @@ def launch(
 def check(
     source: Source,
     assignments: Assignments = None,
+    trials: Trials = None,
+    objective: Objective = None,
     device: Device = "auto",
     root: DataRoot = None,
     code: Code = None,
@@ -149,12 +155,12 @@ def check(
     from study.search import space
     from study.trial import components
 
-    loaded = load(source, assignments or [])
+    loaded = load(source, _with_shorts(assignments, trials, objective))
     _allow_code(code, loaded.folder)
     data = prepare(loaded.config, data_root(root) or loaded.data_root)
     config = data.config
-    trials = space.queued_trials(config)
-    typer.echo(f"{loaded.name}: {len(trials)} trials, sampler {config.search.sampler.kind}")
+    queued = space.queued_trials(config)
+    typer.echo(f"{loaded.name}: {len(queued)} trials, sampler {config.search.sampler.kind}")
     for name in config.searched():
         typer.echo(f"  {name}: {space.shown(config.searched()[name])}")
     train, validation, test = data.sizes
@@ -206,18 +212,20 @@ def resume(
 
     Example: study resume quick --workers 2
     """
-    from storage import early_end
-    from storage.stop_requests import withdraw_stop
-    from study.create import check_data, open_study
     from study.launchers.launcher import LaunchOptions
 
     url = storage_url(storage)
-    _allow_code(code)
     options = LaunchOptions(
         launcher=launcher, device=device, workers=workers, threads=threads, address=address,
         gpus_per_worker=gpus, cpus_per_worker=cpus, detach=detach, storage_option=storage,
     )  # fmt: skip
-    workforce, budgets = _launcher(options, url, budget)
+    workforce, budgets = _launcher(options, url, budget)  # first: it begins to import what workers need
+
+    from storage import early_end
+    from storage.stop_requests import withdraw_stop
+    from study.create import check_data, open_study
+
+    _allow_code(code)
     hook = _event_command(on_event, detach)
     study = open_study(url, name)
     with _resumable(study, data_root(root)):
@@ -270,9 +278,11 @@ def worker(
         os.environ["OMP_NUM_THREADS"] = str(worker_threads(threads))
     with no_garbage_search():
         from study.trial.runner import DatabaseUnavailable
+        from study.worker.supervisor import supervisor_pid
         from study.worker.worker import WorkerBroken, work
 
     _allow_code(code)
+    logs.ConsoleHandler.shows_finished = supervisor_pid() == 0
     url = storage_url(storage)
     try:
         exit_code = work(name, url, device, data_root(root), wait=wait)
@@ -308,16 +318,19 @@ def confirm(
 
     Example: study confirm tpe --top 3 --seeds 5
     """
-    from study.confirm import plan
-    from study.create import OpenStudy, create_study, load_study, open_study, prepare
     from study.launchers.launcher import LaunchOptions
 
     url = storage_url(storage)
+    # First: it begins to import what workers need.
+    workforce, _ = _launcher(LaunchOptions(device=device, workers=workers, threads=threads), url, None)
+
+    from study.confirm import plan
+    from study.create import OpenStudy, create_study, load_study, open_study, prepare
+
     _allow_code(code)
     searched = open_study(url, name)
     confirming = new_name or f"{name}-confirmed"
     confirmation = plan(searched, confirming, top, seeds, again=again)
-    workforce, _ = _launcher(LaunchOptions(device=device, workers=workers, threads=threads), url, None)
     data = prepare(confirmation.config, data_root(root))
     if data.fingerprint != searched.study.user_attrs["data_fingerprint"]:
         raise UserError(f"the data here are not those of the study {name!r}; use the same images (--data-root)")
@@ -361,6 +374,12 @@ def bench(
         typer.echo(f"{name}: {estimate.estimate(config, paces[key], estimate.parallel(devices))}")
 
 
+def _with_shorts(assignments: list[str] | None, trials: int | None, objective: str | None) -> list[str]:
+    """The assignments of `--set`, `--trials` and `--objective`."""
+    shorts = {"search.trials": trials, "search.objective": objective}
+    return [*(assignments or []), *(f"{key}={value}" for key, value in shorts.items() if value is not None)]
+
+
 def _allow_code(folders: list[Path] | None, config_folder: Path | None = None) -> None:
     """Allow own code: in the folders of `--code`, and in that of the config file that a person launches."""
     from study.config.extensions import allow
@@ -370,12 +389,15 @@ def _allow_code(folders: list[Path] | None, config_folder: Path | None = None) -
 
 def _launcher(options: LaunchOptions, url: str, budget: list[str] | None) -> tuple[Launcher, dict[str, float] | None]:
     """The launcher, and the new budgets that its workers can measure; None: budgets stay as they are."""
-    from storage.budgets import parse_budgets
     from study.launchers.launcher import make_launcher
 
-    budgets = None if budget is None else parse_budgets(budget)
     launcher = make_launcher(options, url)
-    launcher.check_budgets(budgets or ())
+    if budget is None:
+        return launcher, None
+    from storage.budgets import parse_budgets
+
+    budgets = parse_budgets(budget)
+    launcher.check_budgets(budgets)
     return launcher, budgets
 
 
@@ -468,7 +490,7 @@ def _run(
     from dashboards import study_data
     from dashboards.reports import console
     from storage.retry import retry
-    from study.launchers.launcher import run_study
+    from study.launchers.loop import run_study
 
     def refresh(data: study_data.StudyData | None = None) -> None:
         from dashboards.server.publish import publish

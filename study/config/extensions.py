@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ def allow(folders: Iterable[str | Path]) -> None:
             known.append(path)
     if known:
         os.environ[VARIABLE] = os.pathsep.join(map(str, known))
+
+
+def place_of(error: BaseException | None) -> str:
+    """` (nets.py:12)`: the last line of own code that an error, or what caused it, came through; empty: none."""
+    folders = allowed_folders()
+    while error is not None and folders:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if any(Path(frame.filename).resolve().is_relative_to(folder) for folder in folders):
+                return f" ({Path(frame.filename).name}:{frame.lineno})"
+        error = error.__cause__
+    return ""
 
 
 def load(spec: str) -> Callable[..., Any]:

@@ -11,15 +11,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from storage.errors import UserError
-from study.create import OpenStudy
 from study.exit_codes import BAD_INPUT, BUDGET_SPENT, DATABASE_UNAVAILABLE, INTERRUPTED, OK, STOPPED
 from study.launchers.fork_server import ForkServer
 from study.launchers.worker_count import local_devices, worker_threads
 from study.logs import PREFIXES
 from study.training.energy import SHARE
-from study.worker.stop_monitor import SUPERVISOR_VARIABLE
+from study.worker.supervisor import SUPERVISOR_VARIABLE
+
+if TYPE_CHECKING:
+    from study.create import OpenStudy
 
 logger = logging.getLogger(__name__)
 

@@ -80,6 +80,7 @@ class ProgressDisplay:
         total = self._last.total * self._trial_length
         self._total = self.bars.add_task(study.name, total=total, completed=self._done(), note="")
         self._running: dict[int, TaskID] = {}
+        self._drained = False
         self._changed = True
 
     @property
@@ -106,7 +107,12 @@ class ProgressDisplay:
         return trials
 
     def refresh_when_due(self) -> None:
-        if self._changed and time.monotonic() >= self._next_refresh:
+        """Every REFRESH_SECONDS, and once when no trial waits any more: a worker is then without work, and the last
+        refresh, for which everybody waits, finds its modules loaded.
+        """
+        was_drained, self._drained = self._drained, self._last.states["waiting"] == 0
+        is_due = time.monotonic() >= self._next_refresh or (self._drained and not was_drained)
+        if self._changed and is_due:
             started = time.monotonic()
             self.refresh()
             pause = max(REFRESH_SECONDS, (time.monotonic() - started) / REFRESH_SHARE)

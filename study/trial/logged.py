@@ -13,9 +13,12 @@ from contextlib import contextmanager
 
 from storage.queue import Lease, LeaseLost
 from storage.trial_logs import TrialLog
+from study.config import extensions
 
 NOT_ON_CONSOLE = {"console": False}
-"""`extra` of a record about a trial that a terminal need not show: the launcher has a line for each trial."""
+"""`extra` of a record about a trial that a terminal need not show."""
+FINISHED = {"console": "finished"}
+"""`extra` of a record that a trial has finished: a launcher has a line of its own for it."""
 MOST_OF_A_TRACEBACK = 40
 """Its last lines."""
 
@@ -54,7 +57,7 @@ def collect(lease: Lease) -> Iterator[None]:
         raise
     except Exception as error:
         lines = "".join(traceback.format_exception(error)).splitlines()[-MOST_OF_A_TRACEBACK:]
-        summary = f"trial {lease.number}: attempt failed: {type(error).__name__}: {error}"
+        summary = f"trial {lease.number}: attempt failed: {type(error).__name__}: {error}{extensions.place_of(error)}"
         lease.log.add(logging.ERROR, "\n".join([*lines, summary]))
         raise
     finally:

@@ -40,7 +40,7 @@ from study.training.data.placement import DeviceData
 from study.training.trainer import Diverged, EpochResult, Metric, Trainer
 from study.trial import components
 from study.trial.checkpoint import Identity, on_host, restore, to_bytes, write_fallback
-from study.trial.logged import NOT_ON_CONSOLE, collect
+from study.trial.logged import FINISHED, NOT_ON_CONSOLE, collect
 from study.trial.metadata import checkpoint_identity, model_description, trial_attributes
 from study.trial.writer import TrialWriter
 
@@ -352,7 +352,7 @@ def _finish(
     logger.info(
         "trial %d is %s: %s %.4f in epoch %d of %d, %.1f s", lease.number, state.name.lower(), metric,
         values[0], top.epoch, len(history), attributes["train_seconds"] + attributes["validation_seconds"],
-        extra=NOT_ON_CONSOLE,
+        extra=FINISHED,
     )  # fmt: skip
     queue.finish(lease, state, values, attributes, artifact)
 

@@ -4,7 +4,6 @@ that ends early.
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -16,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from storage import budgets, early_end, stop_requests
 from study.exit_codes import BUDGET_SPENT, INTERRUPTED, OK, STOPPED
+from study.worker.supervisor import STOP_SIGNALS
 
 CHECK_SECONDS = 2.0
 """Seconds between two checks for a request to stop."""
@@ -27,10 +27,6 @@ NEAR_LIMIT_SHARE, SHARE = 1.0, 0.1
 """The largest share of the time that adding up what is spent may take, over all workers; one adds up at a time."""
 PART = 0.1
 """The budgets are checked again after this part of the time that they will last at the present pace."""
-SUPERVISOR_VARIABLE = "STUDY_SUPERVISED"
-"""Environment variable of a launcher's workers: its process id. They end when it does."""
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-"""Ctrl-C, and what Slurm and spot instances send."""
 
 
 class StopMonitor:
@@ -107,14 +103,3 @@ class StopMonitor:
 
     def _stop_because(self, reason: str, exit_code: int) -> None:
         self.reason, self.exit_code, self._stopping = reason, exit_code, True
-
-
-def launcher_ended() -> Callable[[], bool]:
-    """Whether the launcher that started this process has ended, if one did."""
-    parent = supervisor_pid()
-    return lambda: parent != 0 and os.getppid() != parent
-
-
-def supervisor_pid() -> int:
-    """The process id of the launcher that started this process; 0: none did."""
-    return int(os.environ.get(SUPERVISOR_VARIABLE, 0))

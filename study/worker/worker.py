@@ -18,13 +18,14 @@ from sqlalchemy.exc import DBAPIError
 
 from storage import stop_requests
 from storage.engine import open_storage
-from storage.errors import Unreachable, UserError
+from storage.errors import Unreachable, Unreadable, UserError
 from storage.optuna_internals import study_id_of
 from storage.queue import LeaseLost, Queue
 from storage.retry import PATIENCE_SECONDS, is_transient, retry
 from storage.text import one_line
 from storage.transfer import COPIED_TO
 from storage.url import parse, redact
+from study.config import extensions
 from study.config.models import StudyConfig
 from study.create import check_code, check_fingerprint, load_images, load_study
 from study.exit_codes import OK
@@ -36,7 +37,8 @@ from study.training.device import be_deterministic, keep_freed_memory, pick_devi
 from study.training.energy import EnergyMeter, gpu_share
 from study.trial.metadata import device_name
 from study.trial.runner import DatabaseUnavailable, run_trial
-from study.worker.stop_monitor import StopMonitor, launcher_ended, supervisor_pid
+from study.worker.stop_monitor import StopMonitor
+from study.worker.supervisor import launcher_ended, supervisor_pid
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +141,11 @@ def _work_through(
             logger.warning("%s; this worker drops it", lost)
         except DATABASE_ERRORS:
             raise
+        except Unreadable:  # another trial's, for the sampler: not this one's fault, nor this process's
+            queue.release(lease)
+            raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}{extensions.place_of(error)}"
             logger.warning("trial %d: attempt failed: %s", lease.number, reason)
             logger.debug("the traceback of trial %d", lease.number, exc_info=True)
             errors += 1
@@ -197,7 +202,7 @@ def preload_trials(study: optuna.Study, config: StudyConfig) -> None:
         return
 
     def read() -> None:
-        with suppress(*DATABASE_ERRORS):  # then the sampler reads them
+        with suppress(*DATABASE_ERRORS, Unreadable):  # then the sampler reads them
             study.get_trials(deepcopy=False)
 
     threading.Thread(target=read, name="preload-trials", daemon=True).start()
@@ -205,7 +210,8 @@ def preload_trials(study: optuna.Study, config: StudyConfig) -> None:
 
 def _fallback_folder(storage_url: str, study: optuna.Study) -> Path:
     """The folder on this machine for checkpoints of this very study that its database could not take."""
-    identity = f"{redact(parse(storage_url))} {study.study_name} {study.user_attrs.get('uid')}"
+    url = redact(parse(storage_url)).replace("postgresql://", "postgresql+psycopg://", 1)  # as in earlier versions
+    identity = f"{url} {study.study_name} {study.user_attrs.get('uid')}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return dataset.cache_dir() / "unsaved" / key
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import sqlite3
@@ -27,6 +28,8 @@ from storage.errors import UserError
 from storage.queue import Queue
 from storage.schema import ATTEMPTS, LEASES
 from storage.study_name import check_study_name
+from study import exit_codes
+from tests.support.command import study
 from tests.support.harness import Harness, config_of
 from tests.support.postgres import Postgres
 
@@ -282,3 +285,56 @@ def test_a_launch_under_a_name_that_no_study_may_have_leaves_nothing(name: str, 
     assert done.returncode == 2, done.stderr
     assert "the name of a study is" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "fault"),
+    [
+        (
+            "UPDATE trial_epochs SET accuracy = 'high'",
+            "trial_epochs has a value of accuracy that is no double",
+        ),
+        (
+            "UPDATE trials SET state = 'PAUSED' WHERE number = 0",
+            "trials has a value of state that is no enum",
+        ),
+        ("UPDATE trials SET datetime_start = 'yesterday'", "stored value that cannot be read"),
+        ("UPDATE trial_params SET distribution_json = '{'", "the parameters of trial 1 cannot be read"),
+        ("UPDATE trial_user_attributes SET value_json = '{'", "stored value that cannot be read"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_named(statement: str, fault: str, tmp_path: Path) -> None:
+    """SQLite takes any value in any column; whoever wrote it, no verb ends with a traceback."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    harness = Harness(url, config_of(search={"sampler": "tpe", "trials": 2}, training={"epochs": 1}))
+    harness.work()
+    close(harness.storage.engine)
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        connection.execute(statement)
+    connection.close()
+    ended = [study(*verb, cwd=tmp_path) for verb in (("status", "s"), ("list",), ("report", "s"), ("logs", "s"))]
+    refused = [each for each in ended if each.returncode]
+    assert refused
+    for each in refused:
+        assert each.returncode == exit_codes.BAD_INPUT, each.stderr
+        assert re.fullmatch(r"study: .+; correct (it|them).*\n", each.stderr)
+    assert any(fault in each.stderr for each in refused), refused
+
+
+def test_a_folder_is_no_database(tmp_path: Path) -> None:
+    for verb in (["list"], ["launch", "quick"]):
+        refused = study(*verb, "--storage", f"sqlite:///{tmp_path}", cwd=tmp_path)
+        assert refused.returncode == exit_codes.BAD_INPUT
+        assert f"{tmp_path} is a folder" in refused.stderr
+
+
+@pytest.mark.parametrize("version", ["x'00ff'", "17", "printf('%05000d', 7)", "''", "'-1'"])
+def test_a_schema_version_of_another_form_is_refused(version: str, tmp_path: Path) -> None:
+    close(open_storage(f"sqlite:///{tmp_path / 'study.db'}").engine)
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        connection.execute(f"UPDATE study_alembic_version SET version_num = {version}")
+    connection.close()
+    refused = study("list", cwd=tmp_path)
+    assert refused.returncode in (exit_codes.OK, exit_codes.BAD_INPUT)  # 17 may be a version some day
+    assert len(refused.stderr) < 400
+    assert "unexpected" not in refused.stderr

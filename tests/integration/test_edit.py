@@ -177,7 +177,7 @@ def test_only_trials_with_a_result_are_excluded_and_with_a_reason(url: str) -> N
     engine, study_id = harness.storage.engine, study_id_of(harness.study)
     for numbers, why, message in (
         ([0], "w", "complete or pruned can be excluded, got 0"),
-        ([7], "w", "got 7"),
+        ([7], "w", "the study has no trial 7"),
         ([0], " ", "a reason"),
     ):
         with pytest.raises(UserError, match=message):

@@ -15,6 +15,7 @@ from optuna.trial import create_trial
 from storage.errors import UserError
 from storage.optuna_internals import study_id_of
 from storage.queue import Queue
+from study import exit_codes
 from study.config import extensions
 from study.create import check_code, prepare
 from study.search import space
@@ -22,6 +23,7 @@ from study.training.data.dataset import DataError
 from study.training.trainer import Trainer
 from study.trial.runner import InvalidParameters, ask
 from tests.support import own_code
+from tests.support.command import study
 from tests.support.harness import Harness, StopAfter, config_of
 
 CODE = Path(own_code.__file__).parent
@@ -234,3 +236,20 @@ def test_a_single_image_that_is_left_over_joins_the_batch_before(sqlite_url: str
     run = Harness(sqlite_url, config)
     run.work()
     assert run.study.trials[0].user_attrs["images"] == 51
+
+
+def line_of(text: str) -> int:
+    lines = Path(own_code.__file__).read_text(encoding="utf-8").splitlines()
+    return 1 + next(number for number, line in enumerate(lines) if text in line)
+
+
+def test_an_error_names_its_line_of_own_code(sqlite_url: str, tmp_path: Path) -> None:
+    shared = ["--code", str(Path(own_code.__file__).parent), "--storage", sqlite_url, "--device", "cpu"]
+    refused = study("launch", "quick", "--set", "network.name=own_code:never_made", *shared, cwd=tmp_path)
+    assert refused.returncode == exit_codes.BAD_INPUT
+    assert f"my bug (own_code.py:{line_of('raise RuntimeError')})" in refused.stderr
+
+    harness = Harness(sqlite_url, config_of(network={"name": "own_code:broken", "width": 1.0}))
+    with pytest.raises(KeyError, match="oops") as raised:
+        harness.work(most=1)
+    assert extensions.place_of(raised.value) == f" (own_code.py:{line_of('raise KeyError')})"

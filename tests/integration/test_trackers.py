@@ -115,7 +115,7 @@ def test_mlflow_gets_each_epoch_once(harness: Harness, mlflow_server: str) -> No
 
 @pytest.mark.slow
 def test_mlflow_that_does_not_answer_is_one_line(harness: Harness) -> None:
-    with pytest.raises(UserError, match="MLflow does not answer"):
+    with pytest.raises(UserError, match="MLflow cannot be used"):
         publish(harness, "mlflow", "http://127.0.0.1:9")
 
 

@@ -18,7 +18,7 @@ import pytest
 from storage import engine
 from study.cli import app
 from study.logs import OURS
-from study.worker.stop_monitor import STOP_SIGNALS
+from study.worker.supervisor import STOP_SIGNALS
 
 
 def study(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

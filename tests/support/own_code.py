@@ -48,6 +48,30 @@ def talkative(classes: int, channels: int, size: int) -> nn.Module:
     return Talkative(channels * size * size)
 
 
+class Broken(nn.Module):
+    """Fails in training, at its second step."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(features, 10)
+        self.steps = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.steps += self.training
+        if self.steps > 1:
+            raise KeyError("oops")
+        logits: Tensor = self.head(images.flatten(1))
+        return logits
+
+
+def broken(classes: int, channels: int, size: int) -> nn.Module:
+    return Broken(channels * size * size)
+
+
+def never_made(classes: int, channels: int, size: int) -> nn.Module:
+    raise RuntimeError("my bug")
+
+
 def mlp(classes: int, channels: int, size: int) -> nn.Module:
     return nn.Sequential(nn.Linear(channels, 16), nn.ReLU(), nn.Linear(16, classes))
 

@@ -79,6 +79,11 @@ def test_fewer_than_six_seeds_are_provisional(seeds: int, provisional: bool) -> 
     assert any(warning.startswith("Provisional:") for warning in found.warnings) == provisional
 
 
+def test_settings_as_high_as_the_highest_single_run_are_counted() -> None:
+    answer = said(grid_of({0.2: 0.80, 0.4: 0.90, 0.6: 0.90, 0.8: 0.90}, seeds=1, spread=0.0)).answer
+    assert "with beta 0.4 and 2 other settings, is the maximum of 4 runs" in answer
+
+
 def test_the_maximum_of_single_runs_is_called_that() -> None:
     answer = said(grid_of({0.2: 0.90, 0.4: 0.80, 0.6: 0.81}, seeds=1)).answer
     assert answer.startswith("Cannot tell which of 3 settings is the best: they are single runs.")

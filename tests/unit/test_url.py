@@ -56,6 +56,11 @@ def test_password_is_not_shown(text: str) -> None:
     assert "host" in redact(parse(text))
 
 
+def test_it_is_shown_as_it_is_typed() -> None:
+    assert redact(parse("postgresql://me:hunter2@host/db")) == "postgresql://me:***@host/db"
+    assert redact(parse("sqlite:///study.db")) == "sqlite:///study.db"
+
+
 def test_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert file_of(parse("sqlite:///~/study.db")) == Path("/home/me/study.db")
