@@ -29,7 +29,7 @@ from storage.queue import Queue
 from storage.schema import ATTEMPTS, LEASES
 from storage.study_name import check_study_name
 from study import exit_codes
-from tests.support.command import study
+from tests.support.command import study, study_process
 from tests.support.harness import Harness, config_of
 from tests.support.postgres import Postgres
 
@@ -319,6 +319,22 @@ def test_a_value_that_cannot_be_read_is_named(statement: str, fault: str, tmp_pa
         assert each.returncode == exit_codes.BAD_INPUT, each.stderr
         assert re.fullmatch(r"study: .+; correct (it|them).*\n", each.stderr)
     assert any(fault in each.stderr for each in refused), refused
+
+
+def test_a_trial_that_cannot_be_read_costs_the_others_no_attempt(tmp_path: Path) -> None:
+    """The sampler reads all that have finished; what it cannot read is no fault of the trial that asks."""
+    harness = Harness(
+        f"sqlite:///{tmp_path / 'study.db'}",
+        config_of(search={"sampler": "tpe", "trials": 3}, training={"epochs": 1}),
+    )
+    harness.work(most=1)
+    with harness.storage.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE trial_params SET distribution_json = '{'"))
+    ended = study_process("worker", "s", "--device", "cpu", cwd=tmp_path)
+    assert ended.returncode == exit_codes.BAD_INPUT, ended.stderr
+    assert re.fullmatch(r"study: the trial with the id 1 has a stored value that cannot be read .*\n", ended.stderr)
+    with harness.storage.engine.connect() as connection:
+        assert set(connection.scalars(sa.select(LEASES.c.attempts))) == {0}
 
 
 def test_a_folder_is_no_database(tmp_path: Path) -> None:
