@@ -20,6 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from dashboards.formatting import budget_lines, duration, label, moment, percent, plain_table, process_of
 from storage import budgets, early_end, exclusions, queries, retry, stop_requests
+from storage.engine import reader
 from storage.origins import Derived, Informed, derived_from, informed_by
 from storage.queries import Attempt, Progress, Running, StudySummary
 from storage.text import command, printable
@@ -100,7 +101,7 @@ def read(engine: sa.Engine, name: str) -> Status:
     """
     study_id, attributes = queries.find(engine, name)
     now = queries.progress(engine, study_id)
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         left_out = exclusions.excluded(connection, study_id)
     controls, spent = stop_requests.read_controls(engine, study_id), budgets.spending(engine, study_id)
     return Status(

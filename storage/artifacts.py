@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from optuna.artifacts.exceptions import ArtifactNotFound
 
 from storage import object_store
-from storage.engine import live_lease
+from storage.engine import live_lease, reader
 from storage.exclusions import excluded
 from storage.retry import retry
 from storage.schema import ARTIFACT_CHUNKS, ARTIFACTS, LEASES, STUDIES, TRIAL_SYSTEM_ATTRS, TRIAL_VALUES, TRIALS
@@ -78,7 +78,7 @@ def is_wanted(queue: Queue, lease: Lease, value: float, keep: int | None) -> boo
     query = sa.select(TRIALS.c.number).select_from(_valued()).where(TRIALS.c.study_id == queue.study_id, better)
 
     def once() -> bool:
-        with queue.engine.execution_options(reading=True).connect() as connection:
+        with reader(queue.engine).connect() as connection:
             numbers = set(connection.scalars(query)) - excluded(connection, queue.study_id).keys()
             return len(numbers) < keep
 
@@ -196,7 +196,7 @@ def stored(engine: sa.Engine, study_id: int) -> list[StoredArtifact]:
     """
     query = sa.select(ARTIFACTS.c.artifact_id, TRIALS.c.number, TRIAL_VALUES.c.value, ARTIFACTS.c.size)
     query = query.select_from(_valued()).where(TRIALS.c.study_id == study_id)
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         rows = connection.execute(query.order_by(TRIAL_VALUES.c.value.desc(), TRIALS.c.number)).all()
         left_out = excluded(connection, study_id)
     return sorted((StoredArtifact(*row) for row in rows), key=lambda model: model.trial in left_out)
@@ -249,7 +249,7 @@ class DatabaseArtifactStore:
     def _find(self, artifact_id: str) -> tuple[Row, str]:
         columns = (ARTIFACTS.c.trial_id, ARTIFACTS.c.artifact_id, ARTIFACTS.c.size, ARTIFACTS.c.sha256)
         query = sa.select(*columns, ARTIFACTS.c.location).where(ARTIFACTS.c.artifact_id == artifact_id)
-        with self.engine.execution_options(reading=True).connect() as connection:
+        with reader(self.engine).connect() as connection:
             row: Row | None = connection.execute(query).one_or_none()
             if row is None:
                 raise ArtifactNotFound(f"no artifact {artifact_id}: no longer among the best, or never there")
@@ -264,7 +264,7 @@ class DatabaseArtifactStore:
             content = None if store == object_store.DATABASE else object_store.read(store, row.location)
             yield content or b""
             return
-        with self.engine.execution_options(reading=True).connect() as connection:
+        with reader(self.engine).connect() as connection:
             yield from chunks(connection, row.trial_id, row.artifact_id, row.size)
 
 
@@ -340,7 +340,7 @@ def collect_garbage(engine: sa.Engine, study_id: int, store: str) -> tuple[int, 
     # In this order: who wrote a file before it was listed and has not named it yet still holds its lease.
     files = object_store.names(store, object_store.MODEL)
     matches = {file: match for file in files if (match := object_store.NAME.fullmatch(file))}
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         named = set(connection.scalars(sa.select(ARTIFACTS.c.location).where(ARTIFACTS.c.location.is_not(None))))
         working = set(connection.scalars(held))
     return count, object_store.remove_files(

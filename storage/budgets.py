@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
 
-from storage.engine import database_time, live_lease, upsert
+from storage.engine import database_time, live_lease, reader, upsert
 from storage.errors import UserError
 from storage.origins import is_finite
 from storage.schema import ATTEMPTS, LEASES, SPENDING, TRIALS
@@ -116,7 +116,7 @@ def recent_spending(engine: sa.Engine, study_id: int, part: float = 0.1) -> Spen
     """
     clock = database_time(engine)
     stored = sa.select(SPENDING.c.spent, SPENDING.c.took, (clock - SPENDING.c.at).label("age"))
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         row = connection.execute(stored.where(SPENDING.c.study_id == study_id)).one_or_none()
     known = None if row is None or not is_finite(row.took) else _spending_of(row.spent)
     if row is not None and known is not None and 0 <= row.age < MOST_AGE_SECONDS:  # unless the clock was put back
@@ -178,7 +178,7 @@ def spending(engine: sa.Engine, study_id: int) -> Spending:
     new = sa.case((apart.c.end > begin, apart.c.end - begin), else_=0.0)
     lasted = apart.c.end - apart.c.started_at
     sums = (lasted, lasted * apart.c.share, new, apart.c.images, apart.c.joules, apart.c.live)
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         at = connection.scalar(sa.select(clock)) or 0.0
         row = connection.execute(sa.select(*(sa.func.coalesce(sa.func.sum(column), 0) for column in sums))).one()
     worked, by_share, elapsed, images, joules, workers = row

@@ -26,6 +26,7 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from storage.engine import reader
 from storage.errors import Unreadable
 from storage.exclusions import parse, stored_text
 from storage.garbage import no_garbage_search
@@ -86,9 +87,7 @@ class CachedStorage(OptunaCachedStorage):
         """
         super().__init__(backend)
         self._lean = lean
-        self._engine = backend.engine.execution_options(reading=True)
-        if self._engine.dialect.name == "postgresql":  # one round trip a query, not three: no BEGIN, no ROLLBACK
-            self._engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._engine = reader(backend.engine)
         self._pasts: dict[int, _Past] = defaultdict(_Past)
         self._turn = threading.Lock()  # the training thread asks for trials, the writer's for decisions
         self._looked = threading.local()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from storage import object_store
-from storage.engine import live_lease, upsert
+from storage.engine import live_lease, reader, upsert
 from storage.queue import Lease, Queue
 from storage.retry import retry
 from storage.schema import CHECKPOINTS, LEASES
@@ -76,7 +76,7 @@ def load(queue: Queue, lease: Lease) -> StoredCheckpoint | None:
     query = sa.select(CHECKPOINTS).where(CHECKPOINTS.c.trial_id == lease.trial_id)
 
     def once() -> StoredCheckpoint | None:
-        with queue.engine.connect() as connection:
+        with reader(queue.engine).connect() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             return None
@@ -107,7 +107,7 @@ def collect_garbage(engine: sa.Engine, study_id: int, store: str) -> list[str]:
     key = store_key(engine, study_id)
     # In this order: who wrote a file before it was listed and has not named it yet still holds its lease.
     files = {name: match for name in object_store.names(store) if (match := object_store.NAME.fullmatch(name))}
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         named = set(connection.scalars(sa.select(CHECKPOINTS.c.location).where(CHECKPOINTS.c.location.is_not(None))))
         held = set(connection.scalars(sa.select(LEASES.c.trial_id).where(live_lease(engine))))
     return object_store.remove_files(

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
+from storage.engine import reader
 from storage.errors import UserError
 from storage.exclusions import excluded
 from storage.schema import TRIAL_VALUES, TRIALS
@@ -97,7 +98,7 @@ def reason_to_end(engine: sa.Engine, study_id: int, rules: Rules) -> str | None:
         .where(of_study, TRIALS.c.state == TrialState.COMPLETE, TRIAL_VALUES.c.objective == 0)
         .order_by(TRIAL_VALUES.c.value.desc(), TRIALS.c.datetime_complete, TRIALS.c.number)
     )
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         left_out = excluded(connection, study_id)
         rows = connection.execute(complete.limit(len(left_out) + 1)).all()
         best = next((row for row in rows if row.number not in left_out), None)

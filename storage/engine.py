@@ -515,6 +515,17 @@ def _configure(engine: sa.Engine, reading: bool) -> None:
         connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
 
 
+def reader(engine: sa.Engine) -> sa.Engine:
+    """The database for queries that change nothing. On SQLite they keep no writer out. On PostgreSQL each is a
+    transaction of its own: one round trip instead of three, and psycopg keeps its prepared statements, all of which it
+    drops at a ROLLBACK.
+    """
+    options: dict[str, Any] = {"reading": True}
+    if engine.dialect.name == "postgresql":
+        options["isolation_level"] = "AUTOCOMMIT"
+    return engine.execution_options(**options)
+
+
 def upsert(engine: sa.Engine, table: sa.Table) -> Any:
     """INSERT for this database, with `on_conflict_do_*`."""
     # Imported by need: PostgreSQL's brings asyncio along, a tenth of what `study status` takes to start.

@@ -12,7 +12,7 @@ from optuna.distributions import json_to_distribution
 from optuna.trial import TrialState
 
 from storage import early_end
-from storage.engine import database_time, incomplete_copy, live_lease
+from storage.engine import database_time, incomplete_copy, live_lease, reader
 from storage.errors import UserError
 from storage.exclusions import EXCLUDED, excluded
 from storage.schema import (
@@ -94,7 +94,7 @@ def find(engine: sa.Engine, name: str) -> tuple[int, dict[str, Any]]:
     attributes = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json).where(
         STUDY_ATTRS.c.study_id == STUDIES.c.study_id
     )
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         study_id = connection.scalar(sa.select(STUDIES.c.study_id).where(STUDIES.c.study_name == name))
         if study_id is None:
             names = connection.scalars(sa.select(STUDIES.c.study_name).order_by(STUDIES.c.study_name)).all()
@@ -117,7 +117,7 @@ def trial_state(engine: sa.Engine, study_id: int, number: int) -> TrialState:
     """
     numbers = sa.select(sa.func.max(TRIALS.c.number)).where(TRIALS.c.study_id == study_id)
     this = sa.select(TRIALS.c.state).where(TRIALS.c.study_id == study_id, TRIALS.c.number == number)
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         state: TrialState | None = connection.scalar(this)
         last = connection.scalar(numbers)
     if state is None:
@@ -128,7 +128,7 @@ def trial_state(engine: sa.Engine, study_id: int, number: int) -> TrialState:
 
 def clock(engine: sa.Engine) -> float:
     """Seconds since 1970 on the database's clock."""
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         return float(connection.scalar(sa.select(database_time(engine))) or 0.0)
 
 
@@ -158,7 +158,7 @@ class TestSplitUse:
 
 
 def study_names(engine: sa.Engine) -> set[str]:
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         return set(connection.scalars(sa.select(STUDIES.c.study_name)))
 
 
@@ -177,7 +177,7 @@ def test_split_uses(engine: sa.Engine, fingerprint: str | None) -> list[TestSpli
     )
     begun = sa.select(TRIALS.c.study_id).where(TRIALS.c.study_id.in_(same), TRIALS.c.state != TrialState.WAITING)
     uses = []
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         counts = {study_id: int(number) for study_id, number in connection.execute(evaluated)}
         started = set(connection.scalars(begun.distinct()))
         for study_id, name, text in connection.execute(named.where(STUDIES.c.study_id.in_(same))):
@@ -230,7 +230,7 @@ def progress(engine: sa.Engine, study_id: int) -> Progress:
         )
         .order_by(TRIALS.c.number)
     )
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         counts = dict.fromkeys(STATE_NAMES.values(), 0)
         counts |= {STATE_NAMES[state]: count for state, count in connection.execute(by_state)}
         rows = connection.execute(held).all()
@@ -295,7 +295,7 @@ def epoch_totals(engine: sa.Engine, study_id: int) -> dict[int, Totals]:
         .where(TRIALS.c.study_id == study_id)
         .group_by(TRIALS.c.number)
     )
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         return {number: Totals(*values) for number, *values in connection.execute(query)}
 
 
@@ -341,7 +341,7 @@ def measured_pace(engine: sa.Engine, study_id: int, host: str, kind: str, most: 
         sa.func.sum(EPOCHS.c.train_seconds + sa.func.coalesce(EPOCHS.c.selection_seconds, 0.0)),
         sa.func.sum(EPOCHS.c.validation_seconds),
     ).where(EPOCHS.c.trial_id.in_(last))
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         trials, epochs, images, train, validation = connection.execute(query).one()
     return MeasuredPace(trials, epochs, int(images), train, validation) if trials else None
 
@@ -367,7 +367,7 @@ def each_epoch(engine: sa.Engine, study_id: int, numbers: Collection[int] | None
     wanted = None if numbers is None else set(numbers)
     if wanted is not None and len(wanted) <= MOST_BOUND:
         query, wanted = query.where(TRIALS.c.number.in_(wanted)), None
-    with engine.connect() as connection:
+    with engine.execution_options(reading=True).connect() as connection:
         if engine.dialect.name == "postgresql":  # a cursor on the server needs a transaction
             connection = connection.execution_options(isolation_level="READ COMMITTED")
         for row in connection.execution_options(yield_per=MOST_FETCHED).execute(query).mappings():
@@ -383,7 +383,7 @@ def parameters(engine: sa.Engine, study_id: int, number: int) -> dict[str, Any]:
         .where(TRIALS.c.study_id == study_id, TRIALS.c.number == number)
         .order_by(TRIAL_PARAMS.c.param_id)
     )
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         rows = connection.execute(query).all()
     try:
         return {name: json_to_distribution(text).to_external_repr(value) for name, value, text in rows}
@@ -402,7 +402,7 @@ def failures(engine: sa.Engine, study_id: int) -> dict[int, str]:
         .where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.FAIL)
         .order_by(TRIALS.c.number)
     )
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         return {
             number: str(_or_itself(text)) if text else error or "no reason is known"
             for number, text, error in connection.execute(query)
@@ -425,7 +425,7 @@ def last_errors(engine: sa.Engine, study_id: int) -> dict[int, str]:
         .where(TRIALS.c.study_id == study_id, LEASES.c.last_error.is_not(None))
         .order_by(TRIALS.c.number)
     )
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         return {row.number: row.last_error for row in connection.execute(query)}
 
 
@@ -455,7 +455,7 @@ def attempts(engine: sa.Engine, study_id: int, *, failed: int | None = None) -> 
         query = query.order_by(ATTEMPTS.c.started_at)
     else:
         query = query.where(ATTEMPTS.c.error.is_not(None)).order_by(ATTEMPTS.c.started_at.desc()).limit(failed)
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         log = [Attempt(**row) for row in connection.execute(query).mappings()]
     return log if failed is None else log[::-1]
 
@@ -509,7 +509,7 @@ def study_summaries(engine: sa.Engine) -> list[StudySummary]:
         .group_by(TRIALS.c.study_id)
     )
     states: dict[int, dict[str, int]] = {}
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         names = connection.execute(studies).all()
         for study_id, state, count in connection.execute(by_state):
             states.setdefault(study_id, {})[STATE_NAMES[state]] = count

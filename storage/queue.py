@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage import artifacts, object_store, trial_logs
-from storage.engine import database_time, live_lease, upsert
+from storage.engine import database_time, live_lease, reader, upsert
 from storage.errors import UserError
 from storage.retry import retry
 from storage.schema import (
@@ -221,7 +221,7 @@ class Queue:
         LeaseLost: somebody has finished the trial (optuna-dashboard, `study.tell`) or deleted it.
         """
         query = sa.select(TRIALS.c.state).where(TRIALS.c.trial_id == lease.trial_id)
-        with self.engine.execution_options(reading=True).connect() as connection:
+        with reader(self.engine).connect() as connection:
             state = connection.scalar(query)
         if state not in UNFINISHED:
             raise LeaseLost(f"trial {lease.number} was finished or deleted by somebody else")
@@ -301,7 +301,9 @@ class Queue:
                 ]
                 if steps:
                     reported = upsert(self.engine, REPORTS)
-                    connection.execute(reported.on_conflict_do_nothing(index_elements=["trial_id", "step"]), steps)
+                    unless_there = reported.on_conflict_do_nothing(index_elements=["trial_id", "step"])
+                    # RETURNING makes it one statement for all rows, not one a row.
+                    connection.execute(unless_there.returning(REPORTS.c.step), steps).all()
                 self._set_attributes(connection, lease.trial_id, notes or {}, TRIAL_SYSTEM_ATTRS)
                 trial_logs.write(connection, lease.trial_id, lease.token, lines)
 
@@ -458,7 +460,7 @@ class Queue:
         query = query.where(EPOCHS.c.trial_id == trial_id)
 
         def once() -> StoredProgress:
-            with self.engine.connect() as connection:
+            with reader(self.engine).connect() as connection:
                 stored, last, stop = connection.execute(query).one()
             return StoredProgress(stored or 0, last or 0, stop)
 
@@ -466,7 +468,7 @@ class Queue:
 
     def _count(self, query: sa.Select[Any]) -> int:
         def once() -> int:
-            with self.engine.connect() as connection:
+            with reader(self.engine).connect() as connection:
                 return int(connection.scalar(query) or 0)
 
         return retry(once, stopping=self.stopping)

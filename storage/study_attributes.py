@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from storage import object_store
-from storage.engine import upsert
+from storage.engine import reader, upsert
 from storage.errors import UserError
 from storage.retry import retry
 from storage.schema import STUDY_ATTRS, STUDY_SYSTEM_ATTRS
@@ -26,7 +26,7 @@ def read_attributes(engine: sa.Engine, study_id: int, keys: Sequence[str]) -> di
     """Those of `keys` that the study has."""
     query = sa.select(STUDY_ATTRS.c.key, STUDY_ATTRS.c.value_json)
     query = query.where(STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key.in_(keys))
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         return {key: decoded(key, value) for key, value in connection.execute(query)}
 
 
@@ -88,7 +88,7 @@ def read_system_attributes(engine: sa.Engine, study_id: int, pattern: str) -> di
     """Optuna's and optuna-dashboard's attributes of the study whose key is LIKE `pattern`."""
     of_study = STUDY_SYSTEM_ATTRS.c.study_id == study_id
     query = sa.select(STUDY_SYSTEM_ATTRS.c.key, STUDY_SYSTEM_ATTRS.c.value_json)
-    with engine.execution_options(reading=True).connect() as connection:
+    with reader(engine).connect() as connection:
         rows = connection.execute(query.where(of_study, STUDY_SYSTEM_ATTRS.c.key.like(pattern)))
         return {key: decoded(key, value) for key, value in rows}
 

@@ -10,6 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from storage.derive import derive as copy_trials
+from storage.engine import reader
 from storage.enqueue import QUEUE_POSITION
 from storage.errors import UserError
 from storage.exclusions import excluded
@@ -130,7 +131,7 @@ def plan(source: OpenStudy, config: StudyConfig) -> Derivation:
     Raises:
         UserError: more trials fit than the config asks for.
     """
-    with source.engine.connect() as connection:
+    with reader(source.engine).connect() as connection:
         left_out = excluded(connection, source.id)
     fitting: dict[int, FrozenTrial] = {}
     not_taken: dict[int, str] = {}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from storage import artifacts, queries
 from storage.artifacts import DatabaseArtifactStore
-from storage.engine import open_engine
+from storage.engine import open_engine, reader
 from storage.errors import UserError
 from storage.object_store import MODEL, MOST_BYTES
 from storage.url import DEFAULT
@@ -195,7 +195,7 @@ def read_model(source: str | os.PathLike[str], storage: str | None, trial: int |
     study_id, attributes = queries.find(engine, name)
     models = artifacts.stored(engine, study_id)
     chosen = next((model for model in models if trial is None or model.trial == trial), None)
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         best = queries.best_trial(connection, study_id)
     if chosen is not None and trial is None and best is not None and best[1] != chosen.trial:
         logger.warning(

@@ -20,7 +20,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from storage.engine import database_time
+from storage.engine import database_time, reader
 from storage.errors import UserError
 from storage.object_store import MODEL
 from storage.optuna_internals import DashboardRoute as Route
@@ -141,7 +141,7 @@ class RouteRules:
             if value is not None and not 0 <= value <= MAX_ID:
                 _refuse(404, "no study or trial has this id")
         trial = None
-        with self.engine.connect() as connection:
+        with reader(self.engine).connect() as connection:
             if trial_id is not None:
                 query = sa.select(TRIALS.c.study_id, TRIALS.c.number, TRIALS.c.state)
                 row = connection.execute(query.where(TRIALS.c.trial_id == trial_id)).one_or_none()
@@ -161,7 +161,7 @@ class RouteRules:
         leased = leased.where(TRIALS.c.study_id == study.id, LEASES.c.expires_at > database_time(self.engine))
         if trial_id is not None:
             leased = leased.where(TRIALS.c.trial_id == trial_id)
-        with self.engine.connect() as connection:
+        with reader(self.engine).connect() as connection:
             numbers = connection.scalars(leased.order_by(TRIALS.c.number)).all()
         if numbers:
             some = ", ".join(map(str, numbers[:5])) + ", …" * (len(numbers) > 5)

@@ -246,12 +246,13 @@ def _trial(name: str, storage: str | None, trial: int | None) -> tuple[int, dict
     """Number, parameters, seed, value, config and data fingerprint of a complete trial; None: of the best."""
     from optuna.trial import TrialState
 
+    from storage.engine import reader
     from storage.queries import best_trial
     from study.create import open_study
 
     study = open_study(storage_url(storage), name)
     if trial is None:
-        with study.engine.connect() as connection:
+        with reader(study.engine).connect() as connection:
             best = best_trial(connection, study.id)
         if best is None:
             raise UserError(f"no trial of {name!r} is complete yet; see: {command_for(study.url, 'status', name)}")
