@@ -25,6 +25,7 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.types import ARRAY
 
 from storage.engine import reader
 from storage.errors import Unreadable
@@ -61,6 +62,8 @@ class _Past:
     """The largest id of a trial in a final state."""
     open: list[int] = field(default_factory=list)
     """Trials to look at again each time; those WAITING beyond `last_final` are looked at once they no longer are."""
+    at_work: list[int] = field(default_factory=list)
+    """Trials that are RUNNING."""
     excluded_text: str = "{}"
     """The study's attribute as it was when `columns` were read."""
     excluded: frozenset[int] = frozenset()
@@ -172,7 +175,9 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
         past.complete = _complete(past)
     last = max(past.stamps, default=-1)
     known = {"study": study_id, "last": last, "last_final": past.last_final, "open": past.open}
-    stamps: dict[int, Stamp] = {id: (state, done) for id, state, done in connection.execute(_CHANGED, known)}
+    known["at_work"] = [] if running else past.at_work
+    rows = connection.execute(_changed(connection.dialect.name), known)
+    stamps: dict[int, Stamp] = {id: (state, done) for id, state, done in rows}
     stale = sorted(
         id
         for id, stamp in stamps.items()
@@ -195,6 +200,7 @@ def _refresh(connection: sa.Connection, study_id: int, past: _Past, *, running: 
         for id, (state, _) in past.stamps.items()
         if state not in FINAL and (state != TrialState.WAITING or id < past.last_final)
     ]
+    past.at_work = [id for id, (state, _) in past.stamps.items() if state == TrialState.RUNNING]
 
 
 def _complete(past: _Past) -> int:
@@ -316,15 +322,29 @@ class _OfTrials:
         return connection.execute(self.among, {"ids": ids, **more}).all()
 
 
-_CHANGED = sa.select(TRIALS.c.trial_id, TRIALS.c.state, TRIALS.c.datetime_complete).where(
-    TRIALS.c.study_id + 0 == sa.bindparam("study"),  # + 0: not by the index on it, which leads to all of the study
-    sa.or_(
-        TRIALS.c.trial_id > sa.bindparam("last"),
-        sa.and_(TRIALS.c.trial_id > sa.bindparam("last_final"), TRIALS.c.state != TrialState.WAITING),
-        TRIALS.c.trial_id.in_(sa.bindparam("open", expanding=True)),
-    ),
-)
-"""All trials that are new, or may have changed since they were read."""
+@functools.cache
+def _changed(dialect: str) -> sa.Select[Any]:
+    """All trials that are new, or may have changed since they were read, without those that are `at_work` as they were:
+    each of a thousand workers would read every second that all the others are.
+    """
+    ids, state = TRIALS.c.trial_id, TRIALS.c.state
+
+    def among(name: str) -> sa.ColumnElement[bool]:
+        if dialect == "postgresql":  # one parameter, and so one statement, however many they are
+            return ids == sa.any_(sa.bindparam(name, type_=ARRAY(sa.Integer)))
+        return ids.in_(sa.bindparam(name, expanding=True))
+
+    return sa.select(ids, state, TRIALS.c.datetime_complete).where(
+        TRIALS.c.study_id + 0 == sa.bindparam("study"),  # + 0: not by the index on it, which leads to all of the study
+        sa.or_(
+            ids > sa.bindparam("last"),
+            sa.and_(ids > sa.bindparam("last_final"), state != TrialState.WAITING),
+            among("open"),
+        ),
+        sa.not_(sa.and_(state == TrialState.RUNNING, among("at_work"))),
+    )
+
+
 _TRIALS = _OfTrials(
     sa.select(TRIALS.c.trial_id, TRIALS.c.number, TRIALS.c.state, TRIALS.c.datetime_start, TRIALS.c.datetime_complete),
     TRIALS.c.trial_id,
