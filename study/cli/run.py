@@ -287,7 +287,7 @@ def worker(
     try:
         exit_code = work(name, url, device, data_root(root), wait=wait)
     except WorkerBroken as error:
-        # Mostly own code that raises: what is to be read is its traceback, which each attempt has stored.
+        # What is to be read is the traceback, which each attempt has stored.
         logger.error("%s; traceback: %s", error, command_for(url, "logs", name))
         raise typer.Exit(exit_codes.UNEXPECTED) from None
     except DatabaseUnavailable as error:

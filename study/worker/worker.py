@@ -121,6 +121,7 @@ def _work_through(
 ) -> bool:
     """Claim and run trials; whether all of the study's have finished."""
     errors, waited = 0, 0.0
+    own_error = ""  # of the last attempt, as text with its place in own code
     while not stop():
         lease = queue.claim()
         if lease is None:
@@ -135,7 +136,7 @@ def _work_through(
         try:
             with queue.renewing(lease):
                 run_trial(study, config, data, queue, lease, stop, fallback_folder)
-            errors = 0
+            errors, own_error = 0, ""
             stop.check(with_budgets=False)  # of a study that ends with this trial no other is begun
         except LeaseLost as lost:
             logger.warning("%s; this worker drops it", lost)
@@ -145,10 +146,13 @@ def _work_through(
             queue.release(lease)
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}{extensions.place_of(error)}"
+            place = extensions.place_of(error)
+            reason = f"{type(error).__name__}: {error}{place}"
             logger.warning("trial %d: attempt failed: %s", lease.number, reason)
             logger.debug("the traceback of trial %d", lease.number, exc_info=True)
-            errors += 1
+            # Own code that raises the same again does so in any process: another would be no better.
+            errors = 1 if reason == own_error else errors + 1
+            own_error = reason if place else ""
             # A device in error stays so for this process: its next trials must not pay for it.
             broken = data.device.type == "cuda" and "CUDA" in reason
             queue.release(lease, error=reason)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from optuna.samplers import RandomSampler
-from optuna.trial import create_trial
+from optuna.trial import TrialState, create_trial
 
+from storage import queries
 from storage.errors import UserError
 from storage.optuna_internals import study_id_of
 from storage.queue import Queue
@@ -22,6 +23,8 @@ from study.search import space
 from study.training.data.dataset import DataError
 from study.training.trainer import Trainer
 from study.trial.runner import InvalidParameters, ask
+from study.worker.stop_monitor import StopMonitor
+from study.worker.worker import WorkerBroken, _work_through
 from tests.support import own_code
 from tests.support.command import study
 from tests.support.harness import Harness, StopAfter, config_of
@@ -253,3 +256,27 @@ def test_an_error_names_its_line_of_own_code(sqlite_url: str, tmp_path: Path) ->
     with pytest.raises(KeyError, match="oops") as raised:
         harness.work(most=1)
     assert extensions.place_of(raised.value) == f" (own_code.py:{line_of('raise KeyError')})"
+
+
+def work_through(run: Harness) -> bool:
+    stop = StopMonitor(lambda: False)
+    return _work_through(run.study, run.config, run.data, run.queue(max_attempts=3), stop, run.fallback, wait=False)
+
+
+def test_own_code_that_raises_the_same_again_does_not_cost_its_worker(sqlite_url: str) -> None:
+    """It would raise in any process. The attempts of each trial are counted as ever."""
+    policy = {"alpha": 60, "beta": [0.3, 0.6]}
+    run = Harness(sqlite_url, config_of(network={"name": "own_code:broken", "width": 1.0}, policy=policy))
+    assert work_through(run)
+    assert [trial.state for trial in run.study.trials] == [TrialState.FAIL] * 2
+    assert len(queries.attempts(run.storage.engine, study_id_of(run.study))) == 2 * 3
+    assert (
+        run.messages.count(f"trial 0: attempt failed: KeyError: 'oops' (own_code.py:{line_of('raise KeyError')})") == 3
+    )
+
+
+def test_own_code_that_raises_something_else_may_be_the_processs_fault(sqlite_url: str) -> None:
+    run = Harness(sqlite_url, config_of(network={"name": "own_code:unsteady", "width": 1.0}))
+    with pytest.raises(WorkerBroken, match="ValueError: after"):
+        work_through(run)
+    assert len(queries.attempts(run.storage.engine, study_id_of(run.study))) == 2

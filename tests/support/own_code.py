@@ -64,6 +64,20 @@ class Broken(nn.Module):
         return logits
 
 
+class Unsteady(Broken):
+    """As Broken, with another message each time."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        try:
+            return super().forward(images)
+        except KeyError as error:
+            raise ValueError(f"after {time.monotonic_ns()} ns") from error
+
+
+def unsteady(classes: int, channels: int, size: int) -> nn.Module:
+    return Unsteady(channels * size * size)
+
+
 def broken(classes: int, channels: int, size: int) -> nn.Module:
     return Broken(channels * size * size)
 
