@@ -87,7 +87,8 @@ OnEvent = Annotated[
     typer.Option(
         "--on-event",
         metavar="COMMAND",
-        help="Run this when a trial has finished or failed, at a new best, and at the end: JSON on its standard input.",
+        help="Run this when a trial has finished or failed, at a new best, and at the end: a line of JSON on its "
+        "standard input.",
         show_default=False,
     ),
 ]

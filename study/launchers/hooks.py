@@ -1,7 +1,7 @@
 """Runs a person's command at the events of a study: for mail, chats and whatever else a program can reach.
 
-The command gets one event as JSON on its standard input. It is run by the launcher, never by a worker; what it prints
-is dropped, and whatever goes wrong with it is one warning in all.
+The command gets one event as a line of JSON on its standard input. It is run by the launcher, never by a worker; what
+it prints is dropped, and whatever goes wrong with it is one warning in all.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class EventHook:
             **details,
         }
         try:
-            self._events.put_nowait(json.dumps(document))
+            self._events.put_nowait(f"{json.dumps(document)}\n")
         except queue.Full:
             self._warn(f"it is {MOST_WAITING} events behind; events are dropped")
 

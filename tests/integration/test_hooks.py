@@ -51,9 +51,10 @@ def send(study: OpenStudy, command: list[str], code: int = OK) -> None:
 
 def test_a_command_gets_every_event_in_order(study: OpenStudy, tmp_path: Path) -> None:
     file = tmp_path / "events with a space.jsonl"
-    program = "import sys; open(sys.argv[1], 'a').write(sys.stdin.read() + '\\n'); print('x' * 100_000)"
+    program = "import sys; open(sys.argv[1], 'a').write(sys.stdin.read()); print('x' * 100_000)"
     send(study, [sys.executable, "-c", program, str(file)])
-    events = [json.loads(line) for line in file.read_text().splitlines()]
+    assert file.read_text().endswith("}\n")
+    events = [json.loads(line) for line in file.read_text().splitlines()]  # a line each, as `cat >> FILE` has them
     assert [(event["event"], event.get("trial")) for event in events] == [
         ("trial-finished", 0), ("new-best", 0), ("trial-finished", 1), ("new-best", 1), ("trial-finished", 2),
         ("trial-failed", 3), ("study-finished", None),
