@@ -77,7 +77,7 @@ def _curves_by_setting(figure: go.Figure, data: StudyData, findings: Findings) -
     kinds: set[str] = set()
     for i, cell in enumerate(sorted(findings.cells, key=lambda cell: -cell.accuracy.mean)):
         for row in (row for row in cell.ended if row.number in data.curves):
-            kinds |= _add_curve(figure, data, row, COLOURS[i], width=1, opacity=0.35, size=5)
+            kinds |= _add_curve(figure, data, row, COLOURS[i], width=1, opacity=0.6, size=5)
         curves = [data.curves[row.number] for row in cell.rows if row.number in data.curves]
         y = [100 * float(np.mean([e["accuracy"] for e in epochs])) for epochs in zip(*curves, strict=False)]
         if y:
@@ -101,7 +101,7 @@ def _curves_by_trial(figure: go.Figure, data: StudyData, rows: list[TrialRow]) -
         if rank < len(COLOURS):
             kinds |= _add_curve(figure, data, row, COLOURS[rank], width=2, opacity=1.0, size=8, rank=rank)
         else:
-            _add_curve(figure, data, row, REST, width=1, opacity=0.5, size=0)
+            _add_curve(figure, data, row, REST, width=1, opacity=1.0, size=0)
     return ranked, kinds
 
 

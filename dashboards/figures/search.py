@@ -146,12 +146,12 @@ def parallel(data: StudyData) -> go.Figure | None:
     ends.append((f"{min(values):.1f}", f"{max(values):.1f}"))
     first, second = max(1, round(0.1 * len(rows))), max(2, round(0.5 * len(rows)))
     groups = [
-        (f"best {count(first, 'trial')}", 0, first, COLOURS[1], 2.0, 0.9),
-        (f"next {count(second - first, 'trial')}", first, second, COLOURS[0], 1.0, 0.5),
-        (f"other {count(len(rows) - second, 'trial')}", second, len(rows), REST, 1.0, 0.3),
+        (f"best {count(first, 'trial')}", 0, first, COLOURS[1], 2.0),
+        (f"next {count(second - first, 'trial')}", first, second, COLOURS[0], 1.5),
+        (f"other {count(len(rows) - second, 'trial')}", second, len(rows), REST, 1.0),
     ]
     figure = go.Figure()
-    for rank, (name, start, end, colour, width, opacity) in reversed(list(enumerate(groups))):
+    for rank, (name, start, end, colour, width) in reversed(list(enumerate(groups))):
         x: list[float | None] = []
         y: list[float | None] = []
         step = max(1, math.ceil((end - start) * len(groups) / MOST_POINTS))
@@ -161,8 +161,8 @@ def parallel(data: StudyData) -> go.Figure | None:
             y += [*(place for _, place in points), None]
         if x:
             figure.add_scatter(
-                x=x, y=y, mode="lines", name=name, line={"color": colour, "width": width}, opacity=opacity,
-                legendrank=rank, hoverinfo="skip",
+                x=x, y=y, mode="lines", name=name, line={"color": colour, "width": width}, legendrank=rank,
+                hoverinfo="skip",
             )  # fmt: skip
     figure.update_xaxes(
         tickvals=list(range(len(names))),

@@ -100,6 +100,29 @@ def test_contrasts_are_wcag_aa_on_light_and_dark() -> None:
     assert contrast("#444444", "#ffffff") >= 4.5
 
 
+def blended(colour: str, opacity: float, page: str) -> str:
+    """What is seen of a colour on a page."""
+    parts = [(int(colour[i : i + 2], 16), int(page[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(opacity * over + (1 - opacity) * under):02x}" for over, under in parts)
+
+
+def test_thin_lines_are_seen_on_light_and_dark() -> None:
+    """Opacity takes a colour's contrast away: the lines of the trials that are not the best were at 1.4 to 2.1."""
+    few = grid_study(3)
+    seeds = replace(few, rows=few.rows[:9])
+    for figure, least in (
+        (search.parallel(search_study(30)), 3),
+        (accuracy.learning_curves(search_study(30), aggregate.findings(search_study(30))), 3),
+        (accuracy.learning_curves(seeds, aggregate.findings(seeds)), 2),  # of a seed, beside the mean's thick line
+    ):
+        assert figure is not None
+        lines = [trace for trace in figure.data if trace.mode == "lines"]
+        assert len(lines) >= 3
+        for page in ("#ffffff", "#121212"):
+            seen = [blended(trace.line.color, trace.opacity or 1.0, page) for trace in lines]
+            assert min(contrast(colour, page) for colour in seen) >= least
+
+
 def test_the_heat_map_is_scaled_on_complete_cells_and_hatches_pruned_ones() -> None:
     data = grid_study(states=["pruned"] * 4)
     table = aggregate.grid(data)
