@@ -24,6 +24,7 @@ from storage.engine import reader
 from storage.origins import Derived, Informed, derived_from, informed_by
 from storage.queries import Attempt, Progress, Running, StudySummary
 from storage.text import command, printable
+from study.config import extensions as own_code
 
 SECONDS = 1.0
 """Between two looks of `--watch`."""
@@ -191,6 +192,7 @@ def page(status: Status, storage: str | None = None, width: int = WIDE) -> Rende
         lines.append(f"trial {trial.number} is interrupted (epoch {trial.epoch} of {_epochs(status)})")
     if now.finished < now.total:
         resume = command("resume", status.name, storage=storage)
+        resume += " --code FOLDER" * own_code.named_in(status.config)
         if status.stop == stop_requests.STOP_REQUESTED:
             lines.append(f"{status.stop}; continue with: {resume}")
         elif status.ended_early:

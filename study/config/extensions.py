@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ def is_import_path(text: str) -> bool:
     """Whether `text` names own code: `module:name`, with another module than `torchvision`."""
     match = IMPORT_PATH.fullmatch(text)
     return match is not None and match["module"] != "torchvision"
+
+
+def named_in(config: Mapping[str, Any]) -> bool:
+    """Whether a stored config, which need not be one of this version, names own code."""
+    sections = [config.get(section) for section in ("data", "network", "policy")]
+    named = [section.get("name") for section in sections if isinstance(section, Mapping)]
+    search = config.get("search")
+    cells = search.get("cells") if isinstance(search, Mapping) else None
+    for cell in cells if isinstance(cells, list) else []:  # of a confirmation
+        named += [cell.get("network"), cell.get("policy")] if isinstance(cell, Mapping) else []
+    names = [name for each in named for name in (each if isinstance(each, list) else [each])]
+    return any(isinstance(name, str) and is_import_path(name) for name in names)
 
 
 def allowed_folders() -> list[Path]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
+from dashboards import status
 from storage import queries
 from storage.errors import UserError
 from storage.optuna_internals import study_id_of
@@ -28,6 +32,7 @@ from study.worker.worker import WorkerBroken, _work_through
 from tests.support import own_code
 from tests.support.command import study
 from tests.support.harness import Harness, StopAfter, config_of
+from tests.support.made_studies import made
 
 CODE = Path(own_code.__file__).parent
 
@@ -280,3 +285,27 @@ def test_own_code_that_raises_something_else_may_be_the_processs_fault(sqlite_ur
     with pytest.raises(WorkerBroken, match="ValueError: after"):
         work_through(run)
     assert len(queries.attempts(run.storage.engine, study_id_of(run.study))) == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({}, False),
+        ({"network": {"name": "torchvision:resnet18"}}, False),
+        ({"network": {"name": ["paper", "own_code:make"]}}, True),
+        ({"policy": {"name": "own_code:Hardest", "alpha": 60}}, True),
+        ({"data": {"name": "own_code:table", "train_images": 90}, "network": {"name": "own_code:mlp"}}, True),
+        ({"search": {"cells": [{"network": "own_code:make"}, {"network": "paper"}]}}, True),
+    ],
+)
+def test_a_status_says_that_own_code_needs_its_folder(
+    sections: dict[str, Any], named: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(**{"policy": {"alpha": 60, "beta": 0.5}} | sections)
+    assert bool(config.own_code()) == named
+    stored = made({"dynamic": [0.5]}, config_of(policy={"alpha": 60, "beta": 0.5}), waiting=1).status
+    page = status.page(replace(stored, config=json.loads(config.model_dump_json())))
+    Console(width=200).print(page)
+    command = f"continue with: study resume made{' --code FOLDER' if named else ''}"
+    assert capsys.readouterr().out.strip().endswith(command)
+    assert not extensions.named_in({"data": None, "network": {"name": 3}, "policy": [], "search": {"cells": [1]}})
