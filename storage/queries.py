@@ -107,7 +107,10 @@ def find(engine: sa.Engine, name: str) -> tuple[int, dict[str, Any]]:
         if "config" in stored and _lacks_our_rows(connection, study_id):
             raise UserError(incomplete_copy(name, "this storage"))
     if "config" not in stored:
-        raise UserError(f"the study {name!r} was not created by `study launch`: it has no config")
+        raise UserError(
+            f"the study {name!r} was not created by `study launch`: it has no config; Optuna's own commands show and "
+            "delete it: optuna trials, optuna delete-study"
+        )
     return study_id, stored
 
 

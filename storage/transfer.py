@@ -44,7 +44,7 @@ from storage.schema import (
     TRIAL_VALUES,
     TRIALS,
 )
-from storage.study_attributes import STORE_KEY, store_of
+from storage.study_attributes import STORE_KEY, read_attributes, store_of
 from storage.study_name import check_study_name
 from storage.url import sqlite_url
 
@@ -95,6 +95,17 @@ def check_source(source: RDBStorage, name: str, new_name: str | None = None) -> 
     check_study_name(new_name or name)
     with source.engine.connect() as connection:
         _refuse_live(connection, find_study(connection, name), name, "copying", "stop those workers first")
+
+
+def is_ours(storage: RDBStorage, name: str) -> bool:
+    """Whether `study launch` or `study derive` created it: other studies of Optuna have no config.
+
+    Raises:
+        UserError: no such study.
+    """
+    with storage.engine.connect() as connection:
+        study_id = find_study(connection, name)
+    return bool(read_attributes(storage.engine, study_id, ["config"]))
 
 
 def import_study(

@@ -31,12 +31,15 @@ def copy(
     from storage.engine import open_storage
     from storage.queries import find
     from storage.study_attributes import set_attribute
-    from storage.transfer import COPIED_TO, check_source
+    from storage.transfer import COPIED_TO, check_source, is_ours
     from storage.transfer import copy as copy_study
 
     opened = open_storage(source, create=False, reading=True)
     check_source(opened, name, new_name)  # before the target is made
     count = copy_study(opened, open_storage(target), name, new_name)
+    if not is_ours(opened, name):
+        logger.info("copied %d trials of %r to %s", count, name, shown(target))
+        return
     resume = command_for(target, "resume", new_name or name)
     try:
         engine = open_storage(source, create=False).engine
@@ -54,12 +57,18 @@ def export(
     Example: study export quick quick.study
     """
     from storage.engine import close, open_storage
-    from storage.transfer import check_source
+    from storage.transfer import check_source, is_ours
     from storage.transfer import copy as copy_study
     from storage.url import sqlite_url
 
     source = open_storage(storage_url(storage), create=False, reading=True)
     check_source(source, name)
+    if not is_ours(source, name):
+        words = ("copy", name, "--from", shown(storage_url(storage)), "--to", shown(sqlite_url(file)))
+        raise UserError(
+            f"the study {name!r} was not created by `study launch`, so `study import` would not read it back; "
+            f"copy it with: {command(*words)}"
+        )
     try:
         file.open("x").close()  # from here on it is this export's, and no other's to remove
     except FileExistsError:

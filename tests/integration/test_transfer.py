@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -693,6 +694,24 @@ def test_a_refused_copy_makes_no_target(tmp_path: Path) -> None:
         done = command.study("export", words[0], "x.study", "--storage", url, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
     assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"study.db"}
+
+
+def test_a_study_of_optunas_own_is_copied_and_not_exported(tmp_path: Path) -> None:
+    """`study import` would refuse the file, and `study resume` the copy: neither is suggested."""
+    url, to = (f"sqlite:///{tmp_path / name}.db" for name in ("study", "target"))
+    optuna.create_study(study_name="plain", storage=open_storage(url)).optimize(lambda _: 0.5, n_trials=2)
+    done = command.study("export", "plain", "x.study", "--storage", url, cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    suggested = done.stderr.strip().partition("copy it with: study ")[2]
+    assert not list(tmp_path.glob("x.study*"))
+    done = command.study(*shlex.split(suggested), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(optuna.load_study(study_name="plain", storage=f"sqlite:///{tmp_path / 'x.study'}").trials) == 2
+    done = command.study("copy", "plain", "--from", url, "--to", to, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, f"copied 2 trials of 'plain' to {to}\n")
+    done = command.study("delete", "plain", "--yes", "--storage", to, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "optuna delete-study" in done.stderr
 
 
 def test_an_export_that_finds_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
