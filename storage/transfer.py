@@ -44,7 +44,7 @@ from storage.schema import (
     TRIAL_VALUES,
     TRIALS,
 )
-from storage.study_attributes import STORE_KEY, read_attributes, store_of
+from storage.study_attributes import STORE_KEY, read_attributes, set_attribute, store_of
 from storage.study_name import check_study_name
 from storage.url import sqlite_url
 
@@ -106,6 +106,29 @@ def is_ours(storage: RDBStorage, name: str) -> bool:
     with storage.engine.connect() as connection:
         study_id = find_study(connection, name)
     return bool(read_attributes(storage.engine, study_id, ["config"]))
+
+
+def refuse_if_copied(engine: sa.Engine, name: str, fix: str) -> None:
+    """Of a study that gets work: its copy and it would diverge.
+
+    Args:
+        fix: what to do instead.
+
+    Raises:
+        UserError: no such study, or it was copied.
+    """
+    with engine.connect() as connection:
+        study_id = find_study(connection, name)
+    if copy := read_attributes(engine, study_id, [COPIED_TO]).get(COPIED_TO):
+        raise UserError(f"the study {name!r} was copied (to {copy}); {fix}")
+
+
+def forget_copy(engine: sa.Engine, name: str) -> None:
+    """From here on the study counts as one that was not copied."""
+    with engine.connect() as connection:
+        study_id = find_study(connection, name)
+    if read_attributes(engine, study_id, [COPIED_TO]).get(COPIED_TO):
+        set_attribute(engine, study_id, COPIED_TO, None)
 
 
 def import_study(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from storage.errors import UserError
-from study.cli.options import Assignments, Code, Name, Storage, command_for, storage_url
+from study.cli.options import Assignments, Code, Force, Name, Storage, command_for, storage_url
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +23,25 @@ def enqueue(
         typer.Option(help="Of the trial. Default: a grid's first seed, else the study's plus the number."),
     ] = None,
     storage: Storage = None,
+    force: Force = False,
 ) -> None:
     """Queue one more trial, with parameters of your choice.
 
     Example: study enqueue quick alpha=500 beta=0.3
     """
+    from storage.transfer import forget_copy, refuse_if_copied
     from study.create import open_study
     from study.enqueue import enqueue as enqueue_trial
     from study.enqueue import parse_parameters
 
     chosen = parse_parameters(parameters or [])
     url = storage_url(storage)
-    number = enqueue_trial(open_study(url, name), chosen, seed)
+    study = open_study(url, name)
+    if not force:
+        refuse_if_copied(study.engine, name, "queue the trial in the copy, or in this one with --force")
+    number = enqueue_trial(study, chosen, seed)
+    if force:
+        forget_copy(study.engine, name)
     resume = command_for(url, "resume", name)
     logger.info("queued trial %d of %r; workers that run take it, else: %s", number, name, resume)
 

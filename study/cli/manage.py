@@ -11,7 +11,7 @@ import typer
 
 from storage.errors import UserError
 from storage.text import command
-from study.cli.options import Name, NewName, Storage, command_for, shown, storage_url
+from study.cli.options import Force, Name, NewName, Storage, command_for, shown, storage_url
 
 logger = logging.getLogger(__name__)
 
@@ -127,17 +127,24 @@ def requeue(
     storage: Storage = None,
     failed: Annotated[bool, typer.Option("--failed", help="All failed trials.")] = False,
     trial: Annotated[list[int] | None, typer.Option(help="The number of one failed trial. Repeatable.")] = None,
+    force: Force = False,
 ) -> None:
     """Queue failed trials again, to be run from their start.
 
     Example: study requeue quick --failed
     """
     from storage.engine import open_storage
+    from storage.transfer import forget_copy, refuse_if_copied
     from storage.transfer import requeue as requeue_trials
 
     if failed == bool(trial):
         raise UserError("requeue takes --failed or --trial N, one of them")
-    numbers = requeue_trials(open_storage(storage_url(storage), create=False), name, trials=None if failed else trial)
+    opened = open_storage(storage_url(storage), create=False)
+    if not force:
+        refuse_if_copied(opened.engine, name, "requeue trials in the copy, or in this one with --force")
+    numbers = requeue_trials(opened, name, trials=None if failed else trial)
+    if force:
+        forget_copy(opened.engine, name)
     resume = command_for(storage_url(storage), "resume", name)
     logger.info("queued %d trials of %r again; run them with: %s", len(numbers), name, resume)
 

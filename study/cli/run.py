@@ -434,16 +434,15 @@ def _refuse_if_copied(study: OpenStudy, force: bool) -> None:
     UserError: the study was copied and has work left: its copy and it would diverge.
     """
     from storage.queries import progress
-    from storage.study_attributes import read_attributes, set_attribute
-    from storage.transfer import COPIED_TO
+    from storage.transfer import forget_copy, refuse_if_copied
 
-    copy = read_attributes(study.engine, study.id, [COPIED_TO]).get(COPIED_TO)
     now = progress(study.engine, study.id)
-    if not copy or now.finished == now.total:
+    if now.finished == now.total:
         return
-    if not force:
-        raise UserError(f"the study {study.name!r} was copied (to {copy}); resume the copy, or this one with --force")
-    set_attribute(study.engine, study.id, COPIED_TO, None)
+    if force:
+        forget_copy(study.engine, study.name)
+    else:
+        refuse_if_copied(study.engine, study.name, "resume the copy, or this one with --force")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from study.create import OpenStudy
 from study.enqueue import enqueue, parse_parameters
 from study.trial.runner import run_trial
 from study.worker.stop_monitor import StopMonitor
+from tests.support.command import study
 from tests.support.harness import Harness, config_of, scripted_accuracies
 
 
@@ -97,6 +99,36 @@ def test_a_value_between_two_steps_is_refused_with_the_step(sqlite_url: str) -> 
     config = config_of(policy={"alpha": alpha, "beta": 0.3}, search={"sampler": "random", "trials": 1})
     with pytest.raises(UserError, match=r"alpha must be within 60 to 100 \(step 20\), got 70"):
         enqueue(opened(Harness(sqlite_url, config)), {"alpha": 70})
+
+
+def test_a_study_that_was_copied_gets_work_by_force_only(sqlite_url: str, tmp_path: Path) -> None:
+    """As `study resume` would refuse to run it. Afterwards what is suggested works."""
+    harness = Harness(sqlite_url, config_of(policy={"alpha": [60, 90], "beta": 0.3}, training={"epochs": 1}))
+    harness.work()
+    enqueue(opened(harness), {"alpha": 70})
+    queue = harness.queue()
+    lease = queue.claim()
+    assert lease is not None
+    queue.fail(lease, "the disk was full")
+
+    def copied(*words: str) -> str:
+        at = ["--storage", sqlite_url]
+        done = study("copy", "s", "--from", sqlite_url, "--to", f"sqlite:///{tmp_path / words[0]}.db", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        done = study(*words, *at, cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert "was copied (to s in sqlite:///" in done.stderr
+        assert "in this one with --force" in done.stderr
+        assert sum(not trial.state.is_finished() for trial in harness.study.trials) == 0
+        done = study(*words, "--force", *at, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stderr.strip().rpartition(": study ")[2]
+
+    suggested = shlex.split(copied("requeue", "s", "--failed"))
+    done = study(*suggested, "--device", "cpu", "--workers", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    copied("enqueue", "s", "alpha=75")
+    assert [trial.state for trial in harness.study.trials] == [*[TrialState.COMPLETE] * 3, TrialState.WAITING]
 
 
 # Exclude
