@@ -117,6 +117,16 @@ class Findings:
         having = [cell for cell in self.cells if cell.rows]
         return sorted(having, key=lambda cell: -cell.measured(self.measure).mean)
 
+    @cached_property
+    def ranked(self) -> list[Cell]:
+        """All cells as people read them: the highest mean first, those without a complete trial last."""
+        return [*self.complete, *sorted((c for c in self.cells if not c.rows), key=lambda cell: -cell.accuracy.mean)]
+
+    @cached_property
+    def single(self) -> bool:
+        """Whether every cell is one trial."""
+        return all(len(cell.ended) == 1 for cell in self.cells)
+
 
 _known: WeakKeyDictionary[StudyData, Findings] = WeakKeyDictionary()
 

@@ -85,7 +85,8 @@ def logs(engine: sa.Engine, name: str, trial: int | None = None) -> Iterator[Row
 
 
 def settings(data: StudyData) -> list[Row]:
-    """A row a setting: means over its complete trials with their 95 % confidence interval. Its parameters come last.
+    """A row a setting: the numbers of its trials, means over the complete ones with their 95 % confidence interval. Its
+    parameters come last.
 
     A setting without a complete trial has the mean of its pruned ones, and `complete` is 0.
     """
@@ -95,6 +96,7 @@ def settings(data: StudyData) -> list[Row]:
         row: Row = {
             "study": data.name,
             "setting": cell.label,
+            "trials": [row.number for row in cell.ended],
             "complete": len(cell.rows),
             "pruned": len(cell.ended) - len(cell.rows),
         }

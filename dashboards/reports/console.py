@@ -40,7 +40,9 @@ def report_text(data: StudyData, width: int = WIDE) -> RenderableType:
     parts: list[RenderableType] = [Text(printable("\n".join(top)))]
     ended = [len(cell.ended) for cell in findings.cells]
     if any(each > 1 for each in ended) or ("policy" in data.parameters and any(ended)):
-        parts.append(_fitted(CELLS_TITLE, *cells_table(data, findings), width, folded=0))
+        heads, lines = cells_table(data, findings)
+        title, left = (SINGLES_TITLE, (len(heads) - 1,)) if findings.single else (CELLS_TITLE, ())
+        parts.append(_fitted(title, heads, lines, width, folded=0, left=left))
     else:
         parts.append(_trials(data, width))
     if findings.comparisons:
@@ -88,6 +90,7 @@ def _needed(heads: list[str], lines: list[list[str]], kept: Iterable[int], folde
     return 1 + sum(each + 2 for each in widths.values())
 
 
+SINGLES_TITLE = "Settings, best first: single runs"
 CELLS_TITLE = "Settings: mean (95 % interval over seeds and images), n: seeds, p: some pruned"
 COMPARISONS_TITLE = "Comparisons in points, paired by seed; intervals and p of the whole table (Bonferroni)"
 
@@ -99,20 +102,25 @@ def paper_sentences(beside: Beside | None) -> list[str]:
 
 
 def cells_table(data: StudyData, findings: Findings) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines: a cell a line, costs as means over its seeds; whether it may be the best, where that is "
-    "known."""
+    """Heads and lines: a cell a line, best first, costs as means over its seeds; whether it may be the best, where that
+    is known. Where all are single runs, the trial and, in the last column, its state.
+    """
     printed = {cell.label: papers(data, cell) for cell in findings.cells}
     with_test = any(cell.test for cell in findings.cells)
-    heads = ["setting", "n", "validation %", "sd", *(["test %"] if with_test else []), "images", "different", "seconds"]
+    heads = ["setting", *(["trial", "validation %"] if findings.single else ["n", "validation %", "sd"])]
+    heads += [*(["test %"] if with_test else []), "images", "different", "seconds"]
     heads += ["% of full time"] if findings.ratios else []
     heads += ["paper %"] if any(printed.values()) else []
     heads += ["may be best"] if findings.candidates else []
+    heads += ["state"] if findings.single else []
     lines = []
-    ordered = [*findings.complete, *(cell for cell in findings.cells if not cell.rows)]
-    for cell in ordered if findings.candidates else findings.cells:
+    for cell in findings.ranked:
         of, ratio, theirs = cell.accuracy, findings.ratios.get(cell.label), printed[cell.label]
-        line = [cell.label, str(of.n) + (" p" if cell.pruned else ""), interval(of)]
-        line.append("–" if of.sd is None else f"{100 * of.sd:.2f}")
+        if findings.single:
+            line = [cell.label, str(cell.ended[0].number), interval(of)]
+        else:
+            line = [cell.label, str(of.n) + (" p" if cell.pruned else ""), interval(of)]
+            line.append("–" if of.sd is None else f"{100 * of.sd:.2f}")
         if with_test:
             line.append(interval(cell.test) if cell.test else "–")
         line += [f"{cell.mean('images'):,.0f}", f"{cell.mean('seen'):,.0f}", f"{cell.mean('seconds'):.1f}"]
@@ -122,6 +130,7 @@ def cells_table(data: StudyData, findings: Findings) -> tuple[list[str], list[li
             line.append(f"{100 * theirs.accuracy:.1f}" if theirs else "–")
         if findings.candidates:
             line.append("yes" if cell in findings.candidates else "no" if cell.rows else "–")
+        line += [cell.ended[0].state] if findings.single else []
         lines.append(line)
     return heads, lines
 

@@ -131,7 +131,10 @@ def _study(data: StudyData, place: int) -> str:
         parts.append(_section("Beside the paper", _paper(beside)))
     if 1 < len(findings.cells) <= MOST_TRIALS:
         note = "Intervals of 95 %, over seeds and number of images. Costs are means over the seeds."
-        parts.append(_section("Settings", _table(*console.cells_table(data, findings), css="first"), note))
+        if findings.single:
+            note = "Best first. Single runs: nothing tells how far another seed would be from them."
+        css = "first last" if findings.single else "first"
+        parts.append(_section("Settings", _table(*console.cells_table(data, findings), css=css), note))
     if findings.comparisons:
         note = (
             "In points. Differences with simultaneous 95 % intervals: all hold together with 95 %. p adjusted "

@@ -135,6 +135,7 @@ def _cell(data: StudyData, cell: aggregate.Cell, findings: aggregate.Findings) -
         "label": cell.label,
         "parameters": cell.parameters,
         "policy": cell.policy,
+        "trials": [row.number for row in cell.ended],
         "complete": len(cell.rows),
         "pruned": len(cell.ended) - len(cell.rows),
         "accuracy": asdict(cell.accuracy),

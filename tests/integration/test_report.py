@@ -270,6 +270,26 @@ def test_single_runs_support_no_conclusion() -> None:
     assert aggregate.findings(data).comparisons[0].finding == "cannot tell"
 
 
+def test_settings_that_are_single_runs_come_best_first_with_their_trial() -> None:
+    config = config_of(
+        policy={"name": ["dynamic", "static"], "alpha": {"low": 30, "high": 90}, "beta": 0.5},
+        search={"sampler": "tpe", "trials": 4},
+    )
+    runs = [("dynamic", 40, 0.5), ("static", 50, 0.9), ("dynamic", 60, 0.7), ("static", 70, 0.6)]
+    cells = [({"policy": policy, "alpha": alpha}, [value]) for policy, alpha, value in runs]
+    data = made_cells(cells, config, states=["pruned", "complete", "complete", "pruned"])
+    heads, lines = console_report.cells_table(data, aggregate.findings(data))
+    assert (heads[:3], heads[-1]) == (["setting", "trial", "validation %"], "state")
+    assert [(line[0], line[1], line[-1]) for line in lines] == [
+        ("static, alpha 50", "1", "complete"), ("dynamic, alpha 60", "2", "complete"),
+        ("static, alpha 70", "3", "pruned"), ("dynamic, alpha 40", "0", "pruned"),
+    ]  # fmt: skip
+    assert re.search(r"Settings, best first.*static, alpha 50 +1 .* complete", text_of(data), re.DOTALL)
+    table = html.page([data]).partition("<h2>Settings</h2>")[2].partition("</table>")[0]
+    assert re.findall(r"<tr><td>([^<]*)</td><td>(\d)</td>", table) == [(line[0], line[1]) for line in lines]
+    assert [cell["trials"] for cell in json_report.report(data)["cells"]] == [[0], [1], [2], [3]]
+
+
 def test_nothing_complete_no_verdict_no_empty_figure() -> None:
     empty = made({}, with_policies("dynamic", "static"))
     findings = aggregate.findings(empty)

@@ -46,7 +46,9 @@ def test_csv_has_trials_epochs_attempts_and_settings(data: StudyData, tmp_path: 
     best = {row["trial"]: float(row["value"]) for row in trials}
     assert best["1"] == max(float(row["accuracy"]) for row in epochs if row["trial"] == "1")
     assert [row["outcome"] for row in attempts] == ["finished"] * 4
-    assert [(row["setting"], row["complete"]) for row in settings] == [("static", "2"), ("full", "2")]
+    assert [(row["setting"], row["trials"], row["complete"]) for row in settings] == [
+        ("static", "[0, 2]", "2"), ("full", "[1, 3]", "2"),
+    ]  # fmt: skip
 
 
 def test_epochs_are_read_from_every_database(url: str) -> None:
