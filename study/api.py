@@ -51,6 +51,7 @@ from study.create import OpenStudy
 from study.exit_codes import DATABASE_UNAVAILABLE
 from study.launchers.launcher import LaunchOptions, make_launcher
 from study.launchers.loop import run_study
+from study.logs import shown_by_default
 from study.worker.supervisor import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,9 @@ def launch(
 ) -> Study:
     """Start a study on this machine, or continue it, and return when its workers have ended.
 
-    In a notebook bars show the progress where ipywidgets is installed. Ctrl-C, or "interrupt the kernel", ends the
-    workers in order; the same call continues. A study that is stopped, or whose budget is spent, is returned as it is.
+    A line on stderr shows each trial that has finished, unless the program has configured logging; in a notebook bars
+    show the progress where ipywidgets is installed. Ctrl-C, or "interrupt the kernel", ends the workers in order; the
+    same call continues. A study that is stopped, or whose budget is spent, is returned as it is.
 
     Args:
         config: a preset or config file, as `study launch` takes it, or a config's sections as a dictionary. Own code is
@@ -284,8 +286,9 @@ class Study:
         """
         source = None if config is None else str(config)
         words = [assignments] if isinstance(assignments, str) else assignments
-        for line in deriving.derive(self._opened, name, source, words, trials).lines():
-            logger.info("%s", line)
+        with shown_by_default():
+            for line in deriving.derive(self._opened, name, source, words, trials).lines():
+                logger.info("%s", line)
         return Study(OpenStudy(self._opened.url, self._opened.storage, *create.load_study(self._opened.storage, name)))
 
     @property
@@ -409,7 +412,7 @@ def _run(
     if budgets is not None:
         set_budgets(study.engine, study.id, budgets)
     withdraw_stop(study.engine, study.id)
-    with _own_signal_handlers():
+    with _own_signal_handlers(), shown_by_default():
         code = run_study(workforce, study, folder)
     if code == DATABASE_UNAVAILABLE:
         raise Unreachable(f"the database of {name!r} was unavailable for too long; the same call continues later")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TextIO
@@ -111,6 +113,28 @@ def configure(verbosity: int = 0, file: Path | None = None) -> None:
         handler.of_study = True  # type: ignore[attr-defined]
         root.addHandler(handler)
     warnings.showwarning = _log_warning
+
+
+@contextmanager
+def shown_by_default() -> Iterator[None]:
+    """Meanwhile our lines are on stderr, from INFO on, in a program that has configured no logging: neither the root
+    logger nor `study` has a handler. Other loggers, and warnings of Python, stay as they are.
+    """
+    if logging.getLogger().handlers or logging.getLogger("study").handlers:
+        yield
+        return
+    handler = ConsoleHandler(logging.INFO)
+    loggers = [logging.getLogger(name) for name in OURS]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.addHandler(handler)
+        each.setLevel(each.level or logging.INFO)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.removeHandler(handler)
+            each.setLevel(level)
 
 
 def _attach(logger: logging.Logger, handlers: list[logging.Handler], level: int) -> None:

@@ -96,6 +96,39 @@ def test_a_launch_from_python_runs_continues_and_confirms(tmp_path: Path) -> Non
         launched.confirm(top=1, seeds=2, name="more", workers=1)
 
 
+LAUNCH = """
+import logging, sys, study
+{}
+logging.getLogger("optuna").warning("of the user's")
+study.launch({!r}, name="shown", storage={!r}, workers=1, device="cpu")
+print(logging.getLogger("study").handlers, logging.getLogger("study").level)
+"""
+
+
+@pytest.mark.parametrize(
+    ("configured", "shown"),
+    [
+        ("", ["trial 0 complete", "trial 1 complete"]),
+        ("logging.basicConfig(format='mine: %(message)s', level=logging.INFO)",
+         ["mine: trial 0 complete", "mine: trial 1 complete"]),
+        ("logging.basicConfig()", []),
+        ("logging.getLogger('study').addHandler(logging.NullHandler())", []),
+        ("logging.getLogger('study').setLevel(logging.WARNING)", []),
+    ],
+)  # fmt: skip
+def test_a_launch_shows_its_trials_unless_logging_is_configured(
+    configured: str, shown: list[str], tmp_path: Path
+) -> None:
+    tree = BASE | {"training": BASE["training"] | {"epochs": 1}, "policy": {"alpha": 60, "beta": [0.3, 0.6]}}
+    program = LAUNCH.format(configured, tree, f"sqlite:///{tmp_path / 'study.db'}")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    lines = [line for line in done.stderr.splitlines() if "complete" in line]
+    assert [line[: len(start)] for line, start in zip(lines, shown, strict=True)] == shown, done.stderr
+    assert "of the user's" in done.stderr
+    after = f"[{'<NullHandler (NOTSET)>' * ('NullHandler' in configured)}] {30 if 'setLevel' in configured else 0}"
+    assert done.stdout.strip() == after  # whatever the program configures later holds
+
+
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     with pytest.raises(UserError, match="needs a name"):
@@ -116,6 +149,7 @@ def test_the_notebook_of_the_examples_runs(tmp_path: Path, monkeypatch: pytest.M
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in shown if output.output_type == "error"]
     assert any("application/vnd.plotly.v1+json" in output.get("data", {}) for output in shown)
+    assert any(output.output_type == "stream" and output.text.startswith("trial 1 complete") for output in shown)
     assert any("<table" in output.get("data", {}).get("text/html", "") for output in shown)
     assert (tmp_path / "notebook.html").exists()
 
