@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import DataError, IntegrityError
 
 from storage import artifacts, bulk, object_store
-from storage.engine import live_lease, open_storage, upsert
+from storage.engine import live_lease, open_storage, reader, upsert
 from storage.errors import UserError
 from storage.import_check import check_export
 from storage.optuna_internals import DASHBOARD_NOTE, models
@@ -93,7 +93,7 @@ def check_source(source: RDBStorage, name: str, new_name: str | None = None) -> 
         UserError: no such study, a name that no study may have, or trials that are being worked on.
     """
     check_study_name(new_name or name)
-    with source.engine.connect() as connection:
+    with reader(source.engine).connect() as connection:
         _refuse_live(connection, find_study(connection, name), name, "copying", "stop those workers first")
 
 
@@ -103,7 +103,7 @@ def is_ours(storage: RDBStorage, name: str) -> bool:
     Raises:
         UserError: no such study.
     """
-    with storage.engine.connect() as connection:
+    with reader(storage.engine).connect() as connection:
         study_id = find_study(connection, name)
     return bool(read_attributes(storage.engine, study_id, ["config"]))
 
@@ -117,7 +117,7 @@ def refuse_if_copied(engine: sa.Engine, name: str, fix: str) -> None:
     Raises:
         UserError: no such study, or it was copied.
     """
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         study_id = find_study(connection, name)
     if copy := read_attributes(engine, study_id, [COPIED_TO]).get(COPIED_TO):
         raise UserError(f"the study {name!r} was copied (to {copy}); {fix}")
@@ -125,7 +125,7 @@ def refuse_if_copied(engine: sa.Engine, name: str, fix: str) -> None:
 
 def forget_copy(engine: sa.Engine, name: str) -> None:
     """From here on the study counts as one that was not copied."""
-    with engine.connect() as connection:
+    with reader(engine).connect() as connection:
         study_id = find_study(connection, name)
     if read_attributes(engine, study_id, [COPIED_TO]).get(COPIED_TO):
         set_attribute(engine, study_id, COPIED_TO, None)
