@@ -46,6 +46,9 @@ WAIT_SECONDS = 0.1, 2.0
 """Between two looks for a trial while others hold all that are left, at least and at most; between them a quarter of
 the time waited so far."""
 MOST_ERRORS_IN_A_ROW = 2
+MOST_SAME_ERRORS = 12
+"""Attempts in a row that end with the same error at the same line of own code: as many as it took two workers to end a
+launch, by dying six times, before such a worker was kept."""
 DATABASE_ERRORS = (DBAPIError, optuna.exceptions.StorageInternalError, DatabaseUnavailable)
 
 
@@ -109,6 +112,35 @@ def work(name: str, storage_url: str, device_spec: str, data_root: str | None, *
     return OK if finished or not stop() else stop.exit_code
 
 
+class _Failures:
+    """The attempts in a row that failed in this process, and whose fault that is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.forget()
+
+    def forget(self) -> None:
+        """An attempt has not failed."""
+        self._errors, self._own_error, self._same = 0, "", 0
+
+    def add(self, reason: str, *, in_own_code: bool) -> None:
+        """Raises:
+        WorkerBroken: it may be this process's: another is to take its place.
+        UserError: own code fails at the same line again and again.
+        """
+        # Own code that raises the same again does so in any process: another would be no better.
+        again = reason == self._own_error
+        self._errors, self._same = (1, self._same + 1) if again else (self._errors + 1, 1)
+        self._own_error = reason if in_own_code else ""
+        # A device in error stays so for this process: its next trials must not pay for it.
+        if self._errors >= MOST_ERRORS_IN_A_ROW or (self._device.type == "cuda" and "CUDA" in reason):
+            raise WorkerBroken(f"this worker gives up after: {reason}")
+        if again and self._same >= MOST_SAME_ERRORS:
+            raise UserError(
+                f"{self._same} attempts in a row failed at the same line of own code: {reason}; correct it, then resume"
+            )
+
+
 def _work_through(
     study: optuna.Study,
     config: StudyConfig,
@@ -119,9 +151,13 @@ def _work_through(
     *,
     wait: bool,
 ) -> bool:
-    """Claim and run trials; whether all of the study's have finished."""
-    errors, waited = 0, 0.0
-    own_error = ""  # of the last attempt, as text with its place in own code
+    """Claim and run trials; whether all of the study's have finished.
+
+    Raises:
+        WorkerBroken: errors that may be this process's fault.
+        UserError: own code that fails again and again, or a stored value that cannot be read.
+    """
+    failures, waited = _Failures(data.device), 0.0
     while not stop():
         lease = queue.claim()
         if lease is None:
@@ -136,7 +172,7 @@ def _work_through(
         try:
             with queue.renewing(lease):
                 run_trial(study, config, data, queue, lease, stop, fallback_folder)
-            errors, own_error = 0, ""
+            failures.forget()
             stop.check(with_budgets=False)  # of a study that ends with this trial no other is begun
         except LeaseLost as lost:
             logger.warning("%s; this worker drops it", lost)
@@ -150,14 +186,8 @@ def _work_through(
             reason = f"{type(error).__name__}: {error}{place}"
             logger.warning("trial %d: attempt failed: %s", lease.number, reason)
             logger.debug("the traceback of trial %d", lease.number, exc_info=True)
-            # Own code that raises the same again does so in any process: another would be no better.
-            errors = 1 if reason == own_error else errors + 1
-            own_error = reason if place else ""
-            # A device in error stays so for this process: its next trials must not pay for it.
-            broken = data.device.type == "cuda" and "CUDA" in reason
             queue.release(lease, error=reason)
-            if broken or errors >= MOST_ERRORS_IN_A_ROW:
-                raise WorkerBroken(f"this worker gives up after: {reason}") from error
+            failures.add(reason, in_own_code=bool(place))
     if stop.reason:
         logger.info(stop.reason)
     return queue.unfinished() == 0

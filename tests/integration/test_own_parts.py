@@ -28,7 +28,7 @@ from study.training.data.dataset import DataError
 from study.training.trainer import Trainer
 from study.trial.runner import InvalidParameters, ask
 from study.worker.stop_monitor import StopMonitor
-from study.worker.worker import WorkerBroken, _work_through
+from study.worker.worker import MOST_SAME_ERRORS, WorkerBroken, _work_through
 from tests.support import own_code
 from tests.support.command import study
 from tests.support.harness import Harness, StopAfter, config_of
@@ -278,6 +278,15 @@ def test_own_code_that_raises_the_same_again_does_not_cost_its_worker(sqlite_url
     assert (
         run.messages.count(f"trial 0: attempt failed: KeyError: 'oops' (own_code.py:{line_of('raise KeyError')})") == 3
     )
+
+
+def test_own_code_that_raises_in_every_trial_ends_the_launch_at_last(sqlite_url: str) -> None:
+    """A study of a thousand trials must not try each of them five times."""
+    policy = {"alpha": [60, 90], "beta": [0.2, 0.4, 0.6, 0.8]}
+    run = Harness(sqlite_url, config_of(network={"name": "own_code:broken", "width": 1.0}, policy=policy))
+    with pytest.raises(UserError, match=r"12 attempts in a row .* KeyError: 'oops' \(own_code.py:\d+\); correct it"):
+        work_through(run)
+    assert len(queries.attempts(run.storage.engine, study_id_of(run.study))) == MOST_SAME_ERRORS
 
 
 def test_own_code_that_raises_something_else_may_be_the_processs_fault(sqlite_url: str) -> None:
