@@ -47,7 +47,7 @@ def report_text(data: StudyData, width: int = WIDE) -> RenderableType:
         parts.append(_trials(data, width))
     if findings.comparisons:
         heads, lines = comparisons_table(findings)
-        parts.append(plain_table(COMPARISONS_TITLE, heads, lines, left=(0, len(heads) - 1)))
+        parts.append(_fitted(COMPARISONS_TITLE, heads, lines, width, folded=0, left=(len(heads) - 1,)))
     beside = beside_paper(data, findings)
     tables = [] if beside is None else beside.tables()
     parts += [plain_table(title, *table) for title, table in tables]
@@ -60,7 +60,19 @@ def report_text(data: StudyData, width: int = WIDE) -> RenderableType:
     return Group(*parts)
 
 
-DISPENSABLE = ("different", "best at", "epochs", "images", "sd", "seconds", "% of full time", "may be best")
+DISPENSABLE = (
+    "p Wilcoxon",
+    "p t",
+    "min. detectable",
+    "different",
+    "best at",
+    "epochs",
+    "images",
+    "sd",
+    "seconds",
+    "% of full time",
+    "may be best",
+)
 """Columns that narrow terminals do not show, in the order in which they go."""
 LEAST_FOLDED = 24
 """Characters of a column of settings, whose text continues in further lines."""

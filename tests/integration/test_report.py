@@ -539,6 +539,19 @@ def test_watching_shows_workers_budgets_and_failures_and_ends_with_the_study(url
     assert "4 trials: 4 complete" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_no_comparison_is_cut_on_a_narrow_terminal(width: int) -> None:
+    values = {"dynamic": [0.80, 0.82, 0.81, 0.83], "static": [0.70, 0.73, 0.71, 0.72], "full": [0.8, 0.81, 0.84, 0.8]}
+    config = config_of(policy={"name": list(values), "alpha": 60, "beta": 0.5}, search={"replicates": 4})
+    output = Console(file=io.StringIO(), width=width)
+    output.print(console_report.report_text(made(values, config), width))
+    text = output.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    (heads,) = (line for line in text.splitlines() if "p adjusted" in line)
+    assert re.search(r"^ settings +n +difference \(95 %\) .* finding\s*$", heads)
+    assert ("p Wilcoxon" in heads) or width < 200
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("parameters", [2, 7])
 @pytest.mark.parametrize("width", [80, 100, 200])
