@@ -35,15 +35,30 @@ LARGE = 1_000
 """Rows that a query may read without being named."""
 
 
-def command(*arguments: str) -> tuple[float, float, float]:
-    """Seconds of wall, processor seconds, and the most MB of memory of `study …`."""
+COMMAND = """
+import sys
+from benchmarks.overhead import peak_mb
+from study.__main__ import main
+try:
+    main()
+finally:
+    print(peak_mb(), file=sys.stderr)
+"""
+"""Tells its own memory: what wait4 tells of a child is at least what its parent had when it forked."""
+
+
+def command(*arguments: str, peak: bool = False) -> tuple[float, float, float]:
+    """Seconds of wall, processor seconds, and with `peak` the most MB of memory of `study …`."""
     started = time.perf_counter()
+    program = ["-c", COMMAND] if peak else ["-m", "study"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "study", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+    assert process.stderr is not None
+    lines = process.stderr.read().splitlines()
     _, code, used = os.wait4(process.pid, 0)
     assert code == 0, arguments
-    return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return time.perf_counter() - started, used.ru_utime + used.ru_stime, float(lines[-1]) if peak else 0.0
 
 
 def commands(url: str) -> None:
@@ -114,7 +129,7 @@ def started(url: str) -> dict[str, float]:
 def report(url: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
-        wall, cpu, memory = command("report", "s", "--storage", url, "--html", str(page))
+        wall, cpu, memory = command("report", "s", "--storage", url, "--html", str(page), peak=True)
         size = page.stat().st_size / 1e6
     print(f"  report: {wall:.1f} s, {cpu:.1f} processor seconds, {memory:.0f} MB, a page of {size:.1f} MB", flush=True)
 
