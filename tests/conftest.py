@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # two test processes share two cores; one thread count everywhere means the same bits
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # test processes share the cores; one thread count everywhere means the same bits
 
 import functools
 import gc

@@ -54,6 +54,16 @@ def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
     assert "torch._dynamo" not in modules
 
 
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])
+def test_streams_may_be_closed(closed: str, tmp_path: Path) -> None:
+    """As some daemons start programs."""
+    Harness(f"sqlite:///{tmp_path / 'study.db'}", config_of())
+    for verb in ("list", "worker s --device cpu --log-file log.txt"):
+        command = f"exec {sys.executable} -m study {verb} {closed}"
+        assert subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=200, check=False).returncode == 0
+    assert "trial 3 is complete" in (tmp_path / "log.txt").read_text()
+
+
 SEARCHES = """
 import gc, sys
 from study.__main__ import main
