@@ -54,7 +54,9 @@ def test_a_worker_loads_no_compiler(tmp_path: Path) -> None:
     assert "torch._dynamo" not in modules
 
 
-@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])
+@pytest.mark.parametrize(
+    "closed", ["<&- >&- 2>&-", *(pytest.param(c, marks=pytest.mark.slow) for c in (">&-", "2>&-"))]
+)
 def test_streams_may_be_closed(closed: str, tmp_path: Path) -> None:
     """As some daemons start programs."""
     Harness(f"sqlite:///{tmp_path / 'study.db'}", config_of())
@@ -83,7 +85,7 @@ def test_only_verbs_that_soon_end_search_less_for_garbage(tmp_path: Path) -> Non
         assert (ran.stdout.splitlines()[-1] == usual) == same, verb
 
 
-@pytest.mark.parametrize(("more", "threads"), [((), 1), (("--threads", "2"), 2)])
+@pytest.mark.parametrize(("more", "threads"), [((), 1), pytest.param(("--threads", "2"), 2, marks=pytest.mark.slow)])
 def test_a_worker_by_hand_has_as_many_threads_as_one_of_a_launch(
     tmp_path: Path, more: tuple[str, ...], threads: int
 ) -> None:

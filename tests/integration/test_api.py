@@ -111,9 +111,9 @@ print(logging.getLogger("study").handlers, logging.getLogger("study").level)
         ("", ["trial 0 complete", "trial 1 complete"]),
         ("logging.basicConfig(format='mine: %(message)s', level=logging.INFO)",
          ["mine: trial 0 complete", "mine: trial 1 complete"]),
-        ("logging.basicConfig()", []),
-        ("logging.getLogger('study').addHandler(logging.NullHandler())", []),
-        ("logging.getLogger('study').setLevel(logging.WARNING)", []),
+        pytest.param("logging.basicConfig()", [], marks=pytest.mark.slow),
+        pytest.param("logging.getLogger('study').addHandler(logging.NullHandler())", [], marks=pytest.mark.slow),
+        pytest.param("logging.getLogger('study').setLevel(logging.WARNING)", [], marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_launch_shows_its_trials_unless_logging_is_configured(
