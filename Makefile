@@ -16,7 +16,7 @@ demo: $(INSTALLED)  ## a finished study on the embedded digits, its table, and i
 	$(BIN)/study report quick --html report.html > /dev/null
 
 test: $(TESTABLE)  ## the tests; with STUDY_TEST_IMAGES=FOLDER also on real images
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-isa: $(TESTABLE)  ## the tests that train, as on a processor without AVX and bf16: other bits, the same outcome
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2 --dist loadfile $(TRAINING_TESTS)
