@@ -138,7 +138,8 @@ class ForkedProcess:
     def send_signal(self, number: int) -> None:
         while self.poll() is None:
             if self.pid is not None:
-                os.kill(self.pid, number)
+                with suppress(ProcessLookupError):
+                    os.kill(self.pid, number)
                 return
             _readable(self._status, CHECK_SECONDS)  # the server is importing
 
@@ -183,17 +184,17 @@ def serve(requests: socket.socket, idle_seconds: float) -> list[str] | None:
                 return None
             arguments, variables = json.loads(message)
             stderr, status = descriptors
-            process = os.fork()
+            try:
+                process = os.fork()
+            except OSError:  # no room for another process: the launcher learns that it has ended
+                os.close(stderr)
+                os.close(status)
+                continue
             if process == 0:
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os.dup2(stderr, 2)
-                sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # not /dev/null's
                 # Else the launcher would not notice that the server has ended.
-                for descriptor in (requests.detach(), child_ended, wakeup, stderr, status, *statuses.values()):
+                for descriptor in (requests.detach(), child_ended, wakeup, status, *statuses.values()):
                     os.close(descriptor)
-                os.setsid()
-                os.environ.update({**variables, SUPERVISOR_VARIABLE: str(server)})
+                _become(stderr, {**variables, SUPERVISOR_VARIABLE: str(server)})
                 return list(arguments)
             os.close(stderr)
             statuses[process] = status
@@ -201,14 +202,27 @@ def serve(requests: socket.socket, idle_seconds: float) -> list[str] | None:
     return None
 
 
+def _become(stderr: int, variables: Mapping[str, str]) -> None:
+    """Make this copy of the server what a new process would be."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # not /dev/null's
+    os.environ.update(variables)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()  # as `random` does after a fork: else own code draws the same in all of them
+
+
 def _report_ended(statuses: dict[int, int]) -> None:
     while statuses:
         process, status = os.waitpid(-1, os.WNOHANG)
         if process == 0:
             return
-        descriptor = statuses.pop(process)
-        _write(descriptor, os.waitstatus_to_exitcode(status))
-        os.close(descriptor)
+        if (descriptor := statuses.pop(process, None)) is not None:  # None: an import has started it
+            _write(descriptor, os.waitstatus_to_exitcode(status))
+            os.close(descriptor)
 
 
 def _write(descriptor: int, number: int) -> None:
